@@ -1,0 +1,36 @@
+# make demo    train, generate and measure small hybrid models on this machine's CPU
+# make test    everything a change must pass
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Idle OpenMP threads that spin take the cores from the threads that work.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: venv demo test lint clean
+
+venv: $(STAMP)
+
+# The stamp is touched last, so an interrupted install is simply taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/hybridattn demo $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find hybridattn tests -name __pycache__ -type d -prune -exec rm -rf {} +

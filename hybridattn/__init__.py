@@ -1,0 +1,81 @@
+"""Linear, softmax and hybrid attention: operators, layers and Hugging Face models.
+
+Every public name is imported when it is first used: `import hybridattn` alone loads neither torch nor transformers, and
+an operator needs torch only.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from hybridattn.kernels.flash_attention import flash_attention, flash_decode
+    from hybridattn.kernels.linear_attention import (
+        gated_linear_attention,
+        gated_linear_attention_step,
+        linear_attention,
+        linear_attention_step,
+    )
+    from hybridattn.layers import BaseConv, GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
+    from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM, HybridAttnModel
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "linear_attention": "hybridattn.kernels.linear_attention",
+    "linear_attention_step": "hybridattn.kernels.linear_attention",
+    "gated_linear_attention": "hybridattn.kernels.linear_attention",
+    "gated_linear_attention_step": "hybridattn.kernels.linear_attention",
+    "flash_attention": "hybridattn.kernels.flash_attention",
+    "flash_decode": "hybridattn.kernels.flash_attention",
+    "BaseConv": "hybridattn.layers",
+    "GatedLinearAttention": "hybridattn.layers",
+    "LinearAttention": "hybridattn.layers",
+    "ShortConvolution": "hybridattn.layers",
+    "SoftmaxAttention": "hybridattn.layers",
+    "HybridAttnConfig": "hybridattn.models.decoder",
+    "HybridAttnForCausalLM": "hybridattn.models.decoder",
+    "HybridAttnModel": "hybridattn.models.decoder",
+}
+
+__all__ = [  # noqa: RUF022 (in the order of the table above)
+    "linear_attention",
+    "linear_attention_step",
+    "gated_linear_attention",
+    "gated_linear_attention_step",
+    "flash_attention",
+    "flash_decode",
+    "BaseConv",
+    "GatedLinearAttention",
+    "LinearAttention",
+    "ShortConvolution",
+    "SoftmaxAttention",
+    "HybridAttnConfig",
+    "HybridAttnForCausalLM",
+    "HybridAttnModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_auto_classes(_module: Any) -> None:
+    """Make AutoConfig know our models; their configuration brings in the model classes when it is instantiated.
+
+    transformers has no plug-ins. Its configuration_auto is the one module that can be waited for: by the time
+    modeling_auto is loaded, importing model code runs into transformers' own circular imports.
+    """
+    import_module("hybridattn.models.decoder.configuration")
+
+
+wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_auto_classes)

@@ -1,0 +1,1 @@
+"""Multi-query associative recall: how much a mixer can look up in its context."""

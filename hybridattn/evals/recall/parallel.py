@@ -1,0 +1,72 @@
+"""Training many small models at once: one process and one thread per model being trained."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import multiprocessing
+from tqdm import tqdm
+
+from hybridattn.evals.recall import mqar
+from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
+
+TICK = 10  # steps between two signs of life
+
+
+class Job(NamedTuple):
+    """One model to train on MQAR: the arguments of its configuration, optimiser steps, and the seed of everything."""
+
+    options: dict[str, Any]
+    steps: int
+    seed: int
+
+
+def train_all(jobs: Sequence[Job]) -> list[dict[str, np.ndarray]]:
+    """Train a model per job, as many at a time as there are cores, the longest first; returns their weights in order.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a training failed; the others are stopped.
+    """
+    order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)
+    context = multiprocessing.get_context("spawn")
+    taken, reports = context.Value("i", 0), context.SimpleQueue()
+    workers = min(len(jobs), len(os.sched_getaffinity(0)))
+    running = multiprocessing.spawn(
+        work, ([(i, jobs[i]) for i in order], taken, reports), nprocs=workers, join=False, daemon=True
+    )
+    weights: dict[int, dict[str, np.ndarray]] = {}
+    try:
+        with tqdm(total=sum(job.steps for job in jobs), desc=f"recall, {len(jobs)} models", unit="step") as bar:
+            is_over = False
+            while not is_over:
+                is_over = running.join(timeout=0.2)
+                while not reports.empty():
+                    steps, done = reports.get()
+                    bar.update(steps)
+                    weights.update(done)
+    finally:
+        for process in running.processes:
+            process.terminate()
+    return [weights[i] for i in range(len(jobs))]
+
+
+def work(_rank: int, jobs: list[tuple[int, Job]], taken: Any, reports: Any) -> None:
+    """One worker: take the next job until none is left; report (steps done since the last report, finished weights)."""
+    torch.set_num_threads(1)
+    while True:
+        with taken.get_lock():
+            place, taken.value = taken.value, taken.value + 1
+        if place >= len(jobs):
+            return
+        index, job = jobs[place]
+        torch.manual_seed(job.seed)
+        model = HybridAttnForCausalLM(HybridAttnConfig(**job.options))
+        mqar.train(
+            model,
+            steps=job.steps,
+            seed=job.seed,
+            on_step=lambda step: reports.put((TICK, {})) if step % TICK == 0 else None,
+        )
+        reports.put((job.steps % TICK, {index: {name: p.numpy() for name, p in model.state_dict().items()}}))

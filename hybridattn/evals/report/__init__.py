@@ -1,0 +1,1 @@
+"""Reports: what was measured, where, with what, and one picture of it."""

@@ -1,0 +1,54 @@
+"""Output folders that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RESULTS = "results.json"  # the file that marks a folder as a report
+
+
+def check_output(out: Path) -> None:
+    """Check that a report may be written at ``out``: nothing is there, an empty folder, or an earlier report.
+
+    Raises:
+        ValueError: something else is there, which replacing it would destroy.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ValueError(f"out: expected a folder or a new path, got {out}, which is a file or a link")
+    if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).is_file():
+        raise ValueError(
+            f"out: expected a new path or a folder with an earlier report ({RESULTS}), got {out} with other files"
+        )
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """Give a temporary sibling folder to write into; it replaces ``out`` if the block ends well, else it is removed.
+
+    On errors and on Ctrl-C ``out`` stays as it was. An earlier report at ``out`` is replaced whole.
+
+    Raises:
+        ValueError: as `check_output`.
+    """
+    out = Path(os.path.abspath(out))
+    check_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        aside.chmod(0o755)  # mkdtemp makes private folders
+        yield aside
+        replace_folder(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(new: Path, out: Path) -> None:
+    """Rename ``new`` to ``out``; what was there is moved away first and removed last."""
+    old = new.with_suffix(".old")
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

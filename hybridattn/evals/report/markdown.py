@@ -1,0 +1,116 @@
+"""The report as Markdown, built from the values of results.json alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded to read well in a terminal too; the first column is text, the others are figures."""
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(line(row, widths) for row in (heads, rule, *rows))
+
+
+def line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a table."""
+    first, *others = zip(cells, widths, strict=True)
+    return " | ".join(["| " + first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
+
+
+def text_table(text: dict[str, Any]) -> str:
+    """Bits per byte of the model and of the n-gram models."""
+    scores = text["bits_per_byte"]
+    return table(["bits per byte, held out", *scores], [["", *(f"{score:.3f}" for score in scores.values())]])
+
+
+def recall_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per model: recall, parameters, state and speed."""
+    pairs, batches = list(rows[0]["recall"]), list(rows[0]["decode"])
+    heads = [
+        "model",
+        *(f"recall {n}" for n in pairs),
+        "parameters",
+        "state B",
+        "allocated B",
+        "prefill tok/s",
+        *(f"decode b{b} tok/s (p90)" for b in batches),
+    ]
+    return table(heads, [recall_cells(row) for row in rows])
+
+
+def recall_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of one model."""
+    return [
+        row["model"],
+        *(f"{value:.3f}" for value in row["recall"].values()),
+        f"{row['parameters']:,}",
+        f"{row['state_bytes']['formula']:,}",
+        f"{row['state_bytes']['allocated']:,}",
+        f"{row['prefill']['median']:,.0f}",
+        *(f"{rate['median']:,.0f} ({rate['p90']:,.0f})" for rate in row["decode"].values()),
+    ]
+
+
+def report(results: dict[str, Any]) -> str:
+    """The whole report: each part that was run, then where the figures come from."""
+    parts = ["# hybridattn demo"]
+    if "text" in results:
+        parts += text_part(results["text"])
+    if "recall" in results:
+        parts += recall_part(results["recall"])
+    return "\n\n".join([*parts, *origin(results["provenance"])]) + "\n"
+
+
+def text_part(text: dict[str, Any]) -> list[str]:
+    """The paragraphs on language modelling."""
+    corpus, training, sample = text["corpus"], text["training"], text["continuation"]
+    return [
+        "## Real text",
+        f"A byte-level hybrid of {text['parameters']:,} parameters (mixers {', '.join(text['config']['mixers'])}), trained "
+        f"for {training['seconds']:.0f} s ({training['steps']} steps, {training['tokens_per_second']:,.0f} tokens/s, "
+        f"{training['threads']} threads) on {corpus['train_bytes']:,} bytes of the Python standard library "
+        f"({corpus['train_files']} files); {corpus['held_out_files']} other files are held out. Beside it interpolated "
+        f"Witten-Bell models of order 0 to 4, fitted and scored on the same split and the same {text['scored_bytes']:,} "
+        "bytes (the last 256 of every 512-byte window).",
+        text_table(text),
+        f"Reloaded from `model/` in a new process with `AutoModelForCausalLM` and `AutoTokenizer`, sampled at temperature "
+        f"0.8, {sample['tokens_per_second']:,.0f} tokens/s ({sample['threads']} thread):",
+        fenced(sample["text"]),
+    ]
+
+
+def fenced(text: str) -> str:
+    """A code block holding any text."""
+    fence = "````"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text}\n{fence}"
+
+
+def recall_part(recall: dict[str, Any]) -> list[str]:
+    """The paragraphs on recall versus throughput."""
+    rows = recall["rows"]
+    return [
+        "## Recall versus throughput",
+        "![Recall against state bytes and against decode speed](pareto.png)",
+        recall_table(rows),
+        f"Multi-query associative recall: N key-value pairs, then all N keys again in random order; share of values named "
+        f"right on {recall['test_rows']} held-out rows, median of {recall['seeds']} seed(s). State: bytes of the cache of "
+        f"one sequence of {recall['state_tokens']} tokens, fp32, by formula and as allocated. Speed: {rows[0]['threads']} "
+        f"thread, median (and 90th percentile of the times) of {rows[0]['prefill']['samples']} prompts of "
+        f"{recall['context']} tokens, and of {next(iter(rows[0]['decode'].values()))['samples']} decoding steps after "
+        "such a prompt, at each batch size.",
+    ]
+
+
+def origin(provenance: dict[str, Any]) -> list[str]:
+    """The paragraphs on machine, versions and configuration."""
+    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    facts = {
+        "CPU": f"{provenance['cpu']}, {provenance['cores']} cores, {provenance['platform']}",
+        "versions": versions,
+        "commit": provenance["commit"] or "not a git checkout",
+        "date": provenance["date"],
+        "configuration": f"sha256 {provenance['config_sha256']} (results.json)",
+    }
+    return ["## Where the figures come from", "\n".join(f"- {name}: {value}" for name, value in facts.items())]

@@ -1,0 +1,1 @@
+"""Language modelling on real text: held-out bits per byte beside n-gram models."""

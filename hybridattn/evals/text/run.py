@@ -1,0 +1,125 @@
+"""A small hybrid language model on real text: trained, compared with n-gram models, saved, reloaded and sampled from."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridattn.evals.report.provenance import json_sha256
+from hybridattn.evals.text import bits
+from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
+from hybridattn.training import loop
+from hybridattn.training.text import PAD, SEPARATOR, VOCAB_SIZE, Corpus, byte_tokenizer, standard_library
+
+SECONDS = 110
+PROMPT = 'def read_file(path):\n    """'
+NEW_TOKENS = 256
+
+# 0.8 million parameters: with this budget a larger model is worse.
+OPTIONS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "mixers": ["gla", "window", "gla", "window"],
+    "mixer_options": {
+        "gla": {"num_heads": 2, "key_dim": 32, "gate_rank": 16, "gate_bias_range": [0.0, 4.0]},
+        "window": {"num_heads": 2, "window": 64},
+    },
+    "conv_size": 4,
+    "mlp": "swiglu",
+    "intermediate_size": 344,
+    "initializer": "fan_in",
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+    "bos_token_id": SEPARATOR,
+    "eos_token_id": SEPARATOR,
+    "pad_token_id": PAD,
+}
+
+# What a user writes to use a saved model. It runs in a process that has seen nothing of the training.
+RELOAD = """
+import json, sys, time
+import hybridattn, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, prompt, new_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)  # one token at a time is too little work for two
+torch.manual_seed(0)
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer(prompt, return_tensors="pt")
+options = {"do_sample": True, "temperature": 0.8, "eos_token_id": None}
+model.generate(**inputs, **options, max_new_tokens=8)
+start = time.perf_counter()
+tokens = model.generate(**inputs, **options, max_new_tokens=new_tokens)[0]
+seconds = time.perf_counter() - start
+json.dump({"text": tokenizer.decode(tokens), "tokens_per_second": new_tokens / seconds, "threads": 1}, sys.stdout)
+"""
+
+
+def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> dict[str, Any]:
+    """Train on the standard library's sources, score on held-out files beside n-gram models, save, reload and sample.
+
+    Args:
+        folder: where the model and its tokenizer are saved.
+        steps: training steps, instead of the time budget.
+        seconds: the time budget.
+
+    Returns:
+        JSON values: ``config`` and its hash, ``parameters``, ``corpus`` (bytes and files), ``training`` (`loop.train`),
+        ``bits_per_byte`` of the model and of the orders 0 to 4, ``scored_bytes``, ``continuation`` (text, speed).
+
+    Raises:
+        ValueError: the interpreter comes without the sources of its library.
+        RuntimeError: the saved model cannot be used.
+    """
+    corpus = standard_library()
+    torch.manual_seed(0)
+    model = HybridAttnForCausalLM(HybridAttnConfig(**OPTIONS))
+    budget = {"seconds": seconds} if steps is None else {"steps": steps}
+    training = loop.train(model, corpus.train, **budget)
+    windows = bits.scored_windows(corpus.held_out)
+    scores = {"model": bits.model_bits_per_byte(model, windows)}
+    baselines = bits.ngram_bits_per_byte(corpus.train, corpus.held_out, windows)
+    scores |= {f"order {order}": score for order, score in enumerate(baselines)}
+    model.save_pretrained(folder)
+    byte_tokenizer(max_length=model.config.max_position_embeddings).save_pretrained(folder)
+    return {
+        "config": OPTIONS,
+        "config_sha256": json_sha256(OPTIONS),
+        "recipe": asdict(loop.Recipe()),
+        "parameters": model.num_parameters(),
+        "corpus": describe(corpus),
+        "training": {**training, "threads": torch.get_num_threads(), "bf16": loop.has_native_bf16()},
+        "bits_per_byte": scores,
+        "scored_bytes": int(windows.scored.sum()),
+        "continuation": continuation(folder),
+    }
+
+
+def describe(corpus: Corpus) -> dict[str, int]:
+    """Bytes and files of both parts of a corpus."""
+    return {
+        "train_bytes": int((corpus.train != SEPARATOR).sum()),
+        "train_files": corpus.train_files,
+        "held_out_bytes": int((corpus.held_out != SEPARATOR).sum()),
+        "held_out_files": corpus.held_out_files,
+    }
+
+
+def continuation(folder: Path) -> dict[str, Any]:
+    """Load a saved model in a new process with the Auto classes and sample from it.
+
+    Returns:
+        ``text`` (prompt and continuation), ``tokens_per_second``, ``threads``.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-c", RELOAD, str(folder), PROMPT, str(NEW_TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise RuntimeError(f"the model saved in {folder} cannot be used in a new process: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)

@@ -1,0 +1,1 @@
+"""How fast a model reads and writes, and how much memory it keeps per sequence."""

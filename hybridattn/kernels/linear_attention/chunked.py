@@ -1,0 +1,366 @@
+"""Chunked linear attention as matrix products: the torch backend, forward and backward, for every kind of gate.
+
+R rows (one chunk of one head of one sequence each), C chunk, K key dim, V value dim; G is K for per-channel gates and
+1 for per-head gates. With b the inclusive running sum of the log-decays inside a chunk and S the state before it:
+
+    inter   o_t += (q_t * exp b_t) S
+    intra   o_t += sum_{s<=t} [ sum_k q_tk k_sk exp(b_tk - b_sk) ] v_s
+    state   S   <- Diag(exp b_C) S + (k * exp(b_C - b))^T v
+
+(Yang et al., "Gated Linear Attention Transformers", section 4). All exponentials but exp b_C are products of a factor
+of the query's token and one of the key's, so that everything is matrix products. How they are split depends on the
+gates of the row, and both ways are exact:
+
+    cool    the reference is the chunk's middle token: q * exp(b_t - b_mid) and k * exp(b_mid - b_s), at most
+            exp(+-COOL). What is left between middle and edges (``entry``, ``exit``) is applied to the states.
+    hot     where that would overflow, scores are built by halves: for a pair (t, s) in sibling halves of a block the
+            reference is the last token of the left half, so that both factors are <= 1; log2(C) small products.
+
+The gates' gradient collects, for every factor that holds exp(g_u), the product of factor and gradient: for hot rows
+no large terms cancel, so that it stays exact where the true gradient is exp(-60).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime.backend import compute_dtype
+from ..runtime.sequences import sequence_slices
+
+CHUNK = 64
+SEGMENT = 1 << 18  # elements of one operand worked on at a time: 1 MB, about the second-level cache of a core
+COOL = 30.0  # nats between the middle of a chunk and its edges: exp(2 * COOL) is far inside fp32, sums lose 1e-6
+FLOOR = -1000.0  # exp(FLOOR) is 0 in fp64 too; a finite stand-in for -inf
+
+
+# ------------------------------------------------------------------------------------------------- chunks of sequences
+@dataclass(frozen=True)
+class Layout:
+    """How tokens fall into chunks: step-major (first chunks of all sequences, then the second ones, ..)."""
+
+    chunk: int
+    counts: list[int]  # sequences that still have a chunk at each step; descending
+    order: Tensor | None = None  # packed rows: sequences, longest first
+    index: Tensor | None = None  # packed rows: token of every place [chunks, C]; T where there is none
+
+    @staticmethod
+    def of(batch: int, tokens: int) -> "Layout":
+        chunk = _chunk_size(tokens)
+        return Layout(chunk, [batch] * math.ceil(tokens / chunk))
+
+    @staticmethod
+    def packed(tokens: int, cu_seqlens: Tensor) -> "Layout":
+        spans = sequence_slices(cu_seqlens)
+        starts, lengths = (
+            torch.tensor(x, dtype=torch.long) for x in ([s.start for s in spans], [s.stop - s.start for s in spans])
+        )
+        longest = int(lengths.max()) if spans else 0
+        chunk = _chunk_size(longest)
+        order = lengths.argsort(descending=True, stable=True)
+        starts, lengths = starts[order], lengths[order]
+        counts, index = [], [torch.empty(0, chunk, dtype=torch.long)]
+        for first in range(0, longest, chunk):
+            counts.append(count := int((lengths > first).sum()))
+            place = first + torch.arange(chunk)
+            index.append(torch.where(place < lengths[:count, None], starts[:count, None] + place, tokens))
+        return Layout(chunk, counts, order.to(cu_seqlens.device), torch.cat(index).to(cu_seqlens.device))
+
+    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B,T,H,D] -> rows [R,C,D], zero where a chunk has no token."""
+        if self.index is not None:
+            padded = F.pad(x[0].to(dtype), (0, 0, 0, 0, 0, 1))
+            return padded[self.index].transpose(1, 2).reshape(-1, self.chunk, x.shape[-1])
+        padded = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
+        chunks = padded.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+        rows = torch.empty(chunks.shape, dtype=dtype, device=x.device).copy_(chunks)
+        return rows.view(-1, self.chunk, x.shape[-1])
+
+    def join(self, rows: Tensor, out: Tensor) -> None:
+        """Write rows [R,C,D] to their tokens of out [B,T,H,D]; tokens of no sequence get zeros."""
+        batch, tokens, heads, dim = out.shape
+        if self.index is not None:
+            places = rows.new_zeros(tokens + 1, heads, dim)
+            places[self.index] = rows.view(-1, heads, self.chunk, dim).transpose(1, 2)
+            out[0] = places[:-1]
+            return
+        chunks = rows.view(-1, batch, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
+        if tokens % self.chunk:
+            out.copy_(chunks.flatten(1, 2)[:, :tokens])
+        else:
+            out.unflatten(1, (-1, self.chunk)).copy_(chunks)
+
+    def sort(self, states: Tensor) -> Tensor:
+        return states if self.order is None else states[self.order]
+
+    def unsort(self, states: Tensor) -> Tensor:
+        return states if self.order is None else torch.empty_like(states).index_copy_(0, self.order, states)
+
+
+def _chunk_size(tokens: int) -> int:
+    return min(CHUNK, max(16, 1 << max(tokens - 1, 0).bit_length()))
+
+
+def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, Layout]]:
+    """Time slices small enough to stay in cache, each with its layout; a packed row is one segment."""
+    batch, tokens, heads, dim = q.shape
+    if cu_seqlens is not None:
+        return [(slice(0, tokens), Layout.packed(tokens, cu_seqlens))]
+    row = max(1, batch * heads * max(dim, v.shape[-1])) * CHUNK
+    step = CHUNK * max(1, SEGMENT // row)
+    spans = [slice(a, min(a + step, tokens)) for a in range(0, tokens, step)]
+    return [(span, Layout.of(batch, span.stop - span.start)) for span in spans]
+
+
+# ------------------------------------------------------------------------------------------------------- gates of a row
+@dataclass(frozen=True)
+class Decay:
+    """The exponentials of every row: of queries and keys [R,C,G], of the states around the chunk [R,G,1]."""
+
+    query: Tensor
+    key: Tensor
+    entry: Tensor
+    exit: Tensor
+    total: Tensor
+    hot: Tensor | None  # rows whose scores are built by halves
+    hot_sums: Tensor | None  # their running sums of log-decays, fp64
+
+    @staticmethod
+    def of(g: Tensor) -> "Decay":
+        if g.numel() and g.amin() < FLOOR:
+            g = g.clamp(min=FLOOR)
+        from_middle = torch.matmul(_sums_from_middle(g.shape[1], g.dtype, g.device), g)
+        hot_rows = ((from_middle[:, 0] > COOL) | (from_middle[:, -1] < -COOL)).any(-1)
+        to_middle = g[:, 0] - from_middle[:, 0]
+        entry, total = to_middle.exp(), (to_middle + from_middle[:, -1]).exp()
+        query = from_middle.exp_()
+        key, exit_ = query.reciprocal(), query[:, -1].clone()
+        hot = sums = None
+        if bool(hot_rows.any()):
+            hot = hot_rows.nonzero().squeeze(-1)
+            sums = g[hot].double().cumsum(1)
+            query[hot] = sums.exp().to(g.dtype)
+            key[hot] = (sums[:, -1:] - sums).exp().to(g.dtype)
+            entry[hot] = 1
+            exit_[hot] = 1
+        return Decay(query, key, entry[..., None], exit_[..., None], total[..., None], hot, sums)
+
+
+def _sums_from_middle(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[C,C] of 0, 1 and -1: times the log-decays of a chunk it gives b_t - b_mid, adding up outwards from the middle."""
+    t, u = torch.arange(chunk, device=device)[:, None], torch.arange(chunk, device=device)
+    middle = chunk // 2 - 1
+    return ((middle < u) & (u <= t)).to(dtype) - ((t < u) & (u <= middle)).to(dtype)
+
+
+def _halves(rows: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """The left and right halves [R, C/(2 half), half, D] of every block of 2 * half tokens."""
+    blocks = rows.unflatten(1, (-1, 2, half))
+    return blocks[:, :, 0], blocks[:, :, 1]
+
+
+def _half_decays(sums: Tensor, half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Decay from a left token to the end of its half, and from there to a right token; both <= 1."""
+    left, right = _halves(sums, half)
+    reference = left[:, :, -1:]
+    return (reference - left).exp().to(dtype), (right - reference).exp().to(dtype)
+
+
+def _block_view(scores: Tensor, half: int) -> Tensor:
+    """View [R, half (right tokens), half (left tokens), blocks] of the pairs in sibling halves of [R,C,C] scores."""
+    blocks = scores.unflatten(2, (-1, 2, half)).unflatten(1, (-1, 2, half))
+    return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
+
+
+def _hot_scores(q: Tensor, k: Tensor, sums: Tensor) -> Tensor:
+    """Scores [R,C,C] of hot rows: q and k [R,C,K] without decay, running sums [R,C,G]."""
+    chunk = q.shape[1]
+    scores = q.new_zeros(q.shape[0], chunk, chunk)
+    scores.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
+    for level in range(chunk.bit_length() - 1):
+        half = 1 << level
+        to_end, from_end = _half_decays(sums, half, q.dtype)
+        left, right = _halves(k, half)[0] * to_end, _halves(q, half)[1] * from_end
+        _block_view(scores, half).copy_((right @ left.mT).permute(0, 2, 3, 1))
+    return scores
+
+
+def _hot_scores_backward(dscores: Tensor, q: Tensor, k: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k [R,C,K] and of the log-decays [R,C,G] through ``_hot_scores``."""
+    diagonal = dscores.diagonal(dim1=1, dim2=2)[..., None]
+    dq, dk, dg = diagonal * k, diagonal * q, torch.zeros_like(sums, dtype=q.dtype)
+    for level in range(q.shape[1].bit_length() - 1):
+        half = 1 << level
+        to_end, from_end = _half_decays(sums, half, q.dtype)
+        left, right = _halves(k, half)[0] * to_end, _halves(q, half)[1] * from_end
+        dblock = _block_view(dscores, half).permute(0, 3, 1, 2)
+        dright, dleft = dblock @ left, dblock.mT @ right
+        _halves(dq, half)[1].add_(dright * from_end)
+        _halves(dk, half)[0].add_(dleft * to_end)
+        _halves(dg, half)[1].add_(_later(_per_gate(right * dright, sums)))
+        _halves(dg, half)[0].add_(_earlier(_per_gate(left * dleft, sums)))
+    return dq, dk, dg
+
+
+def _per_gate(x: Tensor, gates: Tensor) -> Tensor:
+    """[..,K] -> [..,G]: a per-head gate collects over channels."""
+    return x if gates.shape[-1] == x.shape[-1] else x.sum(-1, keepdim=True)
+
+
+def _later(x: Tensor) -> Tensor:
+    """Sum over tokens t >= u, along the last but one dimension."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def _earlier(x: Tensor) -> Tensor:
+    """Sum over tokens t < u, along the last but one dimension; summed without what is then taken away."""
+    return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+
+
+# ----------------------------------------------------------------------------------------------------- states of chunks
+def _scan(update: Tensor, total: Tensor | None, state: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """State before every chunk [R,K,V] and after the last [N,H,K,V], from ``state`` and the chunks' updates [R,K,V]."""
+    before, heads = torch.empty_like(update), state.shape[1]
+    state, at = state.flatten(0, 1).clone(), 0
+    for count in counts:
+        rows = slice(at, at := at + count * heads)
+        _advance(before[rows].copy_(state[: count * heads]), update[rows], total, rows, state[: count * heads])
+    return before, state.unflatten(0, (-1, heads))
+
+
+def _scan_backward(update: Tensor, total: Tensor | None, dstate: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Gradient of the state after every chunk [R,K,V] and of the initial state [N,H,K,V]."""
+    after, heads = torch.empty_like(update), dstate.shape[1]
+    dstate, at = dstate.flatten(0, 1).clone(), update.shape[0]
+    for count in reversed(counts):
+        rows = slice(at - count * heads, at)
+        at = rows.start
+        _advance(after[rows].copy_(dstate[: count * heads]), update[rows], total, rows, dstate[: count * heads])
+    return after, dstate.unflatten(0, (-1, heads))
+
+
+def _advance(state: Tensor, update: Tensor, total: Tensor | None, rows: slice, out: Tensor) -> None:
+    if total is None:
+        torch.add(state, update, out=out)
+    else:
+        torch.addcmul(update, state, total[rows], out=out)
+
+
+# -------------------------------------------------------------------------------------------------- forward and backward
+class _Rows:
+    """What forward and backward both need of the rows of a segment: operands, decays, scores and states."""
+
+    def __init__(self, q, k, v, g, scale, state, layout, dtype):
+        self.q, self.k, self.v = layout.split(q, dtype).mul_(scale), layout.split(k, dtype), layout.split(v, dtype)
+        self.decay = decay = None if g is None else Decay.of(layout.split(g, dtype))
+        self.total = None if decay is None else decay.total
+        self.qd, self.kd = (self.q, self.k) if decay is None else (self.q * decay.query, self.k * decay.key)
+        self.scores = torch.bmm(self.qd, self.kd.mT).tril_()
+        if decay is not None and decay.hot is not None:
+            self.scores[decay.hot] = _hot_scores(self.q[decay.hot], self.k[decay.hot], decay.hot_sums)
+        self.update = torch.bmm(self.kd.mT, self.v)
+        if decay is not None:
+            self.update *= decay.exit
+        self.before, self.state = _scan(self.update, self.total, state, layout.counts)
+
+
+def forward(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Outputs [B,T,H,V] in v's dtype, final states [N,H,K,V] and the states before every segment.
+
+    q, k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V]; cu_seqlens: [N+1] or None.
+    """
+    o, starts, dtype = torch.empty_like(v, memory_format=torch.contiguous_format), [], compute_dtype(q, k, v, g)
+    for t, layout in _segments(q, v, cu_seqlens):
+        starts.append(layout.sort(state))
+        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], scale, starts[-1], layout, dtype)
+        entering = r.before if r.decay is None else r.before.mul_(r.decay.entry)
+        layout.join(torch.bmm(r.scores, r.v).baddbmm_(r.qd, entering), o[:, t])
+        state = layout.unsort(r.state)
+    return o, state, starts
+
+
+def backward(q, k, v, g, scale, starts, cu_seqlens, do, dstate):
+    """Gradients of q, k, v, g (or None) and the initial state, from those of the outputs and the final state."""
+    dtype, dstate = compute_dtype(q, k, v, g), dstate.to(starts[0].dtype if starts else dstate.dtype)
+    grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
+    for (t, layout), start in reversed(list(zip(_segments(q, v, cu_seqlens), starts, strict=True))):
+        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], scale, start, layout, dtype)
+        *rows, dstate = _backward_rows(r, layout.split(do[:, t], dtype), layout.sort(dstate), layout.counts)
+        rows[0].mul_(scale)
+        for grad, x in zip(grads, rows, strict=True):
+            if grad is not None:
+                layout.join(x, grad[:, t])
+        dstate = layout.unsort(dstate)
+    return *grads, dstate
+
+
+def _backward_rows(r: _Rows, do: Tensor, dstate: Tensor, counts: list[int]):
+    """Gradients of the rows of scaled q, k, v and g (or None), and of the states before the segment."""
+    dentry = torch.bmm(r.qd.mT, do)
+    if r.decay is not None:
+        dentry *= r.decay.entry
+    after, dstate = _scan_backward(dentry, r.total, dstate, counts)
+    dscores = torch.bmm(do, r.v.mT).tril_()
+    hot = None if r.decay is None else r.decay.hot
+    hot_dscores = None if hot is None else dscores[hot]
+    if hot is not None:
+        dscores[hot] = 0
+    entering, leaving = (r.before, after) if r.decay is None else (r.before * r.decay.entry, after * r.decay.exit)
+    dv = torch.bmm(r.scores.mT, do).baddbmm_(r.kd, leaving)
+    dqd = torch.bmm(dscores, r.kd).baddbmm_(do, entering.mT)
+    dkd = torch.bmm(dscores.mT, r.qd).baddbmm_(r.v, leaving.mT)
+    if r.decay is None:
+        return dqd, dkd, dv, None, dstate
+    gates = r.decay.total[..., 0]
+    dq, dk = dqd * r.decay.query, dkd * r.decay.key
+    dtotal = _per_gate((r.decay.total * r.before * after).sum(-1), gates)[:, None]
+    dg = dtotal + _cool_dg(
+        _per_gate(dqd.mul_(r.qd).sub_(dkd.mul_(r.kd)), gates),
+        _per_gate((r.before * dentry).sum(-1), gates)[:, None],
+        _per_gate((r.update * after).sum(-1), gates)[:, None],
+    )
+    if hot is not None:
+        hot_q, hot_k = r.q[hot], r.k[hot]
+        hot_dq, hot_dk, hot_dg = _hot_scores_backward(hot_dscores, hot_q, hot_k, r.decay.hot_sums)
+        hot_dg += dtotal[hot] + _later(_per_gate(dq[hot] * hot_q, gates)) + _earlier(_per_gate(dk[hot] * hot_k, gates))
+        dg[hot] = hot_dg
+        dq[hot] += hot_dq
+        dk[hot] += hot_dk
+    return dq, dk, dv, dg, dstate
+
+
+def _cool_dg(dexponent: Tensor, dentry: Tensor, dexit: Tensor) -> Tensor:
+    """Gradient of the log-decays [R,C,G] from that of the exponents b_t - b_mid [R,C,G], b_mid and b_C - b_mid [R,1,G].
+
+    Gates up to the middle enter exponents of earlier tokens with a minus, later gates those of later tokens.
+    """
+    halves = dexponent.unflatten(1, (2, -1))
+    sums = halves.cumsum(2)
+    first = dentry - (sums[:, 0] - halves[:, 0])
+    second = dexit + sums[:, 1, -1:] - (sums[:, 1] - halves[:, 1])
+    return torch.cat((first, second), 1)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, scale, state, cu_seqlens):
+        o, after, starts = forward(q, k, v, g, scale, state, cu_seqlens)
+        ctx.save_for_backward(q, k, v, g, cu_seqlens, *starts)
+        ctx.scale = scale
+        return o, after
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dstate):
+        q, k, v, g, cu_seqlens, *starts = ctx.saved_tensors
+        dq, dk, dv, dg, dstate = backward(q, k, v, g, ctx.scale, starts, cu_seqlens, do, dstate)
+        return dq, dk, dv, dg, None, dstate, None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B,T,H,V] in v's dtype and final states [N,H,K,V]; arguments as in ``forward``, differentiable once."""
+    return _Attend.apply(q, k, v, g, scale, state, cu_seqlens)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,1 @@
+"""What every operator shares: argument checks, the choice of a backend, packed sequences."""

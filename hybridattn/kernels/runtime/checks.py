@@ -1,0 +1,48 @@
+"""Argument checks of the public operators: every message names the argument, what was expected and what was given."""
+
+import torch
+from torch import Tensor
+
+
+def check_shape(sizes: dict[str, int], name: str, x: Tensor, pattern: str) -> None:
+    """Check ``x`` against a pattern such as ``"B T H K"``; letters bound earlier must agree, new ones are bound.
+
+    Args:
+        sizes: sizes of the letters seen so far; extended in place.
+        name: the argument's name, for the message.
+        pattern: space-separated letters, one per dimension.
+    """
+    letters = pattern.split()
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor [{', '.join(letters)}], got {type(x).__name__}")
+    if x.dim() != len(letters) or any(sizes.get(c, n) != n for c, n in zip(letters, x.shape, strict=True)):
+        expected = ", ".join(f"{c}={sizes[c]}" if c in sizes else c for c in letters)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(x.shape)}")
+    sizes.update(zip(letters, x.shape, strict=True))
+
+
+def check_tensors(first: str, **tensors: Tensor | None) -> None:
+    """Check that all tensors given are floating point and on the device of the one named ``first``."""
+    device = tensors[first].device  # pyright: ignore[reportOptionalMemberAccess]
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of {first}), got {x.device}")
+
+
+def check_log_decay(g: Tensor, check_values: bool) -> None:
+    """Check that log-decays are <= 0. Reading values synchronises a GPU: there only where ``check_values`` asks."""
+    if (check_values or g.device.type == "cpu") and g.numel() and not bool((top := g.detach().amax()) <= 0):
+        raise ValueError(f"g: expected natural-log decays <= 0 and not NaN, got a maximum of {top.item():g}")
+
+
+def check_inference(name: str, *tensors: Tensor | None) -> None:
+    """Check that no gradient is asked through an operator that updates its state in place."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(
+            f"{name}: expected inputs without gradients (the state is updated in place), got requires_grad=True; "
+            "use torch.no_grad() or the operator without _step"
+        )

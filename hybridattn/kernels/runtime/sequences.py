@@ -1,0 +1,34 @@
+"""Packed sequences: several sequences in one row, told apart by ``cu_seqlens``, the offsets [0, n1, n1+n2, ..]."""
+
+import torch
+from torch import Tensor
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, check_values: bool) -> None:
+    """Check the offsets of ``cu_seqlens [N+1]`` over one packed row of ``tokens`` tokens.
+
+    Tokens past the last offset belong to no sequence: operators leave zeros there. Reading values synchronises a GPU:
+    there only where ``check_values`` asks.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"{name}: expected integer offsets of shape [N+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if batch != 1:
+        raise ValueError(f"{name}: expected one packed row (batch size 1), got batch size {batch}")
+    if check_values or cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] > tokens or offsets != sorted(offsets):
+            raise ValueError(f"{name}: expected ascending offsets from 0 to at most {tokens} tokens, got {offsets}")
+
+
+def sequence_slices(cu_seqlens: Tensor) -> list[slice]:
+    """The time slice of every sequence of a packed row."""
+    offsets = cu_seqlens.tolist()
+    return [slice(a, b) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Number of the sequence of every token, int64 [tokens]; N for tokens past the last offset."""
+    at = torch.arange(tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous().to(at.dtype), at, right=True)

@@ -1,0 +1,37 @@
+"""What the mixers' caches have in common. A cache is a plain dict of tensors with one row per sequence."""
+
+import torch
+from torch import Tensor
+
+Cache = dict[str, Tensor]
+CacheSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
+
+
+def store(cache: Cache, name: str, value: Tensor) -> None:
+    """Keep ``value`` under ``name``: in place where it was kept before, so that its memory stays where it is.
+
+    While gradients are recorded the tensor is replaced instead: the old one may be needed for the backward pass.
+    """
+    if name in cache and not torch.is_grad_enabled():
+        cache[name].copy_(value)
+    else:
+        cache[name] = value
+
+
+def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Is this one new token of every row, to be handled by the in-place ``_step`` operators?"""
+    return hidden_states.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
+
+
+def positive(name: str, value: int) -> int:
+    """``value`` if it is a positive integer, else a ValueError that names the option."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return value
+
+
+def head_size(hidden_size: int, num_heads: int) -> int:
+    """Dimension of a head when heads share the hidden size evenly."""
+    if positive("hidden_size", hidden_size) % positive("num_heads", num_heads):
+        raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}")
+    return hidden_size // num_heads

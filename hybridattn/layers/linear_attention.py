@@ -1,0 +1,83 @@
+"""Linear attention with a feature map and without decay."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.linear_attention import NormalizedState, linear_attention, linear_attention_step
+from .cache import Cache, CacheSpec, head_size, is_step, positive, store
+
+FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
+
+
+class LinearAttention(nn.Module):
+    """Causal linear attention: ``o_t = phi(q_t) sum_{s<=t} phi(k_s)^T v_s``, by default over the same sum of phi(k_s).
+
+    Katharopoulos et al., "Transformers are RNNs" (2020), section 3, with phi(x) = elu(x) + 1.
+
+    Args:
+        hidden_size: model dimension.
+        num_heads: H.
+        key_dim: K, per head; hidden_size / num_heads by default.
+        value_dim: V, per head; hidden_size / num_heads by default.
+        feature_map: phi, ``"elu"`` (elu + 1), ``"relu"`` or ``"identity"``.
+        normalize: divide by the sum of the weights; without it the output is scaled by K^-0.5.
+        backend: of the operator.
+
+    Shape: hidden_states [B,T,hidden_size] -> the same; the cache holds the fp32 state [N,H,K,V] and, if ``normalize``, the
+    sum of keys [N,H,K].
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 1,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        feature_map: str = "elu",
+        normalize: bool = True,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map: expected one of {sorted(FEATURE_MAPS)}, got {feature_map!r}")
+        self.num_heads, self.normalize, self.backend = positive("num_heads", num_heads), normalize, backend
+        self.key_dim = head_size(hidden_size, num_heads) if key_dim is None else positive("key_dim", key_dim)
+        self.value_dim = head_size(hidden_size, num_heads) if value_dim is None else positive("value_dim", value_dim)
+        self.feature_map = feature_map
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_heads * self.value_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.value_dim, hidden_size, bias=False)
+
+    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
+        keys = (batch_size, self.num_heads, self.key_dim)
+        spec: CacheSpec = {"state": ((*keys, self.value_dim), torch.float32)}
+        return {**spec, "k_sum": (keys, torch.float32)} if self.normalize else spec
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        phi = FEATURE_MAPS[self.feature_map]
+        q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (phi(q), phi(k), v))
+        options = {"normalize": self.normalize, "backend": self.backend}
+        state = None
+        if cache is not None and "state" in cache:
+            state = NormalizedState(cache["state"], cache["k_sum"]) if self.normalize else cache["state"]
+        if state is not None and is_step(hidden_states, cu_seqlens):
+            o = linear_attention_step(q, k, v, state, **options)
+        else:
+            keep = cache is not None
+            o, state = linear_attention(
+                q, k, v, initial_state=state, output_final_state=keep, cu_seqlens=cu_seqlens, **options
+            )
+            if keep:
+                for name, value in zip(("state", "k_sum"), state if self.normalize else (state,), strict=False):
+                    store(cache, name, value.contiguous())
+        return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))

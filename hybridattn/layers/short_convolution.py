@@ -1,0 +1,80 @@
+"""Depthwise causal convolution over time."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.runtime.sequences import sequence_ids
+from .cache import Cache, CacheSpec, positive, store
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution: every channel mixes its last ``kernel_size`` tokens.
+
+    Poli et al., "Hyena Hierarchy" (2023), section 3.1; short convolutions before the mixers as in H3, Mamba and GLA.
+
+    Args:
+        hidden_size: number of channels.
+        kernel_size: taps, the current token included.
+        activation: None or ``"silu"``.
+        bias: add a bias per channel.
+
+    Shape: hidden_states [B,T,hidden_size] -> the same. ``cu_seqlens`` [N+1] keeps packed sequences apart. The cache holds
+    the last ``kernel_size - 1`` inputs.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int = 4, activation: str | None = None, bias: bool = False):
+        super().__init__()
+        if activation not in (None, "silu"):
+            raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
+        self.hidden_size, self.kernel_size = positive("hidden_size", hidden_size), positive("kernel_size", kernel_size)
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(hidden_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.kernel_size**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
+        return {"conv": ((batch_size, self.kernel_size - 1, self.hidden_size), dtype)}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        past = self.kernel_size - 1
+        rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        tail = cache.get("conv") if cache is not None else None
+        if tail is None:
+            tail = hidden_states.new_zeros(rows, past, self.hidden_size)
+        if cu_seqlens is None:
+            padded = torch.cat((tail, hidden_states), 1)
+            o, tail = self._convolve(padded), padded[:, padded.shape[1] - past :]
+        else:
+            o, tail = self._packed(hidden_states, tail, cu_seqlens)
+        if cache is not None:
+            store(cache, "conv", tail.contiguous())
+        return F.silu(o) if self.activation == "silu" else o
+
+    def _convolve(self, padded: Tensor) -> Tensor:
+        """[B,T+past,D] -> [B,T,D]."""
+        weight, bias = self.weight[:, None].to(padded.dtype), None if self.bias is None else self.bias.to(padded.dtype)
+        return F.conv1d(padded.mT, weight, bias, groups=self.hidden_size).mT
+
+    def _packed(self, hidden_states: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Sequences with their tails before them, one behind the other; what follows the last one has zeros before it."""
+        past, tokens, sequences = self.kernel_size - 1, hidden_states.shape[1], tail.shape[0]
+        cu_seqlens, taps = cu_seqlens.long(), torch.arange(past, device=hidden_states.device)
+        number = torch.arange(sequences, device=hidden_states.device)
+        places = torch.arange(tokens, device=hidden_states.device) + (sequence_ids(cu_seqlens, tokens) + 1) * past
+        starts = (cu_seqlens[:-1] + number * past)[:, None] + taps
+        ends = (cu_seqlens[1:] + number * past)[:, None] + taps
+        padded = hidden_states.new_zeros(tokens + (sequences + 1) * past, self.hidden_size)
+        padded = padded.index_put((places,), hidden_states[0]).index_put((starts,), tail.to(hidden_states.dtype))
+        return self._convolve(padded[None])[:, places - past], padded[ends]

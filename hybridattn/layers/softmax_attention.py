@@ -1,0 +1,121 @@
+"""Softmax attention, full or over a sliding window."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels.flash_attention import flash_attention, flash_decode
+from ..kernels.runtime.sequences import sequence_slices
+from . import kv_cache
+from .cache import Cache, CacheSpec, head_size, is_step, positive
+from .rotary import apply_rotary
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention with grouped key/value heads, rotary positions and an optional sliding window.
+
+    Vaswani et al., "Attention Is All You Need" (2017), section 3.2; grouped heads: Ainslie et al., "GQA" (2023); window:
+    Beltagy et al., "Longformer" (2020), section 3.1.
+
+    Args:
+        hidden_size: model dimension.
+        num_heads: query heads.
+        num_key_value_heads: key/value heads, a divisor of num_heads; num_heads by default.
+        head_dim: hidden_size / num_heads by default; even where rotary positions are used.
+        window: a token sees itself and the ``window - 1`` before it; None is all of them.
+        rope_theta: base of the rotary frequencies; None for no positions.
+        backend: of the operators.
+
+    Shape: hidden_states [B,T,hidden_size] -> the same. ``position_ids`` [B,T] count tokens of the sequence by default. The
+    cache holds keys, values and lengths (see ``kv_cache``).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rope_theta: float | None = 10000.0,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        kv_heads = num_heads if num_key_value_heads is None else positive("num_key_value_heads", num_key_value_heads)
+        if positive("num_heads", num_heads) % kv_heads:
+            raise ValueError(f"num_key_value_heads: expected a divisor of num_heads {num_heads}, got {kv_heads}")
+        self.head_dim = head_size(hidden_size, num_heads) if head_dim is None else positive("head_dim", head_dim)
+        if rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")
+        self.window = window if window is None else positive("window", window)
+        self.num_heads, self.num_key_value_heads = num_heads, kv_heads
+        self.rope_theta, self.backend = rope_theta, backend
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+
+    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
+        """Of a prompt of ``tokens``; a full cache grows from there (see ``kv_cache``)."""
+        kept = ((batch_size, self.window or tokens, self.num_key_value_heads, self.head_dim), dtype)
+        return {"keys": kept, "values": kept, "lengths": ((batch_size,), torch.int64)}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=self.head_dim) for x in (q, k, v))
+        if self.rope_theta is not None:
+            if position_ids is None:
+                position_ids = _positions(hidden_states, cu_seqlens, cache)
+            q, k = (apply_rotary(x, position_ids, self.rope_theta) for x in (q, k))
+        if cache is not None and "keys" in cache and is_step(hidden_states, cu_seqlens):
+            kv_cache.append(cache, k, v, None, self.window)
+            lengths = cache["lengths"].clamp(max=cache["keys"].shape[1])
+            o = flash_decode(q, cache["keys"], cache["values"], cache_lengths=lengths, backend=self.backend)
+        elif cache is not None and "keys" in cache:
+            o = self._continue(q, k, v, cu_seqlens, cache)
+            kv_cache.append(cache, k, v, cu_seqlens, self.window)
+        else:
+            o = flash_attention(q, k, v, window=self.window, cu_seqlens_q=cu_seqlens, backend=self.backend)
+            if cache is not None:
+                kv_cache.append(cache, k, v, cu_seqlens, self.window)
+        return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))
+
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cache: Cache) -> Tensor:
+        """Several new tokens after kept ones: every sequence's kept and new keys, packed."""
+        batch, tokens = q.shape[:2]
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(batch + 1, device=q.device) * tokens
+            q, k, v = (rearrange(x, "b t h d -> 1 (b t) h d") for x in (q, k, v))
+        keep = None if self.window is None else self.window - 1
+        spans = sequence_slices(cu_seqlens)
+        keys = [torch.cat((kv_cache.past(cache, "keys", n, keep), k[0, s])) for n, s in enumerate(spans)]
+        values = [torch.cat((kv_cache.past(cache, "values", n, keep), v[0, s])) for n, s in enumerate(spans)]
+        ends = torch.tensor([0, *(len(x) for x in keys)], device=q.device).cumsum(0)
+        o = flash_attention(
+            q,
+            torch.cat(keys)[None],
+            torch.cat(values)[None],
+            window=self.window,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=ends,
+            backend=self.backend,
+        )
+        return rearrange(o, "1 (b t) h d -> b t h d", b=batch)
+
+
+def _positions(hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+    """Position [B,T] of every token in its sequence, kept tokens counted."""
+    batch, tokens = hidden_states.shape[:2]
+    at = torch.arange(tokens, device=hidden_states.device)[None]
+    kept = cache["lengths"] if cache is not None and "lengths" in cache else None
+    if cu_seqlens is None:
+        return at if kept is None else at + kept[:, None]
+    from_start = (cu_seqlens[:-1] if kept is None else cu_seqlens[:-1] - kept).long()
+    number = kv_cache.sequence_ids(cu_seqlens, tokens)
+    return at - torch.cat((from_start, cu_seqlens[-1:].long()))[number]

@@ -1,0 +1,88 @@
+"""The cache layer that holds whatever a mixer keeps, for transformers' DynamicCache."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration import CACHE_LAYER_TYPE
+
+
+class MixerCacheLayer(CacheLayerMixin):
+    """One layer of a ``Cache``: the dict that its mixer reads and writes, one row per sequence in every tensor.
+
+    ``DynamicCache(config=config)`` makes these by the name in ``config.layer_types``. ``cumulative_length`` counts the
+    tokens of a row, padding included, as ``generate`` expects; the model advances it.
+    """
+
+    _layer_type = CACHE_LAYER_TYPE
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.tensors: dict[str, Tensor] = {}
+        self.cumulative_length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("mixers allocate their own tensors")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("mixers read and write `tensors`")
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _map(self, change) -> None:
+        self.tensors.update({name: change(x) for name, x in self.tensors.items()})
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        raise NotImplementedError("offloaded caches are not supported: keep the cache on the model's device")
+
+    def reset(self) -> None:
+        self.tensors.clear()
+        self.cumulative_length = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"tokens_to_remove: expected 0 (a recurrent state cannot be rolled back), got {tokens_to_remove}"
+            )
+
+
+def mixer_layers(cache: Cache, expected: int) -> list[MixerCacheLayer]:
+    """The cache's layers, one for each of the model's ``expected`` layers.
+
+    Raises:
+        ValueError: the cache was not made from the model's configuration.
+    """
+    if len(cache.layers) != expected or not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers):
+        raise ValueError(
+            f"past_key_values: expected DynamicCache(config=model.config) with {expected} layers, got {cache!r}"
+        )
+    return cache.layers  # pyright: ignore[reportReturnType]
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Bytes of all tensors the cache holds, as allocated: whole storages, counted once."""
+    tensors = (x for layer in cache.layers for x in layer.tensors.values())  # pyright: ignore[reportAttributeAccessIssue]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

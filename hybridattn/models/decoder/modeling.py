@@ -1,0 +1,258 @@
+"""The decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...layers import GatedLinearAttention, ShortConvolution
+from ...layers.cache import CacheSpec
+from .cache import mixer_layers
+from .configuration import HybridAttnConfig
+from .mixers import build_mixer
+
+
+class Packing(NamedTuple):
+    """Which tokens of a padded batch are real, and their offsets as one packed row: mixers never see padding."""
+
+    tokens: Tensor  # places [n] in the flattened batch
+    cu_seqlens: Tensor  # [B+1]
+
+    @staticmethod
+    def of(mask: Tensor) -> "Packing":
+        """mask: boolean [B,T], True for real tokens anywhere in the row."""
+        cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
+        return Packing(mask.flatten().nonzero().squeeze(1), cu_seqlens)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B,T,..] -> [1,n,..]."""
+        return x.flatten(0, 1)[self.tokens][None]
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        """[1,n,D] -> the shape of ``like`` [B,T,D], zeros for padding."""
+        out = packed.new_zeros(like.shape[0] * like.shape[1], packed.shape[-1])
+        return out.index_put((self.tokens,), packed[0]).view(*like.shape[:2], -1)
+
+
+class MLP(nn.Module):
+    """SwiGLU. Shazeer, "GLU Variants Improve Transformer" (2020)."""
+
+    def __init__(self, config: HybridAttnConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: token mixer, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: HybridAttnConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        name = config.mixers[layer_idx]
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.conv = None if config.conv_size is None else ShortConvolution(config.hidden_size, config.conv_size)
+        self.mixer = build_mixer(name, config.hidden_size, config.mixer_options.get(name, {}), config.backend)
+        if config.mlp == "swiglu":
+            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp = MLP(config)
+
+    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
+        """The mixer's, and the input convolution's under names of its own."""
+        spec = dict(self.mixer.cache_spec(batch_size, tokens, dtype))
+        for name, kept in ({} if self.conv is None else self.conv.cache_spec(batch_size, tokens, dtype)).items():
+            spec["input_" + name] = kept
+        return spec
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor | None = None,
+        packing: Packing | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx].tensors
+        x = self.input_layernorm(hidden_states)
+        if packing is not None:
+            x, cu_seqlens = packing.pack(x), packing.cu_seqlens
+        if self.conv is not None:
+            x = x + self._convolve(x, cu_seqlens, cache)
+        x = self.mixer(x, cu_seqlens=cu_seqlens, position_ids=position_ids, cache=cache)
+        if packing is not None:
+            x = packing.unpack(x, hidden_states)
+        hidden_states = hidden_states + x
+        if hasattr(self, "mlp"):
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+    def _convolve(self, x: Tensor, cu_seqlens: Tensor | None, cache: dict[str, Tensor] | None) -> Tensor:
+        if cache is None:
+            return self.conv(x, cu_seqlens=cu_seqlens)
+        own = {"conv": cache["input_conv"]} if "input_conv" in cache else {}
+        x = self.conv(x, cu_seqlens=cu_seqlens, cache=own)
+        cache["input_conv"] = own["conv"]
+        return x
+
+
+class HybridAttnPreTrainedModel(PreTrainedModel):
+    config_class = HybridAttnConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
+    _can_record_outputs = {"hidden_states": DecoderLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if self.config.initializer == "fan_in":
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, nn.Embedding):
+                init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        if isinstance(module, ShortConvolution):
+            init.normal_(module.weight, std=module.kernel_size**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, GatedLinearAttention) and module.gate_bias_range is not None:
+            init.uniform_(module.gk_proj[1].bias, *module.gate_bias_range)
+
+
+class HybridAttnModel(HybridAttnPreTrainedModel):
+    """The decoder without a head: token ids to hidden states."""
+
+    def __init__(self, config: HybridAttnConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B,T,hidden_size].
+
+        Args:
+            input_ids or inputs_embeds: [B,T] or [B,T,hidden_size].
+            attention_mask: [B,T] or, with a cache, [B,past+T]; zeros are padding, wherever in the row they are, and
+                change nothing for the other tokens.
+            position_ids: rotary positions [B,T]; by default the place among the row's real tokens.
+            past_key_values: ``DynamicCache(config=model.config)``, updated in place.
+            cu_seq_lens_q: offsets [N+1] of sequences packed into one row (B = 1).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        batch, tokens = inputs_embeds.shape[:2]
+        packing = None
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
+                raise ValueError(
+                    f"attention_mask: expected shape [{batch}, at least {tokens}], got {list(attention_mask.shape)}"
+                )
+            real = attention_mask[:, attention_mask.shape[1] - tokens :].bool()
+            if not bool(real.all()):
+                packing = Packing.of(real)
+        if packing is not None and cu_seq_lens_q is not None:
+            raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
+        if packing is not None and position_ids is not None:
+            position_ids = packing.pack(position_ids.expand(batch, tokens))
+        cache_layers = None if past_key_values is None else mixer_layers(past_key_values, len(self.layers))
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_ids=position_ids,
+                packing=packing,
+                cu_seqlens=cu_seq_lens_q,
+                past_key_values=past_key_values,
+            )
+        for layer in cache_layers or ():
+            layer.cumulative_length += tokens
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridAttnConfig):
+        super().__init__(config)
+        self.model = HybridAttnModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B,T,vocab_size] and, with ``labels`` [B,T] (-100 is ignored), the next-token loss.
+
+        Args:
+            logits_to_keep: only the logits of the last so many tokens, or of these positions; 0 is all.
+            Other arguments as in ``HybridAttnModel.forward``.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+AutoModel.register(HybridAttnConfig, HybridAttnModel, exist_ok=True)
+AutoModelForCausalLM.register(HybridAttnConfig, HybridAttnForCausalLM, exist_ok=True)

@@ -1,0 +1,171 @@
+"""A small language-model training loop that a CPU carries: Muon for matrices, AdamW for the rest, a budget to keep.
+
+Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (``torch.optim.Muon``).
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run does at every step.
+
+    Attributes:
+        length: tokens per sequence.
+        batch: sequences per step.
+        matrix_rate: peak learning rate of Muon (matrices inside the blocks).
+        rate: peak learning rate of AdamW (everything else).
+        weight_decay: of every parameter with two or more dimensions, relative to the learning rate.
+        warmup: share of the run over which the rates rise linearly; they fall as a cosine to zero afterwards.
+        clip: largest norm of all gradients together.
+    """
+
+    length: int = 256
+    batch: int = 8
+    matrix_rate: float = 0.02
+    rate: float = 5e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    clip: float = 1.0
+
+
+def train(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train a causal language model on random windows of one text, for a number of steps or for a time.
+
+    Runs in bf16 autocast on a CPU that computes in bf16, in the model's own dtype elsewhere. With ``steps`` the result
+    is determined by ``steps``, ``seed`` and the model; with ``seconds`` it also depends on the machine's speed.
+
+    Args:
+        model: a causal language model; left in evaluation mode.
+        tokens: token ids ``[time]``, integers.
+        steps: optimiser steps to take; exclusive with ``seconds``.
+        seconds: wall-clock time to spend, at least one step.
+        recipe: batch, rates and schedule; `Recipe()` if None.
+        seed: of the windows drawn.
+
+    Returns:
+        ``steps``, ``seconds``, ``tokens_per_second`` and ``bits_per_token`` (training loss, averaged over the last
+        twenty or so steps).
+
+    Raises:
+        ValueError: not exactly one of ``steps`` and ``seconds``, one that is not positive, or too short a text.
+        FloatingPointError: the loss is no longer finite.
+    """
+    recipe = recipe or Recipe()
+    budget = check_budget(steps, seconds)
+    if len(tokens) <= recipe.length:
+        raise ValueError(f"tokens: expected more than {recipe.length} (one sequence), got {len(tokens)}")
+    text = torch.from_numpy(tokens.astype(np.int64))
+    generator = torch.Generator().manual_seed(seed)
+    optimizers = build_optimizers(model, recipe)
+    model.train()
+    step, elapsed, smooth, start = 0, 0.0, math.nan, time.perf_counter()
+    with tqdm(total=budget, desc="training", unit="step" if steps else "s", bar_format=BAR) as bar:
+        while (spent := step if steps else elapsed) < budget:
+            scale_rates(optimizers, schedule(spent / budget, warmup=recipe.warmup))
+            starts = torch.randint(len(text) - recipe.length, (recipe.batch, 1), generator=generator)
+            batch = text[starts + torch.arange(recipe.length + 1)]
+            loss = take_step(model, batch, optimizers, clip=recipe.clip)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss: expected a finite value, got {loss} at step {step}")
+            smooth = loss if step == 0 else 0.95 * smooth + 0.05 * loss
+            step, elapsed = step + 1, time.perf_counter() - start
+            bar.set_postfix_str(f"{smooth / math.log(2):.3f} bits/token", refresh=False)
+            bar.update(min(step if steps else elapsed, budget) - bar.n)
+    model.eval()
+    return {
+        "steps": step,
+        "seconds": elapsed,
+        "tokens_per_second": step * recipe.batch * recipe.length / elapsed,
+        "bits_per_token": smooth / math.log(2),
+    }
+
+
+def check_budget(steps: int | None, seconds: float | None) -> float:
+    """Return the one of both that is given, a positive number."""
+    given = {name: value for name, value in (("steps", steps), ("seconds", seconds)) if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"steps, seconds: expected exactly one of them, got {' and '.join(given) or 'neither'}")
+    ((name, value),) = given.items()
+    if not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return value
+
+
+def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of linear layers, AdamW for the rest: embeddings, head, convolutions, vectors."""
+    outside = {model.get_input_embeddings(), model.get_output_embeddings()}
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in outside]
+    matrices = {id(module.weight): module.weight for module in linear}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(list(matrices.values()), lr=recipe.matrix_rate, weight_decay=recipe.weight_decay)
+        )
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
+
+
+def schedule(progress: float, *, warmup: float) -> float:
+    """Learning rate over its peak after a share ``progress`` of a run: a linear rise, then a cosine; at least 0.01."""
+    if progress < warmup:
+        return max(progress / warmup, 0.01)
+    return max(0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup)), 0.01)
+
+
+def scale_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    """Set every learning rate to a share of its peak."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak"] * share
+
+
+def take_step(
+    model: PreTrainedModel, tokens: torch.Tensor, optimizers: list[torch.optim.Optimizer], *, clip: float
+) -> float:
+    """One optimiser step on ``tokens``, int64 ``[batch, length + 1]``; returns the loss in nats per token."""
+    with native_autocast():
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def native_autocast() -> AbstractContextManager[None]:
+    """bf16 autocast where the CPU has bf16 instructions (x86: AVX512-BF16 or AMX); emulated bf16 would be slower."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_native_bf16())
+
+
+def has_native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware, as far as torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,46 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub; subprocesses inherit it
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+torch.set_num_threads(1)
+# Besides what its name says, this fills torch.empty and its kin with NaN, so that a read of unwritten memory shows.
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """run_python(code, *, blocked=(), path=None) -> stdout of a fresh Python process at the repository root.
+
+    Importing a package named in `blocked` raises ImportError there; `path` is a folder of further packages. The test
+    fails if the process does.
+    """
+
+    def run(code: str, *, blocked: tuple[str, ...] = (), path: Path | None = None) -> str:
+        guard = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked in this test")
+sys.meta_path.insert(0, Blocked())
+"""
+        env = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+        done = subprocess.run([sys.executable, "-c", guard + code], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

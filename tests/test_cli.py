@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import hybridattn
+from hybridattn import cli
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """run(*args) -> (exit code, stdout, stderr) of the hybridattn command."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(list(args))
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_version(run) -> None:
+    assert run("--version") == (0, hybridattn.__version__ + "\n", "")
+
+
+def test_help_names_every_verb(run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(verb in out for verb in ("demo", "info", "env"))
+
+
+def test_env(run) -> None:
+    code, out, _ = run("env")
+    facts = {line[:13].strip(): line[13:] for line in out.splitlines()}
+    assert code == 0
+    assert facts["hybridattn"] == hybridattn.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == "1"
+    assert all(facts.values())
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ((), "command"),
+        (("dance",), "dance"),
+        (("demo", "--sedes", "2"), "--sedes"),
+        (("demo", "--seeds", "0"), "--seeds"),
+        (("demo", "--steps", "many"), "--steps"),
+        (("demo", "--only", "nothing"), "nothing"),
+        (("info",), "MODEL_OR_PRESET"),
+        (("info", "no-such-preset"), "no-such-preset"),
+        (("info", "gla-340m", "--dtype", "int3"), "int3"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str) -> None:
+    code, out, err = run(*args)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("hybridattn: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_info_refuses_a_foreign_model(run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code, _, err = run("info", str(tmp_path))
+    assert code == 2
+    assert "'llama'" in err
+
+
+def test_info_on_every_preset(run) -> None:
+    from hybridattn.models.presets import PRESETS
+
+    for preset in PRESETS:
+        code, out, _ = run("info", preset)
+        assert code == 0
+        assert preset in out
+
+
+def test_info_on_a_saved_model(run, tmp_path: Path) -> None:
+    config = hybridattn.HybridAttnConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        mixers=["linear_attention", "softmax_attention"],
+    )
+    config.save_pretrained(tmp_path)
+    code, out, _ = run("info", str(tmp_path), "--dtype", "float32")
+    assert code == 0
+    assert "linear_attention" in out
+    assert "state at 1M" in out

@@ -1,0 +1,72 @@
+"""The repository's layout and what the built distributions contain."""
+
+import ast
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hybridattn
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hybridattn"
+WINGS = ("kernels", "layers", "models", "training", "evals")  # each may import those before it
+FILES = sorted(
+    p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+)
+
+
+@pytest.mark.parametrize("wing", ["kernels", "models", "evals"])
+def test_root_links_lead_to_namespace_wings(wing: str) -> None:
+    link = ROOT / wing
+    assert link.is_symlink()
+    assert link.readlink() == Path("hybridattn", wing)
+    # A regular package called kernels in the working directory would shadow Hugging Face's and break transformers.
+    assert not (link / "__init__.py").exists()
+
+
+def imported_modules(source: str) -> set[str]:
+    """Modules named by the import statements of `source`, wherever they stand; public names count as their module."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            if node.module == "hybridattn":
+                modules |= {hybridattn._MODULES.get(a.name, f"hybridattn.{a.name}") for a in node.names}
+            else:
+                modules.add(node.module)
+    return modules
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_imports_run_one_way(wing: str) -> None:
+    later = {f"hybridattn.{name}" for name in WINGS[WINGS.index(wing) + 1 :]} | {"hybridattn.cli"}
+    for file in (PACKAGE / wing).rglob("*.py"):
+        wrong = {m for m in imported_modules(file.read_text()) if ".".join(m.split(".")[:2]) in later}
+        assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def build(target: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_wheel_contains_every_file_of_the_package_and_nothing_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
+        names = [name for name in wheel.namelist() if ".dist-info/" not in name]
+    assert "hybridattn/py.typed" in names
+    assert sorted(names) == FILES
+
+
+def test_sdist_contains_every_file_of_the_package(tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tmp_path)) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert names >= {*FILES, "pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"}
