@@ -1,9 +1,11 @@
 """The `hybridattn` command. Nothing heavy is imported before a verb needs it."""
 
+import math
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +14,9 @@ import typer
 import hybridattn
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from hybridattn.layers.mixer import CacheSpec
     from hybridattn.models.decoder import HybridAttnConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -23,10 +28,16 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: the process's own) and exit; bad input is one line on stderr and code 2."""
     try:
         code = app(args, prog_name="hybridattn", standalone_mode=False)
-    except (typer.TyperException, ValueError) as error:
-        print("hybridattn:", " ".join(str(error).split()), file=sys.stderr)
-        code = 2
+    except typer.TyperException as error:
+        code = _refuse(error.format_message())
+    except ValueError as error:
+        code = _refuse(str(error))
     sys.exit(code)
+
+
+def _refuse(reason: str) -> int:
+    print("hybridattn:", " ".join(reason.split()), file=sys.stderr)
+    return 2
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,35 +75,48 @@ def info(
 ) -> None:
     """Show each layer's mixer, parameters and state per sequence at 2k, 32k and 1M tokens."""
     import torch
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from hybridattn.models.decoder import HybridAttnForCausalLM
-    from hybridattn.models.decoder.accounting import cache_bytes, cache_spec
+    from hybridattn.models.decoder.accounting import cache_spec
 
     config = _load_config(model)
-    cache = {"batch_size": 1, "dtype": getattr(torch, dtype)}
-    specs = [cache_spec(config, tokens=tokens, **cache) for tokens in CONTEXT_LENGTHS.values()]
     with torch.device("meta"):
         net = HybridAttnForCausalLM(config)
+    specs = [
+        cache_spec(config, batch_size=1, tokens=tokens, dtype=getattr(torch, dtype))
+        for tokens in CONTEXT_LENGTHS.values()
+    ]
+    rows = [
+        (mixer, _parameters(net.model.layers[i]), *(_state([spec[i]]) for spec in specs))
+        for i, mixer in enumerate(config.mixers)
+    ]
 
-    table = Table(
-        "layer", "mixer", title=f"{model}: parameters, and state per sequence as elements and bytes ({dtype})"
-    )
-    for heading in ("parameters", *(f"state at {length}" for length in CONTEXT_LENGTHS)):
+    title = f"{model}: elements and bytes of state per sequence, {dtype}"
+    table = Table("layers", "mixer", title=title, box=box.SIMPLE)
+    for heading in ("parameters each", *(f"state at {length}" for length in CONTEXT_LENGTHS)):
         table.add_column(heading, justify="right")
-    for i, mixer in enumerate(config.mixers):
-        parameters = sum(p.numel() for p in net.model.layers[i].parameters())
-        layer_states = [[(torch.Size(shape).numel(), t.itemsize) for shape, t in spec[i].values()] for spec in specs]
-        states = [_state(sum(n for n, _ in s), sum(n * size for n, size in s)) for s in layer_states]
-        table.add_row(str(i), mixer, f"{parameters:,}", *states)
+    start = 0
+    for row, alike in groupby(rows):
+        end = start + len(list(alike)) - 1
+        table.add_row(f"{start}-{end}" if end > start else f"{start}", *row)
+        start = end + 1
     table.add_section()
-    elements = [sum(torch.Size(shape).numel() for layer in spec for shape, _ in layer.values()) for spec in specs]
-    sizes = [cache_bytes(config, tokens=tokens, **cache) for tokens in CONTEXT_LENGTHS.values()]
-    parameters = sum(p.numel() for p in net.parameters())
-    table.add_row("all", "with embeddings", f"{parameters:,}", *map(_state, elements, sizes))
-    console = Console()
-    console.print(table, width=console.width if console.is_terminal else 120)
+    table.add_row("model", "", _parameters(net), *map(_state, specs))
+    Console().print(table)
+
+
+def _parameters(module: "nn.Module") -> str:
+    return f"{sum(p.numel() for p in module.parameters()):,}"
+
+
+def _state(layers: "list[CacheSpec]") -> str:
+    from hybridattn.models.decoder.accounting import cache_elements
+
+    size = sum(math.prod(shape) * kept.itemsize for spec in layers for shape, kept in spec.values())
+    return f"{sum(map(cache_elements, layers)):,}\n{_bytes(size)}"
 
 
 def _load_config(model: str) -> "HybridAttnConfig":
@@ -109,10 +133,6 @@ def _load_config(model: str) -> "HybridAttnConfig":
     if not isinstance(config, HybridAttnConfig):
         raise ValueError(f"expected a hybridattn model, got model_type {config.model_type!r} in {model!r}")
     return config
-
-
-def _state(elements: int, size: int) -> str:
-    return f"{elements:,}  {_bytes(size):>8}"
 
 
 def _bytes(size: float) -> str:

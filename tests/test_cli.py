@@ -50,7 +50,7 @@ def test_env(run) -> None:
         (("demo", "--only", "nothing"), "nothing"),
         (("info",), "MODEL_OR_PRESET"),
         (("info", "no-such-preset"), "no-such-preset"),
-        (("info", "gla-340m", "--dtype", "int3"), "int3"),
+        (("info", "gla_340m", "--dtype", "int3"), "int3"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str) -> None:
@@ -79,14 +79,17 @@ def test_info_on_every_preset(run) -> None:
 
 
 def test_info_on_a_saved_model(run, tmp_path: Path) -> None:
+    options = {"linear": {"num_heads": 2}, "full": {"num_heads": 2}}
     config = hybridattn.HybridAttnConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=2,
-        mixers=["linear_attention", "softmax_attention"],
+        vocab_size=32, hidden_size=16, mixers=["linear", "full"], mixer_options=options, mlp="none"
     )
     config.save_pretrained(tmp_path)
     code, out, _ = run("info", str(tmp_path), "--dtype", "float32")
     assert code == 0
-    assert "linear_attention" in out
-    assert "state at 1M" in out
+    rows = {cells[0]: cells[1:] for line in out.splitlines() if (cells := line.split())}
+    _, _, linear_at_2k, _, linear_at_1m = rows["0"]
+    _, _, full_at_2k, _, full_at_1m = rows["1"]
+    assert linear_at_2k == linear_at_1m
+    assert full_at_2k == f"{2 * 2**11 * 16:,}"  # keys and values
+    assert full_at_1m == f"{2 * 2**20 * 16:,}"
+    assert rows["model"][0] == f"{hybridattn.HybridAttnForCausalLM(config).num_parameters():,}"

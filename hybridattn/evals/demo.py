@@ -38,17 +38,74 @@ def run(
     if steps is not None:
         check_positive("steps", steps)
     check_output(out)
+    with written_aside(out) as folder:
+        results = {part: PART_RUNS[part](folder, seeds, steps) for part in parts}
+        write(folder, {"only": parts, "seeds": seeds, "steps": steps}, results)
+    print(f"\nIn {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    return json.loads((out / RESULTS).read_text(encoding="utf-8"))
 
-    from hybridattn.evals.report.markdown import report
+
+def check_parts(only: Sequence[str] | None) -> list[str]:
+    """The parts to run, in their own order."""
+    wanted = [only] if isinstance(only, str) else list(only or PARTS)
+    unknown = [part for part in wanted if part not in PARTS]
+    if unknown:
+        raise ValueError(f"only: expected parts of {list(PARTS)}, got {unknown[0]!r}")
+    if "recall" in wanted and find_spec("matplotlib") is None:
+        raise ValueError(
+            "only: expected 'text', got 'recall', which draws with matplotlib: pip install hybridattn[demo]"
+        )
+    return [part for part in PARTS if part in wanted]
+
+
+def check_positive(name: str, value: int) -> None:
+    """Check that an option is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def run_text(folder: Path, _seeds: int, steps: int | None) -> dict[str, Any]:
+    """The first part; prints its table and the sampled continuation."""
+    from hybridattn.evals.report import markdown
+    from hybridattn.evals.text import run as text
+
+    result = text.run(folder / "model", steps=steps)
+    sample = result["continuation"]
+    print(f"\n{markdown.text_table(result)}\n")
+    print(f"Sampled in a new process, {sample['tokens_per_second']:,.0f} tokens/s:\n\n{sample['text']}\n")
+    return result
+
+
+def run_recall(folder: Path, seeds: int, steps: int | None) -> dict[str, Any]:
+    """The second part; draws its picture and prints its table."""
+    from hybridattn.evals.recall import suite
+    from hybridattn.evals.report import markdown, pareto
+    from hybridattn.evals.report.provenance import cpu_name
+
+    result = suite.run(seeds=seeds, steps=steps)
+    pareto.draw(
+        [
+            pareto.Point(
+                row["model"], row["recall"]["32"], row["state_bytes"]["formula"], row["decode"]["32"]["median"]
+            )
+            for row in result["rows"]
+        ],
+        folder / "pareto.png",
+        title=f"Multi-query associative recall on {cpu_name()}, one thread",
+    )
+    print(f"\n{markdown.recall_table(result['rows'])}")
+    return result
+
+
+PART_RUNS = {"text": run_text, "recall": run_recall}
+
+
+def write(folder: Path, options: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write the report and, last, the figures, with the provenance of both parts' configurations."""
+    from hybridattn.evals.report import markdown
     from hybridattn.evals.report.provenance import provenance
 
-    with written_aside(out) as folder:
-        results: dict[str, Any] = {"provenance": provenance({"parts": parts, "seeds": seeds, "steps": steps})}
-        if "text" in parts:
-            results["text"] = run_text(folder, steps)
-        if "recall" in parts:
-            results["recall"] = run_recall(folder, seeds, steps)
-        (folder / "report.md").write_text(report(results), encoding="utf-8")
-        (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten: {', '.join(str(path) for path in sorted(out.iterdir()))}")
-    return results
+    config = {"options": options, **{part: result["config"] for part, result in results.items()}}
+    content = {"provenance": provenance(config), **results}
+    (folder / "report.md").write_text(markdown.report(content), encoding="utf-8")
+    (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

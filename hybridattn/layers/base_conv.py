@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from .cache import Cache, CacheSpec, positive
+from .mixer import Cache, CacheSpec, TokenMixer, positive
 from .short_convolution import ShortConvolution
 
 
-class BaseConv(nn.Module):
+class BaseConv(TokenMixer):
     """Gated short convolution: ``W_out (silu(conv(W_1 x)) * W_2 x)``.
 
     Arora et al., "Zoology" (2023), section 4 and "Simple linear attention language models balance the recall-throughput
@@ -18,7 +18,7 @@ class BaseConv(nn.Module):
         kernel_size: taps of the convolution.
         expand: inner dimension over hidden_size.
 
-    Shape: hidden_states [B,T,hidden_size] -> the same; the cache holds the convolution's last inputs.
+    The cache holds the convolution's last inputs.
     """
 
     def __init__(self, hidden_size: int, kernel_size: int = 3, expand: int = 2):

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
-from .cache import Cache, CacheSpec, head_size, is_step, positive, store
+from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive, store
 
 
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(TokenMixer):
     """Linear attention whose state decays per channel by a gate of the token, with an output gate and per-head norm.
 
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), section 4.4.
@@ -25,7 +25,7 @@ class GatedLinearAttention(nn.Module):
         norm_eps: of the output norm.
         backend: of the operator.
 
-    Shape: hidden_states [B,T,hidden_size] -> the same; the cache holds the fp32 state [N,H,K,V].
+    The cache holds the fp32 state [N,H,K,V].
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GatedLinearAttention(nn.Module):
 
     @torch.no_grad()
     def reset_gate_bias(self) -> None:
-        nn.init.uniform_(self.gk_proj[1].bias, *(self.gate_bias_range or (0.0, 0.0)))
+        nn.init.uniform_(self.gk_proj.get_parameter("1.bias"), *(self.gate_bias_range or (0.0, 0.0)))
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         return {"state": ((batch_size, self.num_heads, self.key_dim, self.value_dim), torch.float32)}
@@ -80,11 +80,17 @@ class GatedLinearAttention(nn.Module):
         if state is not None and is_step(hidden_states, cu_seqlens):
             o = gated_linear_attention_step(q, k, v, g, state, backend=self.backend)
         else:
-            keep = cache is not None
             o, state = gated_linear_attention(
-                q, k, v, g, initial_state=state, output_final_state=keep, cu_seqlens=cu_seqlens, backend=self.backend
+                q,
+                k,
+                v,
+                g,
+                initial_state=state,
+                output_final_state=cache is not None,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
             )
-            if keep:
+            if cache is not None and state is not None:
                 store(cache, "state", state)
         o = rearrange(self.g_norm(o), "b t h d -> b t (h d)") * F.silu(self.g_proj(hidden_states))
         return self.o_proj(o)

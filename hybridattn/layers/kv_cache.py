@@ -1,15 +1,15 @@
 """Keys and values kept for softmax attention: all of them, or the last ``window`` in a ring buffer.
 
 The cache holds ``keys`` [N,S,H,D], ``values`` [N,S,H,V] and ``lengths`` [N], the tokens each sequence has had. A ring
-buffer keeps position p in slot p % window; a full cache keeps it in slot p, is allocated to the longest prompt and grows
-in steps of GROWTH slots.
+buffer keeps position p in slot p % window; a full cache keeps it in slot p, is allocated to the longest prompt and
+grows in steps of GROWTH slots.
 """
 
 import torch
 from torch import Tensor
 
 from ..kernels.runtime.sequences import sequence_ids, sequence_slices
-from .cache import Cache
+from .mixer import Cache
 
 GROWTH = 256
 

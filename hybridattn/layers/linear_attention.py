@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import NormalizedState, linear_attention, linear_attention_step
-from .cache import Cache, CacheSpec, head_size, is_step, positive, store
+from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive, store
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(TokenMixer):
     """Causal linear attention: ``o_t = phi(q_t) sum_{s<=t} phi(k_s)^T v_s``, by default over the same sum of phi(k_s).
 
     Katharopoulos et al., "Transformers are RNNs" (2020), section 3, with phi(x) = elu(x) + 1.
@@ -25,7 +25,7 @@ class LinearAttention(nn.Module):
         normalize: divide by the sum of the weights; without it the output is scaled by K^-0.5.
         backend: of the operator.
 
-    Shape: hidden_states [B,T,hidden_size] -> the same; the cache holds the fp32 state [N,H,K,V] and, if ``normalize``, the
+    The cache holds the fp32 state [N,H,K,V] and, if ``normalize``, the
     sum of keys [N,H,K].
     """
 
@@ -73,11 +73,11 @@ class LinearAttention(nn.Module):
         if state is not None and is_step(hidden_states, cu_seqlens):
             o = linear_attention_step(q, k, v, state, **options)
         else:
-            keep = cache is not None
             o, state = linear_attention(
-                q, k, v, initial_state=state, output_final_state=keep, cu_seqlens=cu_seqlens, **options
+                q, k, v, initial_state=state, output_final_state=cache is not None, cu_seqlens=cu_seqlens, **options
             )
-            if keep:
-                for name, value in zip(("state", "k_sum"), state if self.normalize else (state,), strict=False):
+            if cache is not None and state is not None:
+                kept = state if isinstance(state, NormalizedState) else (state,)
+                for name, value in zip(("state", "k_sum"), kept, strict=False):
                     store(cache, name, value.contiguous())
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))

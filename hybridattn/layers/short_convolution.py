@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.runtime.sequences import sequence_ids
-from .cache import Cache, CacheSpec, positive, store
+from .mixer import Cache, CacheSpec, TokenMixer, positive, store
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(TokenMixer):
     """Depthwise causal convolution: every channel mixes its last ``kernel_size`` tokens.
 
     Poli et al., "Hyena Hierarchy" (2023), section 3.1; short convolutions before the mixers as in H3, Mamba and GLA.
@@ -19,8 +19,7 @@ class ShortConvolution(nn.Module):
         activation: None or ``"silu"``.
         bias: add a bias per channel.
 
-    Shape: hidden_states [B,T,hidden_size] -> the same. ``cu_seqlens`` [N+1] keeps packed sequences apart. The cache holds
-    the last ``kernel_size - 1`` inputs.
+    The cache holds the last ``kernel_size - 1`` inputs.
     """
 
     def __init__(self, hidden_size: int, kernel_size: int = 4, activation: str | None = None, bias: bool = False):
@@ -68,7 +67,7 @@ class ShortConvolution(nn.Module):
         return F.conv1d(padded.mT, weight, bias, groups=self.hidden_size).mT
 
     def _packed(self, hidden_states: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Sequences with their tails before them, one behind the other; what follows the last one has zeros before it."""
+        """Sequences with their tails before them, end to end; what follows the last one has zeros before it."""
         past, tokens, sequences = self.kernel_size - 1, hidden_states.shape[1], tail.shape[0]
         cu_seqlens, taps = cu_seqlens.long(), torch.arange(past, device=hidden_states.device)
         number = torch.arange(sequences, device=hidden_states.device)

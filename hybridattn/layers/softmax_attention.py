@@ -5,17 +5,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels.flash_attention import flash_attention, flash_decode
-from ..kernels.runtime.sequences import sequence_slices
+from ..kernels.runtime.sequences import sequence_ids, sequence_slices
 from . import kv_cache
-from .cache import Cache, CacheSpec, head_size, is_step, positive
+from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive
 from .rotary import apply_rotary
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(TokenMixer):
     """Multi-head softmax attention with grouped key/value heads, rotary positions and an optional sliding window.
 
-    Vaswani et al., "Attention Is All You Need" (2017), section 3.2; grouped heads: Ainslie et al., "GQA" (2023); window:
-    Beltagy et al., "Longformer" (2020), section 3.1.
+    Vaswani et al., "Attention Is All You Need" (2017), section 3.2; grouped heads: Ainslie et al., "GQA" (2023);
+    window: Beltagy et al., "Longformer" (2020), section 3.1.
 
     Args:
         hidden_size: model dimension.
@@ -26,8 +26,7 @@ class SoftmaxAttention(nn.Module):
         rope_theta: base of the rotary frequencies; None for no positions.
         backend: of the operators.
 
-    Shape: hidden_states [B,T,hidden_size] -> the same. ``position_ids`` [B,T] count tokens of the sequence by default. The
-    cache holds keys, values and lengths (see ``kv_cache``).
+    The cache holds keys, values and lengths (see ``kv_cache``).
     """
 
     def __init__(
@@ -111,11 +110,11 @@ class SoftmaxAttention(nn.Module):
 
 def _positions(hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
     """Position [B,T] of every token in its sequence, kept tokens counted."""
-    batch, tokens = hidden_states.shape[:2]
+    tokens = hidden_states.shape[1]
     at = torch.arange(tokens, device=hidden_states.device)[None]
     kept = cache["lengths"] if cache is not None and "lengths" in cache else None
     if cu_seqlens is None:
         return at if kept is None else at + kept[:, None]
     from_start = (cu_seqlens[:-1] if kept is None else cu_seqlens[:-1] - kept).long()
-    number = kv_cache.sequence_ids(cu_seqlens, tokens)
+    number = sequence_ids(cu_seqlens, tokens)
     return at - torch.cat((from_start, cu_seqlens[-1:].long()))[number]

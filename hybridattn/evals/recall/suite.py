@@ -21,7 +21,7 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.decoder.accounting import cache_bytes
 from hybridattn.models.decoder.cache import allocated_bytes
 
-ROW_TOKENS = 3 * max(mqar.TEST_PAIRS)  # the context that recall is reported at
+STATE_TOKENS = 3 * max(mqar.TEST_PAIRS)  # of the longest rows
 CONTEXT = 1024  # tokens before the timed ones
 BATCHES = (1, 32)
 
@@ -65,7 +65,7 @@ def model_options(entry: Entry) -> dict[str, Any]:
     return {**SHARED, "mixers": list(entry.mixers), "mixer_options": options}
 
 
-def run(*, seeds: int = 1, steps: int | None = None) -> list[dict[str, Any]]:
+def run(*, seeds: int = 1, steps: int | None = None) -> dict[str, Any]:
     """Train every entry from ``seeds`` seeds, then measure each, one after the other with nothing else running.
 
     Args:
@@ -73,7 +73,8 @@ def run(*, seeds: int = 1, steps: int | None = None) -> list[dict[str, Any]]:
         steps: training steps of every model instead of the entry's own.
 
     Returns:
-        One dict of JSON values per row, as `measure_row` gives.
+        JSON values: ``rows``, each as `measure_row` gives, their ``config``, and what they share: ``seeds``, ``test_rows``,
+        ``state_tokens`` (tokens behind the state bytes) and ``context`` (tokens before the timed ones).
 
     Raises:
         RuntimeError: a cache holds another number of bytes than the formula says.
@@ -86,7 +87,14 @@ def run(*, seeds: int = 1, steps: int | None = None) -> list[dict[str, Any]]:
     for i, label in enumerate(tqdm(ENTRIES, desc="measuring", unit="model")):
         trained = slice(i * seeds, (i + 1) * seeds)
         rows.append({"model": label, **measure_row(jobs[trained], weights[trained])})
-    return rows
+    return {
+        "seeds": seeds,
+        "test_rows": mqar.TEST_ROWS,
+        "state_tokens": STATE_TOKENS,
+        "context": CONTEXT,
+        "config": {row["model"]: {"model": row["config"], "steps": row["steps"]} for row in rows},
+        "rows": rows,
+    }
 
 
 def measure_row(jobs: Sequence[Job], weights: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
@@ -94,14 +102,14 @@ def measure_row(jobs: Sequence[Job], weights: Sequence[dict[str, np.ndarray]]) -
 
     Returns:
         JSON values: ``config`` and its hash, ``steps``, ``recall`` (median over the seeds) and ``recall_by_seed`` by
-        number of pairs, ``parameters``, ``state_bytes`` (per sequence, after `ROW_TOKENS` tokens, by formula and as
+        number of pairs, ``parameters``, ``state_bytes`` (per sequence, after `STATE_TOKENS` tokens, by formula and as
         allocated), ``prefill`` and ``decode`` (`measure.Rate` by batch, after `CONTEXT` tokens), ``threads``.
     """
     models = [restore(job, values) for job, values in zip(jobs, weights, strict=True)]
     model = models[0]
     recalls = {str(n): [mqar.recall(each, n) for each in models] for n in mqar.TEST_PAIRS}
     states = {
-        (batch, tokens): check_state(model, batch, tokens) for batch in BATCHES for tokens in (ROW_TOKENS, CONTEXT)
+        (batch, tokens): check_state(model, batch, tokens) for batch in BATCHES for tokens in (STATE_TOKENS, CONTEXT)
     }
     with threads(1):
         prefill = asdict(measure.prefill(model, tokens=CONTEXT))
@@ -113,7 +121,7 @@ def measure_row(jobs: Sequence[Job], weights: Sequence[dict[str, np.ndarray]]) -
         "recall": {n: median(values) for n, values in recalls.items()},
         "recall_by_seed": recalls,
         "parameters": model.num_parameters(),
-        "state_bytes": states[1, ROW_TOKENS],
+        "state_bytes": states[1, STATE_TOKENS],
         "prefill": prefill,
         "decode": decode,
         "threads": 1,

@@ -66,7 +66,7 @@ def text_part(text: dict[str, Any]) -> list[str]:
     corpus, training, sample = text["corpus"], text["training"], text["continuation"]
     return [
         "## Real text",
-        f"A byte-level hybrid of {text['parameters']:,} parameters (mixers {', '.join(text['config']['mixers'])}), trained "
+        f"A byte-level hybrid of {text['parameters']:,} parameters (mixers {', '.join(text['config']['model']['mixers'])}), trained "
         f"for {training['seconds']:.0f} s ({training['steps']} steps, {training['tokens_per_second']:,.0f} tokens/s, "
         f"{training['threads']} threads) on {corpus['train_bytes']:,} bytes of the Python standard library "
         f"({corpus['train_files']} files); {corpus['held_out_files']} other files are held out. Beside it interpolated "

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox, BboxBase
 
 
 class Point(NamedTuple):
-    """One model in the picture: recall as a share, state in bytes per sequence, speed in tokens per second."""
+    """One model: recall of 32 pairs as a share, state in bytes per sequence, tokens per second decoded at batch 32."""
 
     label: str
     recall: float
@@ -39,13 +39,12 @@ def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     return best
 
 
-def draw(points: Sequence[Point], path: Path, *, pairs: int, title: str = "") -> None:
+def draw(points: Sequence[Point], path: Path, *, title: str = "") -> None:
     """Draw two panels, recall against state bytes and against decode speed (both log), every point labelled.
 
     Args:
         points: the models, 1 to 10.
         path: the PNG file to write.
-        pairs: key-value pairs per row, for the axis.
         title: a line over the picture.
     """
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
@@ -54,7 +53,7 @@ def draw(points: Sequence[Point], path: Path, *, pairs: int, title: str = "") ->
     recalls = [point.recall for point in points]
     panels = (
         ("state, bytes per sequence (less is better)", 1, [point.state_bytes for point in points]),
-        ("decode, tokens/s (more is better)", -1, [point.decode_rate for point in points]),
+        ("decode, tokens/s at batch 32 (more is better)", -1, [point.decode_rate for point in points]),
     )
     colors = [f"C{i}" for i in range(len(points))]
     for axes, (label, sign, values) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
@@ -67,7 +66,7 @@ def draw(points: Sequence[Point], path: Path, *, pairs: int, title: str = "") ->
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_title("dashed: Pareto front", fontsize=9, color="tab:gray")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"recall, {pairs} pairs")
+    figure.axes[0].set_ylabel("recall, 32 pairs")
     figure.canvas.draw()
     figure.set_layout_engine("none")  # labels are placed in the layout just computed
     for axes in figure.axes:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from hybridattn.evals.report.provenance import json_sha256
 from hybridattn.evals.text import bits
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.training import loop
@@ -68,7 +67,7 @@ def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> 
         seconds: the time budget.
 
     Returns:
-        JSON values: ``config`` and its hash, ``parameters``, ``corpus`` (bytes and files), ``training`` (`loop.train`),
+        JSON values: ``config``, ``parameters``, ``corpus`` (bytes and files), ``training`` (`loop.train`),
         ``bits_per_byte`` of the model and of the orders 0 to 4, ``scored_bytes``, ``continuation`` (text, speed).
 
     Raises:
@@ -87,9 +86,7 @@ def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> 
     model.save_pretrained(folder)
     byte_tokenizer(max_length=model.config.max_position_embeddings).save_pretrained(folder)
     return {
-        "config": OPTIONS,
-        "config_sha256": json_sha256(OPTIONS),
-        "recipe": asdict(loop.Recipe()),
+        "config": {"model": OPTIONS, "recipe": asdict(loop.Recipe()), **budget},
         "parameters": model.num_parameters(),
         "corpus": describe(corpus),
         "training": {**training, "threads": torch.get_num_threads(), "bf16": loop.has_native_bf16()},
@@ -121,5 +118,7 @@ def continuation(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", RELOAD, str(folder), PROMPT, str(NEW_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
-        raise RuntimeError(f"the model saved in {folder} cannot be used in a new process: {done.stderr.strip()[-2000:]}")
+        raise RuntimeError(
+            f"the model saved in {folder} cannot be used in a new process: {done.stderr.strip()[-2000:]}"
+        )
     return json.loads(done.stdout)

@@ -102,11 +102,13 @@ def flash_decode(
     check_shape(sizes, "q", q, "B Tq Hq D")
     sizes = _check(q, k_cache, v_cache, "B S H D", "k_cache", "v_cache")
     check_shape(sizes, "cache_lengths", cache_lengths, "B")
-    scale = sizes["D"] ** -0.5 if scale is None else scale
+    factor = sizes["D"] ** -0.5 if scale is None else scale
     if choose_backend(backend) == "torch":
-        return blocked.decode(*_same_dtype(q, k_cache, v_cache), cache_lengths, scale).to(q.dtype)
+        return blocked.decode(*_same_dtype(q, k_cache, v_cache), cache_lengths, factor).to(q.dtype)
     rows = [
-        reference.attend(q[b, None], k_cache[b, None, :n], v_cache[b, None, :n], causal=False, window=None, scale=scale)
+        reference.attend(
+            q[b, None], k_cache[b, None, :n], v_cache[b, None, :n], causal=False, window=None, scale=factor
+        )
         for b, n in enumerate(cache_lengths.tolist())
     ]
     return torch.cat(rows).to(q.dtype) if rows else q.new_zeros(0, 1, sizes["Hq"], sizes["V"])

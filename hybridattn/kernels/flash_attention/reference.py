@@ -8,7 +8,7 @@ Vaswani et al., "Attention Is All You Need", section 3.2.1; the window as in Bel
 import torch
 from torch import Tensor
 
-from ..runtime.backend import compute_dtype
+from ..runtime.backend import compute_dtype, no_autocast
 
 
 def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -28,7 +28,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None,
     dtype = compute_dtype(q, k, v)
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k, v))
-    scores = scale * torch.einsum("bthd,bshd->bhts", q.to(dtype), k)
     mask = visible(q.shape[1], k.shape[1], causal, window, q.device)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
-    return torch.einsum("bhts,bshv->bthv", weights, v)
+    with no_autocast(q):
+        scores = scale * torch.einsum("bthd,bshd->bhts", q.to(dtype), k)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
+        return torch.einsum("bhts,bshv->bthv", weights, v)

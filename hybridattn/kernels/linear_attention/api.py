@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.backend import autocast, choose_backend, compute_dtype
+from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
 from ..runtime.checks import check_inference, check_log_decay, check_shape, check_tensors
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, reference
@@ -61,25 +61,16 @@ def linear_attention(
     sizes = _check(q, k, v, cu_seqlens, check_values)
     q, k, v = autocast(q, k, v)
     if not normalize:
-        return _attend(sizes, q, k, v, None, scale, initial_state, output_final_state, cu_seqlens, backend)
+        o, state = _attend(sizes, q, k, v, None, scale, initial_state, cu_seqlens, backend)
+        return o, state if output_final_state else None
     state = None
     if initial_state is not None:
         state = _join_state(_check_pair("initial_state", initial_state, sizes))
     ones = v.new_ones(*v.shape[:-1], 1)  # the normaliser is one more value column
-    joined, state = _attend(
-        {**sizes, "V": sizes["V"] + 1},
-        q,
-        k,
-        torch.cat((v, ones), -1).to(compute_dtype(v)),
-        None,
-        scale,
-        state,
-        output_final_state,
-        cu_seqlens,
-        backend,
-    )
-    o = joined[..., :-1] / (joined[..., -1:] + EPS)
-    return o.to(v.dtype), None if state is None else NormalizedState(state[..., :-1], state[..., -1])
+    joined = torch.cat((v, ones), -1).to(compute_dtype(v))
+    o, state = _attend({**sizes, "V": sizes["V"] + 1}, q, k, joined, None, scale, state, cu_seqlens, backend)
+    o = (o[..., :-1] / (o[..., -1:] + EPS)).to(v.dtype)
+    return o, NormalizedState(state[..., :-1], state[..., -1]) if output_final_state else None
 
 
 def gated_linear_attention(
@@ -120,7 +111,8 @@ def gated_linear_attention(
     sizes = _check(q, k, v, cu_seqlens, check_values)
     g = _check_gates(sizes, q, g, check_values)
     q, k, v = autocast(q, k, v)
-    return _attend(sizes, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, backend)
+    o, state = _attend(sizes, q, k, v, g, scale, initial_state, cu_seqlens, backend)
+    return o, state if output_final_state else None
 
 
 def linear_attention_step(
@@ -186,7 +178,7 @@ def gated_linear_attention_step(
     return _step(sizes, q, k, v, _check_gates(sizes, q, g, check_values), state, scale, backend)
 
 
-# ----------------------------------------------------------------------------------------------- common to the operators
+# ---------------------------------------------------------------------------------------------- common to the operators
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, check_values: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
     check_shape(sizes, "q", q, "B T H K")
@@ -231,15 +223,16 @@ def _scale(scale: float | None, sizes: dict[str, int]) -> float:
     return max(sizes["K"], 1) ** -0.5 if scale is None else scale
 
 
-def _attend(sizes, q, k, v, g, scale, state, output_final_state, cu_seqlens, backend) -> tuple[Tensor, Tensor | None]:
+def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
     run = {"reference": reference.attend, "torch": chunked.attend}[choose_backend(backend)]
     dtype = compute_dtype(q, k, v, g)
     if state is None:
         state = q.new_zeros(*(sizes[c] for c in "NHKV"), dtype=dtype)
     check_shape(sizes, "initial_state", state, "N H K V")
     check_tensors("q", q=q, initial_state=state)
-    o, state = run(q, k, v, g, _scale(scale, sizes), state.to(dtype), cu_seqlens)
-    return o.to(v.dtype), state if output_final_state else None
+    with no_autocast(q):
+        o, state = run(q, k, v, g, _scale(scale, sizes), state.to(dtype), cu_seqlens)
+    return o.to(v.dtype), state
 
 
 def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
@@ -247,11 +240,13 @@ def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
     check_tensors("q", q=q, state=state)
     check_inference("state", q, k, v, g, state)
     if choose_backend(backend) == "reference" or sizes["T"] != 1:
-        o, after = _attend(sizes, q, k, v, g, scale, state, True, None, backend)
+        o, after = _attend(sizes, q, k, v, g, scale, state, None, backend)
         state.copy_(after)
         return o
     qt, kt, vt = (x[:, 0].to(state.dtype) for x in (q, k, v))
     if g is not None:
         state.mul_(g[:, 0, :, :, None].to(state.dtype).exp())
     state.addcmul_(kt[..., None], vt[..., None, :])
-    return (_scale(scale, sizes) * (qt[..., None, :] @ state)).transpose(1, 2).to(v.dtype)
+    with no_autocast(q):
+        o = _scale(scale, sizes) * (qt[..., None, :] @ state)
+    return o.transpose(1, 2).to(v.dtype)

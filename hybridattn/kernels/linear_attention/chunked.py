@@ -22,12 +22,13 @@ no large terms cancel, so that it stays exact where the true gradient is exp(-60
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.backend import compute_dtype
+from ..runtime.backend import compute_dtype, no_autocast
 from ..runtime.sequences import sequence_slices
 
 CHUNK = 64
@@ -54,9 +55,8 @@ class Layout:
     @staticmethod
     def packed(tokens: int, cu_seqlens: Tensor) -> "Layout":
         spans = sequence_slices(cu_seqlens)
-        starts, lengths = (
-            torch.tensor(x, dtype=torch.long) for x in ([s.start for s in spans], [s.stop - s.start for s in spans])
-        )
+        starts = torch.tensor([s.start for s in spans], dtype=torch.long)
+        lengths = torch.tensor([s.stop - s.start for s in spans], dtype=torch.long)
         longest = int(lengths.max()) if spans else 0
         chunk = _chunk_size(longest)
         order = lengths.argsort(descending=True, stable=True)
@@ -104,8 +104,10 @@ def _chunk_size(tokens: int) -> int:
 
 
 def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, Layout]]:
-    """Time slices small enough to stay in cache, each with its layout; a packed row is one segment."""
+    """Time slices small enough to stay in cache, each with its layout; a packed row is one, nothing is none."""
     batch, tokens, heads, dim = q.shape
+    if q.numel() == 0 or v.numel() == 0:
+        return []
     if cu_seqlens is not None:
         return [(slice(0, tokens), Layout.packed(tokens, cu_seqlens))]
     row = max(1, batch * heads * max(dim, v.shape[-1])) * CHUNK
@@ -124,8 +126,7 @@ class Decay:
     entry: Tensor
     exit: Tensor
     total: Tensor
-    hot: Tensor | None  # rows whose scores are built by halves
-    hot_sums: Tensor | None  # their running sums of log-decays, fp64
+    hot: "Hot | None"
 
     @staticmethod
     def of(g: Tensor) -> "Decay":
@@ -137,19 +138,27 @@ class Decay:
         entry, total = to_middle.exp(), (to_middle + from_middle[:, -1]).exp()
         query = from_middle.exp_()
         key, exit_ = query.reciprocal(), query[:, -1].clone()
-        hot = sums = None
+        hot = None
         if bool(hot_rows.any()):
-            hot = hot_rows.nonzero().squeeze(-1)
-            sums = g[hot].double().cumsum(1)
-            query[hot] = sums.exp().to(g.dtype)
-            key[hot] = (sums[:, -1:] - sums).exp().to(g.dtype)
-            entry[hot] = 1
-            exit_[hot] = 1
-        return Decay(query, key, entry[..., None], exit_[..., None], total[..., None], hot, sums)
+            rows = hot_rows.nonzero().squeeze(-1)
+            sums = g[rows].double().cumsum(1)
+            query[rows] = sums.exp().to(g.dtype)
+            key[rows] = (sums[:, -1:] - sums).exp().to(g.dtype)
+            entry[rows] = 1
+            exit_[rows] = 1
+            hot = Hot(rows, sums)
+        return Decay(query, key, entry[..., None], exit_[..., None], total[..., None], hot)
+
+
+class Hot(NamedTuple):
+    """Rows whose scores are built by halves, and their running sums of log-decays, fp64 [.,C,G]."""
+
+    rows: Tensor
+    sums: Tensor
 
 
 def _sums_from_middle(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[C,C] of 0, 1 and -1: times the log-decays of a chunk it gives b_t - b_mid, adding up outwards from the middle."""
+    """[C,C] of 0, 1 and -1: times the log-decays of a chunk it is b_t - b_mid, summed outwards from the middle."""
     t, u = torch.arange(chunk, device=device)[:, None], torch.arange(chunk, device=device)
     middle = chunk // 2 - 1
     return ((middle < u) & (u <= t)).to(dtype) - ((t < u) & (u <= middle)).to(dtype)
@@ -169,7 +178,7 @@ def _half_decays(sums: Tensor, half: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def _block_view(scores: Tensor, half: int) -> Tensor:
-    """View [R, half (right tokens), half (left tokens), blocks] of the pairs in sibling halves of [R,C,C] scores."""
+    """View [R, half (right), half (left), blocks] of scores [R,C,C]: the pairs of tokens in sibling halves."""
     blocks = scores.unflatten(2, (-1, 2, half)).unflatten(1, (-1, 2, half))
     return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
 
@@ -221,7 +230,7 @@ def _earlier(x: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------- states of chunks
 def _scan(update: Tensor, total: Tensor | None, state: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """State before every chunk [R,K,V] and after the last [N,H,K,V], from ``state`` and the chunks' updates [R,K,V]."""
+    """State before every chunk [R,K,V] and after the last [N,H,K,V], from the initial one and the updates [R,K,V]."""
     before, heads = torch.empty_like(update), state.shape[1]
     state, at = state.flatten(0, 1).clone(), 0
     for count in counts:
@@ -248,7 +257,7 @@ def _advance(state: Tensor, update: Tensor, total: Tensor | None, rows: slice, o
         torch.addcmul(update, state, total[rows], out=out)
 
 
-# -------------------------------------------------------------------------------------------------- forward and backward
+# ------------------------------------------------------------------------------------------------- forward and backward
 class _Rows:
     """What forward and backward both need of the rows of a segment: operands, decays, scores and states."""
 
@@ -259,7 +268,8 @@ class _Rows:
         self.qd, self.kd = (self.q, self.k) if decay is None else (self.q * decay.query, self.k * decay.key)
         self.scores = torch.bmm(self.qd, self.kd.mT).tril_()
         if decay is not None and decay.hot is not None:
-            self.scores[decay.hot] = _hot_scores(self.q[decay.hot], self.k[decay.hot], decay.hot_sums)
+            rows, sums = decay.hot
+            self.scores[rows] = _hot_scores(self.q[rows], self.k[rows], sums)
         self.update = torch.bmm(self.kd.mT, self.v)
         if decay is not None:
             self.update *= decay.exit
@@ -271,8 +281,9 @@ def forward(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor, list[
 
     q, k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V]; cu_seqlens: [N+1] or None.
     """
-    o, starts, dtype = torch.empty_like(v, memory_format=torch.contiguous_format), [], compute_dtype(q, k, v, g)
-    for t, layout in _segments(q, v, cu_seqlens):
+    segments, starts, dtype = _segments(q, v, cu_seqlens), [], compute_dtype(q, k, v, g)
+    o = (torch.empty if segments else torch.zeros)(v.shape, dtype=v.dtype, device=v.device)
+    for t, layout in segments:
         starts.append(layout.sort(state))
         r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], scale, starts[-1], layout, dtype)
         entering = r.before if r.decay is None else r.before.mul_(r.decay.entry)
@@ -284,29 +295,32 @@ def forward(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor, list[
 def backward(q, k, v, g, scale, starts, cu_seqlens, do, dstate):
     """Gradients of q, k, v, g (or None) and the initial state, from those of the outputs and the final state."""
     dtype, dstate = compute_dtype(q, k, v, g), dstate.to(starts[0].dtype if starts else dstate.dtype)
-    grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
-    for (t, layout), start in reversed(list(zip(_segments(q, v, cu_seqlens), starts, strict=True))):
+    segments = _segments(q, v, cu_seqlens)
+    new = torch.empty if segments else torch.zeros
+    grads = [None if x is None else new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g)]
+    for (t, layout), start in reversed(list(zip(segments, starts, strict=True))):
         r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], scale, start, layout, dtype)
-        *rows, dstate = _backward_rows(r, layout.split(do[:, t], dtype), layout.sort(dstate), layout.counts)
-        rows[0].mul_(scale)
-        for grad, x in zip(grads, rows, strict=True):
-            if grad is not None:
-                layout.join(x, grad[:, t])
+        dq, *others, dstate = _backward_rows(r, layout.split(do[:, t], dtype), layout.sort(dstate), layout.counts)
+        for grad, rows in zip(grads, (dq.mul_(scale), *others), strict=True):
+            if grad is not None and rows is not None:
+                layout.join(rows, grad[:, t])
         dstate = layout.unsort(dstate)
     return *grads, dstate
 
 
-def _backward_rows(r: _Rows, do: Tensor, dstate: Tensor, counts: list[int]):
-    """Gradients of the rows of scaled q, k, v and g (or None), and of the states before the segment."""
+def _backward_rows(
+    r: _Rows, do: Tensor, dstate: Tensor, counts: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of the rows of (scaled) q, k, v, g or None, and of the states before the segment."""
     dentry = torch.bmm(r.qd.mT, do)
     if r.decay is not None:
         dentry *= r.decay.entry
     after, dstate = _scan_backward(dentry, r.total, dstate, counts)
     dscores = torch.bmm(do, r.v.mT).tril_()
     hot = None if r.decay is None else r.decay.hot
-    hot_dscores = None if hot is None else dscores[hot]
     if hot is not None:
-        dscores[hot] = 0
+        dscores_hot = dscores[hot.rows]
+        dscores[hot.rows] = 0
     entering, leaving = (r.before, after) if r.decay is None else (r.before * r.decay.entry, after * r.decay.exit)
     dv = torch.bmm(r.scores.mT, do).baddbmm_(r.kd, leaving)
     dqd = torch.bmm(dscores, r.kd).baddbmm_(do, entering.mT)
@@ -322,12 +336,12 @@ def _backward_rows(r: _Rows, do: Tensor, dstate: Tensor, counts: list[int]):
         _per_gate((r.update * after).sum(-1), gates)[:, None],
     )
     if hot is not None:
-        hot_q, hot_k = r.q[hot], r.k[hot]
-        hot_dq, hot_dk, hot_dg = _hot_scores_backward(hot_dscores, hot_q, hot_k, r.decay.hot_sums)
-        hot_dg += dtotal[hot] + _later(_per_gate(dq[hot] * hot_q, gates)) + _earlier(_per_gate(dk[hot] * hot_k, gates))
-        dg[hot] = hot_dg
-        dq[hot] += hot_dq
-        dk[hot] += hot_dk
+        q, k, rows = r.q[hot.rows], r.k[hot.rows], hot.rows
+        dq_hot, dk_hot, dg_hot = _hot_scores_backward(dscores_hot, q, k, hot.sums)
+        dg_hot += dtotal[rows] + _later(_per_gate(dq[rows] * q, gates)) + _earlier(_per_gate(dk[rows] * k, gates))
+        dg[rows] = dg_hot
+        dq[rows] += dq_hot
+        dk[rows] += dk_hot
     return dq, dk, dv, dg, dstate
 
 
@@ -355,7 +369,8 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dstate):
         q, k, v, g, cu_seqlens, *starts = ctx.saved_tensors
-        dq, dk, dv, dg, dstate = backward(q, k, v, g, ctx.scale, starts, cu_seqlens, do, dstate)
+        with no_autocast(q):
+            dq, dk, dv, dg, dstate = backward(q, k, v, g, ctx.scale, starts, cu_seqlens, do, dstate)
         return dq, dk, dv, dg, None, dstate, None
 
 

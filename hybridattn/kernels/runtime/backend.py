@@ -31,3 +31,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A region in which sums and states keep their own dtype, whatever autocast the caller is in."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,5 +1,7 @@
 """Packed sequences: several sequences in one row, told apart by ``cu_seqlens``, the offsets [0, n1, n1+n2, ..]."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, che
 
 def sequence_slices(cu_seqlens: Tensor) -> list[slice]:
     """The time slice of every sequence of a packed row."""
-    offsets = cu_seqlens.tolist()
-    return [slice(a, b) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(cu_seqlens.tolist())]
 
 
 def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -4,13 +4,13 @@ import math
 
 import torch
 
-from ...layers.cache import CacheSpec
+from ...layers.mixer import CacheSpec
 from .configuration import HybridAttnConfig
 from .modeling import DecoderLayer
 
 
 def cache_spec(config: HybridAttnConfig, *, batch_size: int, tokens: int, dtype: torch.dtype) -> list[CacheSpec]:
-    """For each layer, name -> (shape, dtype) of what it keeps after a prompt of ``tokens``; activations in ``dtype``."""
+    """Per layer, name -> (shape, dtype) of what it keeps after a prompt of ``tokens``, activations in ``dtype``."""
     with torch.device("meta"):
         layers = [DecoderLayer(config, i) for i in range(len(config.mixers))]
     return [layer.cache_spec(batch_size, tokens, dtype) for layer in layers]

@@ -69,20 +69,20 @@ class MixerCacheLayer(CacheLayerMixin):
             )
 
 
-def mixer_layers(cache: Cache, expected: int) -> list[MixerCacheLayer]:
-    """The cache's layers, one for each of the model's ``expected`` layers.
-
-    Raises:
-        ValueError: the cache was not made from the model's configuration.
-    """
-    if len(cache.layers) != expected or not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers):
-        raise ValueError(
-            f"past_key_values: expected DynamicCache(config=model.config) with {expected} layers, got {cache!r}"
-        )
+def mixer_caches(cache: Cache) -> list[MixerCacheLayer]:
+    """The cache's layers, by their own type."""
     return cache.layers  # pyright: ignore[reportReturnType]
+
+
+def check_cache(cache: Cache, layers: int) -> None:
+    """Raise a ValueError unless the cache was made from the configuration of a model of so many layers."""
+    if len(cache.layers) != layers or not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers):
+        raise ValueError(
+            f"past_key_values: expected DynamicCache(config=model.config) with {layers} layers, got {cache!r}"
+        )
 
 
 def allocated_bytes(cache: Cache) -> int:
     """Bytes of all tensors the cache holds, as allocated: whole storages, counted once."""
-    tensors = (x for layer in cache.layers for x in layer.tensors.values())  # pyright: ignore[reportAttributeAccessIssue]
+    tensors = (x for layer in mixer_caches(cache) for x in layer.tensors.values())
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

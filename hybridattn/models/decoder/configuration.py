@@ -1,5 +1,6 @@
 """Configuration of the decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
 
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,7 +16,8 @@ class HybridAttnConfig(PreTrainedConfig):
     Args:
         vocab_size: size of the vocabulary.
         hidden_size: model dimension.
-        intermediate_size: inner dimension of the MLP; 8/3 of hidden_size rounded up to a multiple of 32 by default.
+        intermediate_size: inner dimension of the MLP; 8/3 of hidden_size rounded up to a multiple of 32 by default,
+            None without one.
         mixers: mixer of each layer, in order: names from ``hybridattn.models.decoder.mixers.MIXERS``.
         mixer_options: for a mixer's name, the options of its layer (see its docstring).
         mlp: ``"swiglu"`` or ``"none"``.
@@ -36,7 +38,7 @@ class HybridAttnConfig(PreTrainedConfig):
     hidden_size: int = 1024
     intermediate_size: int | None = None
     mixers: list[str] | tuple[str, ...] = ("gla",)
-    mixer_options: dict[str, dict[str, Any]] | None = None
+    mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     mlp: str = "swiglu"
     conv_size: int | None = None
     initializer: str = "normal"
@@ -58,7 +60,7 @@ class HybridAttnConfig(PreTrainedConfig):
 
         if isinstance(self.mixers, str) or not self.mixers:
             raise ValueError(f"mixers: expected a list with a mixer for each layer, got {self.mixers!r}")
-        self.mixers, self.mixer_options = list(self.mixers), dict(self.mixer_options or {})
+        self.mixers = list(self.mixers)
         for name in (*self.mixers, *self.mixer_options):
             if name not in MIXERS:
                 raise ValueError(f"mixers: expected names from {sorted(MIXERS)}, got {name!r}")
@@ -74,7 +76,9 @@ class HybridAttnConfig(PreTrainedConfig):
             )
         self.num_hidden_layers = len(self.mixers)
         self.layer_types = [CACHE_LAYER_TYPE] * self.num_hidden_layers
-        if self.intermediate_size is None:
+        if self.mlp == "none":
+            self.intermediate_size = None
+        elif self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 32) * 32
         super().__post_init__(**kwargs)
 

@@ -2,13 +2,11 @@
 
 from typing import Any, NamedTuple
 
-from torch import nn
-
-from ...layers import BaseConv, GatedLinearAttention, LinearAttention, SoftmaxAttention
+from ...layers import BaseConv, GatedLinearAttention, LinearAttention, SoftmaxAttention, TokenMixer
 
 
 class Mixer(NamedTuple):
-    layer: type[nn.Module]
+    layer: type[TokenMixer]
     options: dict[str, Any]
     has_backend: bool = True  # takes the model's ``backend``
 
@@ -22,7 +20,7 @@ MIXERS = {
 }
 
 
-def build_mixer(name: str, hidden_size: int, options: dict[str, Any], backend: str | None = None) -> nn.Module:
+def build_mixer(name: str, hidden_size: int, options: dict[str, Any], backend: str | None = None) -> TokenMixer:
     """The layer of mixer ``name`` with ``options`` over its own.
 
     Raises:

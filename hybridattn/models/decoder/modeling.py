@@ -8,17 +8,16 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...layers import GatedLinearAttention, ShortConvolution
-from ...layers.cache import CacheSpec
-from .cache import mixer_layers
+from ...layers.mixer import CacheSpec
+from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
 from .mixers import build_mixer
 
@@ -48,11 +47,11 @@ class Packing(NamedTuple):
 class MLP(nn.Module):
     """SwiGLU. Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
-    def __init__(self, config: HybridAttnConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -68,9 +67,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.conv = None if config.conv_size is None else ShortConvolution(config.hidden_size, config.conv_size)
         self.mixer = build_mixer(name, config.hidden_size, config.mixer_options.get(name, {}), config.backend)
-        if config.mlp == "swiglu":
+        self.mlp = None
+        if config.intermediate_size is not None:
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.mlp = MLP(config)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         """The mixer's, and the input convolution's under names of its own."""
@@ -87,27 +87,29 @@ class DecoderLayer(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx].tensors
+        cache = None if past_key_values is None else mixer_caches(past_key_values)[self.layer_idx].tensors
         x = self.input_layernorm(hidden_states)
         if packing is not None:
             x, cu_seqlens = packing.pack(x), packing.cu_seqlens
         if self.conv is not None:
-            x = x + self._convolve(x, cu_seqlens, cache)
+            x = x + _convolve(self.conv, x, cu_seqlens, cache)
         x = self.mixer(x, cu_seqlens=cu_seqlens, position_ids=position_ids, cache=cache)
         if packing is not None:
             x = packing.unpack(x, hidden_states)
         hidden_states = hidden_states + x
-        if hasattr(self, "mlp"):
+        if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
 
-    def _convolve(self, x: Tensor, cu_seqlens: Tensor | None, cache: dict[str, Tensor] | None) -> Tensor:
-        if cache is None:
-            return self.conv(x, cu_seqlens=cu_seqlens)
-        own = {"conv": cache["input_conv"]} if "input_conv" in cache else {}
-        x = self.conv(x, cu_seqlens=cu_seqlens, cache=own)
-        cache["input_conv"] = own["conv"]
-        return x
+
+def _convolve(conv: ShortConvolution, x: Tensor, cu_seqlens: Tensor | None, cache: dict[str, Tensor] | None) -> Tensor:
+    """The input convolution, its cache kept apart from that of a mixer with a convolution of its own."""
+    if cache is None:
+        return conv(x, cu_seqlens=cu_seqlens)
+    own = {"conv": cache["input_conv"]} if "input_conv" in cache else {}
+    x = conv(x, cu_seqlens=cu_seqlens, cache=own)
+    cache["input_conv"] = own["conv"]
+    return x
 
 
 class HybridAttnPreTrainedModel(PreTrainedModel):
@@ -132,7 +134,7 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, GatedLinearAttention) and module.gate_bias_range is not None:
-            init.uniform_(module.gk_proj[1].bias, *module.gate_bias_range)
+            init.uniform_(module.gk_proj.get_parameter("1.bias"), *module.gate_bias_range)
 
 
 class HybridAttnModel(HybridAttnPreTrainedModel):
@@ -141,7 +143,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
     def __init__(self, config: HybridAttnConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(len(config.mixers))])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -152,7 +154,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -171,11 +173,10 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        batch, tokens = inputs_embeds.shape[:2]
+        batch, tokens = hidden_states.shape[:2]
         packing = None
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
@@ -189,8 +190,8 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
         if packing is not None and position_ids is not None:
             position_ids = packing.pack(position_ids.expand(batch, tokens))
-        cache_layers = None if past_key_values is None else mixer_layers(past_key_values, len(self.layers))
-        hidden_states = inputs_embeds
+        if past_key_values is not None:
+            check_cache(past_key_values, len(self.layers))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -199,8 +200,9 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 cu_seqlens=cu_seq_lens_q,
                 past_key_values=past_key_values,
             )
-        for layer in cache_layers or ():
-            layer.cumulative_length += tokens
+        if past_key_values is not None:
+            for kept in mixer_caches(past_key_values):
+                kept.cumulative_length += tokens
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -221,7 +223,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,

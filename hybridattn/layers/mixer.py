@@ -1,10 +1,37 @@
-"""What the mixers' caches have in common. A cache is a plain dict of tensors with one row per sequence."""
+"""What a token mixer is, and what mixers have in common."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Cache = dict[str, Tensor]
+Cache = dict[str, Tensor]  # one row per sequence in every tensor
 CacheSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
+
+
+class TokenMixer(nn.Module):
+    """A layer that mixes tokens of a sequence: hidden_states [B,T,hidden_size] -> the same."""
+
+    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
+        """What the cache holds after a prompt of ``tokens`` per sequence, activations being of ``dtype``."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            hidden_states: [B,T,hidden_size].
+            cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
+            position_ids: places [B,T] of the tokens in their sequences, for mixers that use positions; counted by
+                default.
+            cache: what was kept of earlier tokens, empty at the start; read, and brought up to date. Its tensors have a
+                row per sequence (B, or N with ``cu_seqlens``).
+        """
+        raise NotImplementedError
 
 
 def store(cache: Cache, name: str, value: Tensor) -> None:
