@@ -40,7 +40,7 @@ assert o.shape == (1, 5, 2, 4) and state.shape == (1, 2, 4, 4)
         ("layers", ("transformers", "triton", *EXTRAS)),
         ("models", ("triton", *EXTRAS)),
         ("training", ("triton", *EXTRAS)),
-        ("evals", ("triton", *EXTRAS)),
+        ("evals", ("triton", *(extra for extra in EXTRAS if extra != "matplotlib"))),  # it draws
     ],
 )
 def test_a_wing_imports_without_heavier_packages(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
+from ..kernels.runtime.backend import compute_dtype
 from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive, store
 
 
@@ -73,7 +74,8 @@ class GatedLinearAttention(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        g = F.logsigmoid(self.gk_proj(hidden_states).float()) / self.gate_normalizer
+        gate = self.gk_proj(hidden_states)
+        g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_normalizer
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v, g = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (q, k, v, g))
         state = cache.get("state") if cache is not None else None

@@ -79,5 +79,5 @@ class LinearAttention(TokenMixer):
             if cache is not None and state is not None:
                 kept = state if isinstance(state, NormalizedState) else (state,)
                 for name, value in zip(("state", "k_sum"), kept, strict=False):
-                    store(cache, name, value.contiguous())
+                    store(cache, name, value)
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))

@@ -42,7 +42,7 @@ def store(cache: Cache, name: str, value: Tensor) -> None:
     if name in cache and not torch.is_grad_enabled():
         cache[name].copy_(value)
     else:
-        cache[name] = value
+        cache[name] = value.clone()  # not a view that would keep something larger alive
 
 
 def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -58,7 +58,7 @@ class ShortConvolution(TokenMixer):
         else:
             o, tail = self._packed(hidden_states, tail, cu_seqlens)
         if cache is not None:
-            store(cache, "conv", tail.contiguous())
+            store(cache, "conv", tail)
         return F.silu(o) if self.activation == "silu" else o
 
     def _convolve(self, padded: Tensor) -> Tensor:

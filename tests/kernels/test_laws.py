@@ -118,7 +118,7 @@ def test_reference_equals_torch(name: str, gates: str, tokens: int, with_state: 
     grads = [torch.randn_like(x) for x in run(op, inputs, state, backend="reference")]
     expected, expected_grads = run_backward(op, inputs, state, grads, "reference", torch.float64)
     if "normalized" in name and tokens == 1 and not with_state:
-        expected_grads[:2] = [torch.zeros_like(x) for x in inputs[:2]]  # o is v, whatever q and k are
+        expected_grads[0] = torch.zeros_like(inputs[0])  # o is v, whatever q is
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         results, results_grads = run_backward(op, inputs, state, grads, "torch", dtype)
         assert max(map(error, results, expected)) <= tolerance

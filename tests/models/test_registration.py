@@ -8,23 +8,15 @@ import pytest
 ORDERS = {
     "hybridattn, then transformers": "import hybridattn, transformers",
     "transformers, then hybridattn": "import transformers, hybridattn",
-    "AutoConfig, then hybridattn": "from transformers import AutoConfig; import hybridattn",
-    "AutoModelForCausalLM, then hybridattn": "from transformers import AutoModelForCausalLM; import hybridattn",
+    "Auto classes, then hybridattn": "from transformers import AutoConfig, AutoModelForCausalLM; import hybridattn",
     "hybridattn, then a model of transformers": "import hybridattn; from transformers import LlamaForCausalLM",
     "a model of transformers, then hybridattn": "from transformers import LlamaForCausalLM; import hybridattn",
     "hybridattn, then PreTrainedModel": "import hybridattn; from transformers import PreTrainedModel",
-    "hybridattn, then a config of transformers": "import hybridattn; from transformers import PreTrainedConfig",
-    "hybridattn, then generation": "import hybridattn; from transformers import GenerationMixin",
     "hybridattn, then gradient checkpointing": "import hybridattn; import transformers.modeling_layers",
-    "hybridattn, then a cache": "import hybridattn; from transformers import DynamicCache",
     "hybridattn, then pipeline": "import hybridattn; from transformers import pipeline",
-    "hybridattn, then a tokenizer": "import hybridattn; from transformers import AutoTokenizer",
-    "a layer first": "from hybridattn import GatedLinearAttention",
     "our model class first": "from hybridattn import HybridAttnForCausalLM",
     "our configuration class first": "from hybridattn import HybridAttnConfig",
     "our modeling module first": "import hybridattn.models.decoder.modeling",
-    "our configuration module first": "import hybridattn.models.decoder.configuration",
-    "our model class after LlamaConfig": "from transformers import LlamaConfig; from hybridattn import HybridAttnModel",
 }
 
 TINY = """

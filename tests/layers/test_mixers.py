@@ -1,0 +1,183 @@
+"""Every mixer alone: cached = uncached, packed = one by one, causal, gradients, memory as declared. One row in MIXERS."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridattn.layers import (
+    BaseConv,
+    GatedLinearAttention,
+    LinearAttention,
+    ShortConvolution,
+    SoftmaxAttention,
+    TokenMixer,
+)
+from hybridattn.layers.kv_cache import GROWTH
+
+D, TOKENS = 12, 41
+MIXERS: dict[str, Callable[[], TokenMixer]] = {
+    "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
+    "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
+    "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
+    "full": lambda: SoftmaxAttention(D, num_heads=3),
+    "full, grouped heads": lambda: SoftmaxAttention(D, num_heads=6, num_key_value_heads=3),
+    "full, no positions": lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None),
+    "window 1": lambda: SoftmaxAttention(D, num_heads=2, window=1),
+    "window 6": lambda: SoftmaxAttention(D, num_heads=2, window=6),
+    "window 100": lambda: SoftmaxAttention(D, num_heads=2, window=100),
+    "short convolution": lambda: ShortConvolution(D, 4, activation="silu", bias=True),
+    "short convolution of 1": lambda: ShortConvolution(D, 1),
+    "conv": lambda: BaseConv(D),
+}
+CONSTANT = [name for name in MIXERS if "full" not in name]
+
+
+@pytest.fixture(params=MIXERS)
+def mixer(request: pytest.FixtureRequest) -> TokenMixer:
+    return MIXERS[request.param]().double()
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # states are fp32
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [20], [7, 8, 30], list(range(1, TOKENS))])
+def test_any_split_with_a_cache_equals_one_pass(mixer: TokenMixer, cuts: list[int]):
+    x = torch.randn(2, TOKENS, D).double()
+    expected, cache = mixer(x), {}
+    with torch.no_grad():
+        parts = [mixer(x[:, a:b], cache=cache) for a, b in zip([0, *cuts], [*cuts, TOKENS], strict=True)]
+    close(torch.cat(parts, 1), expected.detach())
+
+
+@pytest.mark.parametrize("lengths", [[41], [3, 0, 20, 1, 8], [0, 0]])
+def test_packed_equals_one_by_one(mixer: TokenMixer, lengths: list[int]):
+    x = torch.randn(1, sum(lengths) + 2, D).double().requires_grad_()  # the last two belong to no sequence
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    o = mixer(x, cu_seqlens=ends)
+    parts = [mixer(part) for part in x[0, : ends[-1]].split(lengths) if part.numel() for part in [part[None]]]
+    expected = torch.cat(parts, 1) if parts else o[:, :0]
+    close(o[:, : ends[-1]], expected)
+    (grad,) = torch.autograd.grad(o[:, : ends[-1]].square().sum(), x, allow_unused=True)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x, allow_unused=True) if parts else (None,)
+    if expected_grad is not None:
+        close(grad, expected_grad)
+
+
+def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
+    """Ragged prompts, then ragged continuations, then steps of all rows, equal every sequence alone."""
+    lengths, more = [3, 0, 20, 1], [2, 9, 0, 1]
+    rows = [torch.randn(1, n + m + 4, D).double() for n, m in zip(lengths, more, strict=True)]
+    cache = {}
+    with torch.no_grad():
+        prompt = torch.cat([x[:, :n] for x, n in zip(rows, lengths, strict=True)], 1)
+        mixer(prompt, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), cache=cache)
+        then = torch.cat([x[:, n : n + m] for x, n, m in zip(rows, lengths, more, strict=True)], 1)
+        o = mixer(then, cu_seqlens=torch.tensor([0, *more]).cumsum(0), cache=cache)
+        ends = [n + m for n, m in zip(lengths, more, strict=True)]
+        steps = [
+            mixer(torch.cat([x[:, e + i, None] for x, e in zip(rows, ends, strict=True)]), cache=cache)
+            for i in range(4)
+        ]
+        for row, (x, n, e, part) in enumerate(zip(rows, lengths, ends, o[0].split(more), strict=True)):
+            expected = mixer(x)[0]
+            close(part, expected[n:e])
+            close(torch.cat([s[row] for s in steps]), expected[e:])
+
+
+def test_causal(mixer: TokenMixer):
+    x = torch.randn(2, TOKENS, D).double()
+    changed = torch.cat((x[:, :20], x[:, 20:].flip(1)), 1)
+    a, b = mixer(x), mixer(changed)
+    close(b[:, :20], a[:, :20])
+    assert not torch.allclose(b[:, 20:], a[:, 20:])
+
+
+def test_gradients(mixer: TokenMixer):
+    x = torch.randn(1, 9, D).double().requires_grad_()
+    parameters = [p for p in mixer.parameters() if p.requires_grad]
+    assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_cache_holds_what_was_declared(mixer: TokenMixer, batch: int):
+    mixer.float()
+    with torch.no_grad():
+        cache = {}
+        mixer(torch.randn(batch, TOKENS, D), cache=cache)
+    spec = mixer.cache_spec(batch, TOKENS, torch.float32)
+    assert {name: (tuple(x.shape), x.dtype) for name, x in cache.items()} == spec
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in cache.values())
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_constant_states_do_not_grow_and_stay_where_they_are(name: str):
+    mixer = MIXERS[name]()
+    assert mixer.cache_spec(2, 10, torch.bfloat16) == mixer.cache_spec(2, 10**6, torch.bfloat16)
+    cache = {}
+    with torch.no_grad():
+        mixer(torch.randn(2, 3, D), cache=cache)
+        before = {name: (x.data_ptr(), x.nbytes) for name, x in cache.items()}
+        for _ in range(12):
+            mixer(torch.randn(2, 1, D), cache=cache)
+    assert {name: (x.data_ptr(), x.nbytes) for name, x in cache.items()} == before
+
+
+def test_a_full_cache_grows_in_steps():
+    mixer, cache = SoftmaxAttention(D, num_heads=2), {}
+    with torch.no_grad():
+        mixer(torch.randn(1, 5, D), cache=cache)
+        assert cache["keys"].shape[1] == 5
+        mixer(torch.randn(1, 1, D), cache=cache)
+        kept = cache["keys"].data_ptr()
+        for _ in range(GROWTH - 6):
+            mixer(torch.randn(1, 1, D), cache=cache)
+        assert cache["keys"].shape[1] == GROWTH
+        assert cache["keys"].data_ptr() == kept
+        mixer(torch.randn(1, 1, D), cache=cache)
+        assert cache["keys"].shape[1] == 2 * GROWTH
+
+
+def test_gradients_flow_through_a_cache(mixer: TokenMixer):
+    x = torch.randn(2, 10, D).double().requires_grad_()
+    cache = {}
+    o = torch.cat([mixer(part, cache=cache) for part in x.split([4, 1, 5], 1)], 1)
+    (grad,) = torch.autograd.grad(o.square().sum(), x)
+    (expected,) = torch.autograd.grad(mixer(x).square().sum(), x)
+    close(grad, expected)
+
+
+def test_positions_can_be_given():
+    mixer, x = SoftmaxAttention(D, num_heads=2), torch.randn(1, 6, D)
+    torch.testing.assert_close(mixer(x, position_ids=torch.arange(6)[None] + 50), mixer(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixer(x, position_ids=2 * torch.arange(6)[None]), mixer(x))
+
+
+BAD = {
+    "heads do not divide": (
+        lambda: LinearAttention(D, num_heads=5),
+        "num_heads: expected a divisor of hidden_size 12, got 5",
+    ),
+    "no heads": (lambda: GatedLinearAttention(D, num_heads=0), "num_heads: expected a positive integer, got 0"),
+    "kv heads": (lambda: SoftmaxAttention(D, 4, 3), "num_key_value_heads: expected a divisor of num_heads 4, got 3"),
+    "odd rotary": (lambda: SoftmaxAttention(D, num_heads=4), "head_dim: expected an even number for rotary .*, got 3"),
+    "window": (lambda: SoftmaxAttention(D, num_heads=2, window=0), "window: expected a positive integer, got 0"),
+    "feature map": (
+        lambda: LinearAttention(D, feature_map="exp"),
+        r"feature_map: expected one of \['elu', .*\], got 'exp'",
+    ),
+    "activation": (lambda: ShortConvolution(D, activation="gelu"), "activation: expected None or 'silu', got 'gelu'"),
+    "normalizer": (
+        lambda: GatedLinearAttention(D, gate_normalizer=0),
+        "gate_normalizer: expected a positive number, got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options_are_named(name: str):
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        make()
