@@ -1,5 +1,7 @@
 """Gated linear attention (GLA)."""
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -8,6 +10,18 @@ from torch.nn import functional as F
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..kernels.runtime.backend import compute_dtype
 from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive, store
+
+
+class UniformBiasLinear(nn.Linear):
+    """A linear map whose bias starts uniform in ``bias_range``."""
+
+    def __init__(self, in_features: int, out_features: int, bias_range: Sequence[float]):
+        self.bias_range = bias_range
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.uniform_(self.bias, *self.bias_range)
 
 
 class GatedLinearAttention(TokenMixer):
@@ -37,7 +51,7 @@ class GatedLinearAttention(TokenMixer):
         value_dim: int | None = None,
         gate_rank: int = 16,
         gate_normalizer: float = 16.0,
-        gate_bias_range: tuple[float, float] | None = None,
+        gate_bias_range: Sequence[float] | None = None,
         norm_eps: float = 1e-5,
         backend: str | None = None,
     ):
@@ -47,22 +61,18 @@ class GatedLinearAttention(TokenMixer):
         self.num_heads, self.backend = positive("num_heads", num_heads), backend
         self.key_dim = head_size(hidden_size, 2 * num_heads) if key_dim is None else positive("key_dim", key_dim)
         self.value_dim = head_size(hidden_size, num_heads) if value_dim is None else positive("value_dim", value_dim)
-        self.gate_normalizer, self.gate_bias_range = gate_normalizer, gate_bias_range
+        self.gate_normalizer = gate_normalizer
         keys, values = num_heads * self.key_dim, num_heads * self.value_dim
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
         self.k_proj = nn.Linear(hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(hidden_size, values, bias=False)
         self.g_proj = nn.Linear(hidden_size, values, bias=False)
         self.gk_proj = nn.Sequential(
-            nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False), nn.Linear(gate_rank, keys)
+            nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False),
+            UniformBiasLinear(gate_rank, keys, gate_bias_range or (0.0, 0.0)),
         )
         self.g_norm = nn.RMSNorm(self.value_dim, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
-        self.reset_gate_bias()
-
-    @torch.no_grad()
-    def reset_gate_bias(self) -> None:
-        nn.init.uniform_(self.gk_proj.get_parameter("1.bias"), *(self.gate_bias_range or (0.0, 0.0)))
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         return {"state": ((batch_size, self.num_heads, self.key_dim, self.value_dim), torch.float32)}

@@ -5,7 +5,6 @@ Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 
 
 import math
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,7 +159,7 @@ def take_step(
     return loss.item()
 
 
-def native_autocast() -> AbstractContextManager[None]:
+def native_autocast() -> torch.autocast:
     """bf16 autocast where the CPU has bf16 instructions (x86: AVX512-BF16 or AMX); emulated bf16 would be slower."""
     return torch.autocast("cpu", torch.bfloat16, enabled=has_native_bf16())
 

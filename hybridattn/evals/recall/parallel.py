@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import multiprocessing
+from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
 from hybridattn.evals.recall import mqar
@@ -33,9 +34,9 @@ def train_all(jobs: Sequence[Job]) -> list[dict[str, np.ndarray]]:
     context = multiprocessing.get_context("spawn")
     taken, reports = context.Value("i", 0), context.SimpleQueue()
     workers = min(len(jobs), len(os.sched_getaffinity(0)))
-    running = multiprocessing.spawn(
-        work, ([(i, jobs[i]) for i in order], taken, reports), nprocs=workers, join=False, daemon=True
-    )
+    arguments = ([(i, jobs[i]) for i in order], taken, reports)
+    running = start_processes(work, arguments, nprocs=workers, join=False, daemon=True, start_method="spawn")
+    assert running is not None  # it is only where join=True
     weights: dict[int, dict[str, np.ndarray]] = {}
     try:
         with tqdm(total=sum(job.steps for job in jobs), desc=f"recall, {len(jobs)} models", unit="step") as bar:
@@ -48,7 +49,7 @@ def train_all(jobs: Sequence[Job]) -> list[dict[str, np.ndarray]]:
                     weights.update(done)
     finally:
         for process in running.processes:
-            process.terminate()
+            process.terminate()  # pyright: ignore[reportAttributeAccessIssue]
     return [weights[i] for i in range(len(jobs))]
 
 

@@ -35,11 +35,11 @@ class Entry:
 
 
 ENTRIES = {
-    "softmax attention": Entry(("conv", "full"), 150),
+    "softmax attention": Entry(("conv", "full"), 300),
     "sliding window 16": Entry(("conv", "window"), 600),
     "linear attention": Entry(("conv", "linear"), 600),
     "GLA": Entry(("conv", "gla"), 600),
-    "attention-first hybrid": Entry(("conv", "full", "gla"), 150),
+    "attention-first hybrid": Entry(("conv", "full", "gla"), 300),
 }
 
 SHARED = {
@@ -50,11 +50,11 @@ SHARED = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
     "mixer_options": {
-        "conv": {"kernel_size": 3},
+        "conv": {"kernel_size": 3, "expand": 1},
         "full": {"num_heads": 1, "rope_theta": None},
         "window": {"num_heads": 1, "rope_theta": None, "window": 16},
         "linear": {"num_heads": 1, "key_dim": 16, "feature_map": "elu"},
-        "gla": {"num_heads": 1, "key_dim": 32},
+        "gla": {"num_heads": 1, "key_dim": 32, "gate_bias_range": [4.0, 8.0]},
     },
 }
 
@@ -73,8 +73,8 @@ def run(*, seeds: int = 1, steps: int | None = None) -> dict[str, Any]:
         steps: training steps of every model instead of the entry's own.
 
     Returns:
-        JSON values: ``rows``, each as `measure_row` gives, their ``config``, and what they share: ``seeds``, ``test_rows``,
-        ``state_tokens`` (tokens behind the state bytes) and ``context`` (tokens before the timed ones).
+        JSON values: ``rows``, each as `measure_row` gives, their ``config``, and what they share: ``seeds``,
+        ``test_rows``, ``state_tokens`` (tokens behind the state bytes) and ``context`` (tokens before the timed ones).
 
     Raises:
         RuntimeError: a cache holds another number of bytes than the formula says.
@@ -141,6 +141,7 @@ def check_state(model: HybridAttnForCausalLM, batch: int, tokens: int) -> dict[s
     Raises:
         RuntimeError: the two differ.
     """
+    assert isinstance(model.config, HybridAttnConfig)
     formula = cache_bytes(model.config, batch_size=batch, tokens=tokens, dtype=model.dtype)
     allocated = allocated_bytes(measure.filled_cache(model, tokens=tokens, batch=batch))
     if formula != allocated:

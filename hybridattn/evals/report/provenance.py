@@ -22,8 +22,8 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
         config: everything that determines the run, as JSON values.
 
     Returns:
-        JSON values: ``date`` (UTC), ``versions``, ``platform``, ``cpu``, ``cores``, ``threads``, ``commit`` (None unless
-        the package lies in its git checkout), ``config`` and ``config_sha256`` (`json_sha256`).
+        JSON values: ``date`` (UTC), ``versions``, ``platform``, ``cpu``, ``cores``, ``threads``, ``commit`` (None
+        unless the package lies in its git checkout), ``config`` and ``config_sha256`` (`json_sha256`).
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""A small hybrid language model on real text: trained, compared with n-gram models, saved, reloaded and sampled from."""
+"""A small hybrid language model on real text: trained, compared with n-gram models, saved, reloaded, sampled from."""
 
 import json
 import subprocess
@@ -77,8 +77,7 @@ def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> 
     corpus = standard_library()
     torch.manual_seed(0)
     model = HybridAttnForCausalLM(HybridAttnConfig(**OPTIONS))
-    budget = {"seconds": seconds} if steps is None else {"steps": steps}
-    training = loop.train(model, corpus.train, **budget)
+    training = loop.train(model, corpus.train, steps=steps, seconds=seconds if steps is None else None)
     windows = bits.scored_windows(corpus.held_out)
     scores = {"model": bits.model_bits_per_byte(model, windows)}
     baselines = bits.ngram_bits_per_byte(corpus.train, corpus.held_out, windows)
@@ -86,7 +85,7 @@ def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> 
     model.save_pretrained(folder)
     byte_tokenizer(max_length=model.config.max_position_embeddings).save_pretrained(folder)
     return {
-        "config": {"model": OPTIONS, "recipe": asdict(loop.Recipe()), **budget},
+        "config": {"model": OPTIONS, "recipe": asdict(loop.Recipe()), "steps": steps, "seconds": seconds},
         "parameters": model.num_parameters(),
         "corpus": describe(corpus),
         "training": {**training, "threads": torch.get_num_threads(), "bf16": loop.has_native_bf16()},

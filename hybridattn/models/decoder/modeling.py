@@ -15,7 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...layers import GatedLinearAttention, ShortConvolution
+from ...layers import ShortConvolution
+from ...layers.gated_linear_attention import UniformBiasLinear
 from ...layers.mixer import CacheSpec
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
@@ -133,8 +134,8 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.kernel_size**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, GatedLinearAttention) and module.gate_bias_range is not None:
-            init.uniform_(module.gk_proj.get_parameter("1.bias"), *module.gate_bias_range)
+        elif isinstance(module, UniformBiasLinear):
+            init.uniform_(module.bias, *module.bias_range)
 
 
 class HybridAttnModel(HybridAttnPreTrainedModel):

@@ -1,0 +1,294 @@
+"""The decoder for every mixer and for hybrids: caches, padding, packing, generation, checkpoints, bad input."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
+from hybridattn.models.decoder.accounting import cache_bytes, cache_elements, cache_spec
+from hybridattn.models.decoder.cache import allocated_bytes
+from hybridattn.models.decoder.mixers import MIXERS
+
+VOCAB, PAD, LENGTHS, TOKENS = 40, 0, (23, 17, 1), 23
+OPTIONS = {
+    "gla": {"num_heads": 2, "gate_bias_range": [-40.0, 4.0]},
+    "window": {"num_heads": 2, "window": 5},
+    "full": {"num_heads": 4, "num_key_value_heads": 2},
+    "linear": {"num_heads": 2, "key_dim": 4},
+}
+STACKS: dict[str, dict[str, Any]] = {
+    **{name: {"mixers": [name, name]} for name in MIXERS},
+    "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "conv_size": 4},
+    "no mlp": {"mixers": ["full", "gla"], "mlp": "none"},
+}
+
+
+def make_config(stack: str, **changes: Any) -> HybridAttnConfig:
+    options = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "mixer_options": OPTIONS,
+        "initializer": "fan_in",
+        "pad_token_id": PAD,
+        "eos_token_id": 1,
+    }
+    return HybridAttnConfig(**{**options, **STACKS[stack], **changes})
+
+
+@pytest.fixture(params=STACKS)
+def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
+    return HybridAttnForCausalLM(make_config(request.param)).eval()
+
+
+def tokens(batch: int = 3, length: int = TOKENS) -> Tensor:
+    return torch.randint(2, VOCAB, (batch, length))
+
+
+def pad(rows: Tensor, side: str, width: int = 29) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Rows cut to LENGTHS among padding: ids, mask and the places of the real tokens."""
+    ids, mask, places = torch.full((3, width), PAD), torch.zeros(3, width, dtype=torch.long), []
+    for row, length in enumerate(LENGTHS):
+        at = {
+            "left": torch.arange(width - length, width),
+            "right": torch.arange(length),
+            "inside": torch.randperm(width)[:length].sort().values,
+        }[side]
+        ids[row, at], mask[row, at] = rows[row, :length], 1
+        places.append(at)
+    return ids, mask, places
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[1], [9, 12], list(range(8, TOKENS))])
+def test_cached_equals_uncached(model: HybridAttnForCausalLM, cuts: list[int]):
+    ids = tokens()
+    expected, cache, parts = model(ids, use_cache=False), None, []
+    assert expected.past_key_values is None
+    for first, last in zip([0, *cuts], [*cuts, TOKENS], strict=True):
+        out = model(ids[:, first:last], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == last
+        parts.append(out.logits)
+    close(torch.cat(parts, 1), expected.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+def test_padding_changes_no_token(model: HybridAttnForCausalLM, side: str):
+    rows = tokens()
+    ids, mask, places = pad(rows, side)
+    whole = model(ids, attention_mask=mask).logits
+    out = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True)
+    cache, parts = out.past_key_values, [out.logits]
+    for first, last in ((20, 24), (24, 25), (25, 26), (26, 27), (27, 28), (28, 29)):
+        parts.append(model(ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache).logits)
+    cached = torch.cat(parts, 1)
+    for row, (at, length) in enumerate(zip(places, LENGTHS, strict=True)):
+        alone = model(rows[row, None, :length]).logits[0]
+        close(whole[row, at], alone)
+        close(cached[row, at], alone)
+
+
+@pytest.mark.parametrize("side", ["left", "inside"])
+def test_padding_changes_no_gradient(model: HybridAttnForCausalLM, side: str):
+    ids, mask, _ = pad(tokens(), side)
+    other = torch.where(mask.bool(), ids, 7)  # other tokens as padding: nothing may change
+    losses, grads = [], []
+    for padded in (ids, other):
+        embeds = model.model.embed_tokens(padded).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, attention_mask=mask).logits[mask.bool()]
+        model.zero_grad()
+        logits.square().mean().backward()
+        losses.append(logits.detach())
+        grads.append(embeds.grad)
+        assert not embeds.grad[~mask.bool()].any()
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+def test_packed_rows_equal_separate_rows(model: HybridAttnForCausalLM):
+    lengths = [5, 1, 11]
+    rows = [tokens(1, n) for n in lengths]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(torch.cat(rows, 1), cu_seq_lens_q=ends.int(), position_ids=positions).logits[0]
+    for part, row in zip(packed.split(lengths), rows, strict=True):
+        close(part, model(row).logits[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3, "do_sample": False}]
+)
+def test_generate_left_padded_batch_equals_alone(model: HybridAttnForCausalLM, options: dict[str, Any]):
+    rows = tokens()
+    ids, mask, _ = pad(rows, "left")
+    if options["do_sample"]:  # the draws differ between batches, so only what greedy search would give can be compared
+        options = {**options, "temperature": 1e-4}
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=9, eos_token_id=-1, **options)
+    for row, length in enumerate(LENGTHS):
+        alone = model.generate(rows[row, None, :length], max_new_tokens=9, eos_token_id=-1, **options)
+        assert torch.equal(batch[row, ids.shape[1] :], alone[0, length:])
+
+
+def test_generate_equals_recomputing_every_token(model: HybridAttnForCausalLM):
+    ids = tokens(2, 6)
+    expected = ids
+    for _ in range(12):
+        expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1), expected)
+    uncached = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1, use_cache=False)
+    assert torch.equal(uncached, expected)
+
+
+def test_a_returned_cache_can_be_continued(model: HybridAttnForCausalLM):
+    ids = tokens(2, 6)
+    first = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1, return_dict_in_generate=True)
+    more = torch.cat((first.sequences, tokens(2, 3)), 1)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "attention_mask": torch.ones_like(more)}
+    continued = model.generate(more, past_key_values=first.past_key_values, **options)
+    assert torch.equal(continued, model.generate(more, **options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_what_the_formula_says(model: HybridAttnForCausalLM, dtype: torch.dtype):
+    model.to(dtype)
+    for batch, length in ((1, 3), (4, 11)):
+        cache = model(tokens(batch, length), use_cache=True).past_key_values
+        assert allocated_bytes(cache) == cache_bytes(model.config, batch_size=batch, tokens=length, dtype=dtype)
+
+
+def test_state_elements_of_a_known_shape():
+    """GLA keeps K x V per head; a window keeps its keys and values; a full layer those of every token."""
+    config = make_config("hybrid", mixers=["gla", "window", "full"], conv_size=None)
+    specs = cache_spec(config, batch_size=1, tokens=100, dtype=torch.bfloat16)
+    assert [cache_elements(spec) for spec in specs] == [2 * 4 * 8, 2 * 5 * 16, 2 * 100 * 2 * 4]
+
+
+@torch.no_grad()
+def test_cache_rows_can_be_selected_and_repeated(model: HybridAttnForCausalLM):
+    ids = tokens()
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([5, 0]))
+    out = model(ids[[2, 0], 10:], past_key_values=cache).logits
+    close(out, model(ids[[2, 0]]).logits[:, 10:])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    close(model(ids[:1, :4], past_key_values=cache).logits, model(ids[:1, :4]).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(model: HybridAttnForCausalLM, tied: bool, tmp_path: Path):
+    model = HybridAttnForCausalLM(HybridAttnConfig(**{**model.config.to_dict(), "tie_word_embeddings": tied})).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is HybridAttnForCausalLM
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
+    ids = tokens()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
+    """Loading builds on the meta device: what the file lacks must come from _init_weights, not from memory."""
+    config = make_config("hybrid", mixers=["gla"], conv_size=4)
+    model = HybridAttnForCausalLM(config)
+    kept = {k: v for k, v in model.state_dict().items() if "gk_proj" not in k and "conv" not in k}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(p.isfinite().all() for p in loaded.parameters())
+    bias = loaded.model.layers[0].mixer.gk_proj[1].bias
+    assert bias.min() >= -40
+    assert bias.max() <= 4
+    assert bias.std() > 1
+    assert 0.1 < loaded.model.layers[0].conv.weight.std() < 1
+
+
+def test_loss_and_gradients_reach_every_parameter(model: HybridAttnForCausalLM):
+    ids = tokens()
+    out = model(ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing(model: HybridAttnForCausalLM):
+    ids, grads = tokens(), []
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_backends_agree(model: HybridAttnForCausalLM):
+    reference = HybridAttnForCausalLM(HybridAttnConfig(**{**model.config.to_dict(), "backend": "reference"})).eval()
+    reference.load_state_dict(model.state_dict())
+    ids = tokens()
+    close(model(ids).logits, reference(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(ids, **options), reference.generate(ids, **options))
+
+
+def test_logits_to_keep_and_hidden_states(model: HybridAttnForCausalLM):
+    ids = tokens()
+    out = model(ids, logits_to_keep=2, output_hidden_states=True)
+    close(out.logits, model(ids).logits[:, -2:])
+    assert len(out.hidden_states) == len(model.config.mixers) + 1
+
+
+BAD_CONFIGS = {
+    "unknown mixer": ({"mixers": ["gla", "mamba"]}, r"mixers: expected names from \['conv', .*\], got 'mamba'"),
+    "no mixers": ({"mixers": []}, r"mixers: expected a list with a mixer for each layer, got \[\]"),
+    "options of an unknown mixer": ({"mixer_options": {"x": {}}}, "mixers: expected names from .*, got 'x'"),
+    "layers": ({"num_hidden_layers": 7}, r"num_hidden_layers: expected 5 \(one per mixer\), got 7"),
+    "mlp": ({"mlp": "gelu"}, "mlp: expected 'swiglu' or 'none', got 'gelu'"),
+    "initializer": ({"initializer": "zero"}, "initializer: expected 'normal' or 'fan_in', got 'zero'"),
+    "backend": ({"backend": "cuda"}, r"backend: expected one of \['reference', 'torch', None\], got 'cuda'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configurations_are_named(name: str):
+    changes, message = BAD_CONFIGS[name]
+    with pytest.raises(ValueError, match=message):
+        make_config("hybrid", **changes)
+
+
+def test_bad_mixer_options_are_named():
+    with pytest.raises(ValueError, match=r"mixer_options\['gla'\]: .*unexpected keyword argument 'headz'"):
+        HybridAttnForCausalLM(make_config("gla", mixer_options={"gla": {"headz": 2}}))
+    with pytest.raises(ValueError, match="window: expected a positive integer, got 0"):
+        HybridAttnForCausalLM(make_config("window", mixer_options={"window": {"num_heads": 2, "window": 0}}))
+
+
+def test_bad_calls_are_named():
+    model, ids = HybridAttnForCausalLM(make_config("hybrid")), tokens()
+    with pytest.raises(ValueError, match="input_ids: expected either input_ids or inputs_embeds, got both or neither"):
+        model()
+    with pytest.raises(
+        ValueError, match=r"past_key_values: expected DynamicCache\(config=model.config\) with 5 layers"
+    ):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[3, at least 23\], got \[3, 5\]"):
+        model(ids, attention_mask=torch.ones(3, 5))
+    with pytest.raises(ValueError, match="attention_mask: expected no padding beside cu_seq_lens_q, got zeros"):
+        model(ids[:1], attention_mask=torch.zeros(1, TOKENS), cu_seq_lens_q=torch.tensor([0, TOKENS]))
+    with pytest.raises(ValueError, match="assisted|stateful"):
+        model.generate(ids[:1], assistant_model=model, max_new_tokens=2)
