@@ -14,9 +14,11 @@ import hybridattn
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridattn"
 WINGS = ("kernels", "layers", "models", "training", "evals")  # each may import those before it
-FILES = sorted(
-    p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts
-)
+
+
+def package_files() -> list[str]:
+    files = (p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return sorted(p.relative_to(ROOT).as_posix() for p in files)
 
 
 @pytest.mark.parametrize("wing", ["kernels", "models", "evals"])
@@ -65,10 +67,10 @@ def test_wheel_contains_every_file_of_the_package_and_nothing_else(tmp_path: Pat
     with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert "hybridattn/py.typed" in names
-    assert sorted(names) == FILES
+    assert sorted(names) == package_files()
 
 
 def test_sdist_contains_every_file_of_the_package(tmp_path: Path) -> None:
     with tarfile.open(build("sdist", tmp_path)) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert names >= {*FILES, "pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"}
+    assert names >= {*package_files(), "pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"}

@@ -78,8 +78,7 @@ def bits_per_token(models: list[Counts], tokens: np.ndarray, positions: np.ndarr
     """
     if len(positions) == 0 or positions.min() < len(models) - 1:
         raise ValueError(
-            f"positions: expected at least one, each >= {len(models) - 1}, got {positions.min(initial=0)} "
-            f"as the lowest of {len(positions)}"
+            f"positions: expected at least one, each >= {len(models) - 1}, got {np.sort(positions)[:3]}, .."
         )
     tokens = tokens.astype(np.int64)
     probability = np.full(len(positions), 1 / VOCAB_SIZE)

@@ -50,7 +50,9 @@ def test_every_parameter_has_one_optimizer_and_only_linear_weights_have_muon():
     net = model()
     adamw, muon = loop.build_optimizers(net, RECIPE)
     of = {id(p): (o, g) for o in (adamw, muon) for g in o.param_groups for p in g["params"]}
-    assert sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(of) == len(list(net.parameters()))
+    assert (
+        sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(of) == len(list(net.parameters()))
+    )
     for name, parameter in net.named_parameters():
         optimizer, group = of[id(parameter)]
         assert (optimizer is muon) == ("_proj" in name), name

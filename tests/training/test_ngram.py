@@ -15,9 +15,7 @@ def probability(history: list[int], token: int, order: int) -> float:
     if order < 0:
         return 1 / ngram.VOCAB_SIZE
     context = history[len(history) - order :]
-    following = Counter(
-        int(TRAIN[i]) for i in range(order, len(TRAIN)) if TRAIN[i - order : i].tolist() == context
-    )
+    following = Counter(int(TRAIN[i]) for i in range(order, len(TRAIN)) if TRAIN[i - order : i].tolist() == context)
     below = probability(history, token, order - 1)
     if not following:
         return below
@@ -50,5 +48,6 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="tokens: expected more than order = 3 of them, got 3"):
         ngram.count(TRAIN[:3], order=3)
     models = [ngram.count(TRAIN, order=k) for k in range(3)]
-    with pytest.raises(ValueError, match="positions: expected at least one, each >= 2, got 1"):
-        ngram.bits_per_token(models, TEST, np.array([1, 5]))
+    for positions, given in ((np.array([5, 1]), r"\[1 5\]"), (np.array([], int), r"\[\]")):
+        with pytest.raises(ValueError, match=f"positions: expected at least one, each >= 2, got {given}"):
+            ngram.bits_per_token(models, TEST, positions)

@@ -1,11 +1,20 @@
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hybridattn.training.text import PAD, SEPARATOR, VOCAB_SIZE, byte_symbols, byte_tokenizer, is_held_out, standard_library
+from hybridattn.training.text import (
+    PAD,
+    SEPARATOR,
+    VOCAB_SIZE,
+    byte_symbols,
+    byte_tokenizer,
+    is_held_out,
+    standard_library,
+)
 
 # Every byte that UTF-8 text can contain, white space in every shape, and the special tokens' own names.
 TEXTS = [
@@ -60,7 +69,7 @@ def documents(tokens: np.ndarray) -> list[bytes]:
     ends = np.flatnonzero(tokens == SEPARATOR)
     assert ends[0] == 0
     assert ends[-1] == len(tokens) - 1
-    return [tokens[a + 1 : b].astype(np.uint8).tobytes() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [tokens[a + 1 : b].astype(np.uint8).tobytes() for a, b in pairwise(ends)]
 
 
 def test_split_depends_on_the_name_alone():

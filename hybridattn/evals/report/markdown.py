@@ -68,10 +68,10 @@ def text_part(text: dict[str, Any]) -> list[str]:
         "## Real text",
         f"A byte-level hybrid of {text['parameters']:,} parameters ({', '.join(text['config']['model']['mixers'])}), "
         f"trained for {training['seconds']:.0f} s ({training['steps']} steps, {training['tokens_per_second']:,.0f} "
-        f"tokens/s, {training['threads']} threads{', bf16' if training['bf16'] else ''}) on the Python standard library, "
-        f"{corpus['train_bytes']:,} bytes in {corpus['train_files']} files; {corpus['held_out_files']} other files are "
-        "held out. Beside it interpolated Witten-Bell models of order 0 to 4, fitted to the same files, scored on the "
-        f"same {text['scored_bytes']:,} bytes, the last 256 of every 512-byte window.",
+        f"tokens/s, {training['threads']} threads{', bf16' if training['bf16'] else ''}) on the Python standard "
+        f"library: {corpus['train_bytes']:,} bytes in {corpus['train_files']} files, {corpus['held_out_files']} other "
+        "files held out. Beside it interpolated Witten-Bell models of order 0 to 4, fitted to the same files, scored "
+        f"on the same {text['scored_bytes']:,} bytes: the last 256 of every 512-byte window.",
         text_table(text),
         "Reloaded from `model/` in a new process with `AutoModelForCausalLM` and `AutoTokenizer` and sampled at "
         f"temperature 0.8, {sample['tokens_per_second']:,.0f} tokens/s ({sample['threads']} thread):",
@@ -95,11 +95,11 @@ def recall_part(recall: dict[str, Any]) -> list[str]:
         "![Recall against state bytes and against decode speed](pareto.png)",
         recall_table(recall["rows"]),
         "Multi-query associative recall: N key-value pairs, then all N keys again in random order; share of values "
-        f"named right on {recall['test_rows']} held-out rows, median of {recall['seeds']} trained model(s). State: bytes "
-        f"of the cache of one sequence of {recall['state_tokens']} tokens in fp32, by formula and as allocated. Speed, with "
-        f"{first['threads']} thread: {first['prefill']['samples']} prompts of {recall['context']} tokens, and "
-        f"{first['decode']['1']['samples']} decoding steps after such a prompt, at their median time and at the 90th "
-        "percentile of their times (p90).",
+        f"named right on {recall['test_rows']} held-out rows, median of {recall['seeds']} trained model(s). State: "
+        f"bytes of the cache of one sequence of {recall['state_tokens']} tokens in fp32, by formula and as allocated. "
+        f"Speed, with {first['threads']} thread: {first['prefill']['samples']} prompts of {recall['context']} tokens, "
+        f"and {first['decode']['1']['samples']} decoding steps after such a prompt, at their median time and at the "
+        "90th percentile of their times (p90).",
     ]
 
 
