@@ -22,6 +22,7 @@ no large terms cancel, so that it stays exact where the true gradient is exp(-60
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from ..runtime.backend import compute_dtype, no_autocast
 from ..runtime.sequences import sequence_slices
 
 CHUNK = 64
-SEGMENT = 1 << 18  # elements of one operand worked on at a time: 1 MB, about the second-level cache of a core
+SEGMENT = 1 << 17  # elements of one operand worked on at a time: a few operands fit the second-level cache of a core
 COOL = 30.0  # nats between the middle of a chunk and its edges: exp(2 * COOL) is far inside fp32, sums lose 1e-6
 FLOOR = -1000.0  # exp(FLOOR) is 0 in fp64 too; a finite stand-in for -inf
 
@@ -68,24 +69,33 @@ class Layout:
             index.append(torch.where(place < lengths[:count, None], starts[:count, None] + place, tokens))
         return Layout(chunk, counts, order.to(cu_seqlens.device), torch.cat(index).to(cu_seqlens.device))
 
-    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B,T,H,D] -> rows [R,C,D], zero where a chunk has no token."""
+    def split(self, x: Tensor, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
+        """[B,T,H,D] -> rows [R,C,D] times ``factor``, zero where a chunk has no token."""
         if self.index is not None:
             padded = F.pad(x[0].to(dtype), (0, 0, 0, 0, 0, 1))
-            return padded[self.index].transpose(1, 2).reshape(-1, self.chunk, x.shape[-1])
-        padded = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
-        chunks = padded.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
-        rows = torch.empty(chunks.shape, dtype=dtype, device=x.device).copy_(chunks)
+            return padded[self.index].transpose(1, 2).reshape(-1, self.chunk, x.shape[-1]) * factor
+        if x.shape[1] % self.chunk:
+            x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
+        chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+        rows = torch.empty(chunks.shape, dtype=dtype, device=x.device)
+        if isinstance(factor, Tensor):
+            torch.mul(chunks, factor.view(*chunks.shape[:-1], -1), out=rows)
+        elif factor == 1:
+            rows.copy_(chunks)
+        else:
+            torch.mul(chunks, factor, out=rows)
         return rows.view(-1, self.chunk, x.shape[-1])
 
-    def join(self, rows: Tensor, out: Tensor) -> None:
-        """Write rows [R,C,D] to their tokens of out [B,T,H,D]; tokens of no sequence get zeros."""
+    def join(self, rows: Tensor, out: Tensor, factor: float = 1.0) -> None:
+        """Write rows [R,C,D] times ``factor`` to their tokens of out [B,T,H,D]; tokens of no sequence get zeros."""
         batch, tokens, heads, dim = out.shape
         if self.index is not None:
             places = rows.new_zeros(tokens + 1, heads, dim)
             places[self.index] = rows.view(-1, heads, self.chunk, dim).transpose(1, 2)
-            out[0] = places[:-1]
+            out[0] = places[:-1] * factor
             return
+        if factor != 1:
+            rows = rows * factor
         chunks = rows.view(-1, batch, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
         if tokens % self.chunk:
             out.copy_(chunks.flatten(1, 2)[:, :tokens])
@@ -109,7 +119,8 @@ def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[sli
     if q.numel() == 0 or v.numel() == 0:
         return []
     if cu_seqlens is not None:
-        return [(slice(0, tokens), Layout.packed(tokens, cu_seqlens))]
+        packed = Layout.packed(tokens, cu_seqlens)
+        return [(slice(0, tokens), packed)] if packed.counts else []
     row = max(1, batch * heads * max(dim, v.shape[-1])) * CHUNK
     step = CHUNK * max(1, SEGMENT // row)
     spans = [slice(a, min(a + step, tokens)) for a in range(0, tokens, step)]
@@ -130,23 +141,22 @@ class Decay:
 
     @staticmethod
     def of(g: Tensor) -> "Decay":
-        if g.numel() and g.amin() < FLOOR:
+        sums = _sums_from_middle(g.shape[1], g.dtype, g.device).expand(g.shape[0], -1, -1)
+        from_middle = torch.bmm(sums, g)
+        cool = bool(from_middle[:, 0].amax() <= COOL) and bool(from_middle[:, -1].amin() >= -COOL)
+        if not cool:  # NaN, from infinite gates, is not cool either
             g = g.clamp(min=FLOOR)
-        from_middle = torch.matmul(_sums_from_middle(g.shape[1], g.dtype, g.device), g)
-        hot_rows = ((from_middle[:, 0] > COOL) | (from_middle[:, -1] < -COOL)).any(-1)
+            from_middle = torch.bmm(sums, g)
         to_middle = g[:, 0] - from_middle[:, 0]
         entry, total = to_middle.exp(), (to_middle + from_middle[:, -1]).exp()
+        hot = None if cool else Hot.of(g, from_middle)
         query = from_middle.exp_()
         key, exit_ = query.reciprocal(), query[:, -1].clone()
-        hot = None
-        if bool(hot_rows.any()):
-            rows = hot_rows.nonzero().squeeze(-1)
-            sums = g[rows].double().cumsum(1)
-            query[rows] = sums.exp().to(g.dtype)
-            key[rows] = (sums[:, -1:] - sums).exp().to(g.dtype)
-            entry[rows] = 1
-            exit_[rows] = 1
-            hot = Hot(rows, sums)
+        if hot is not None:
+            query[hot.rows] = hot.sums.exp().to(g.dtype)
+            key[hot.rows] = (hot.sums[:, -1:] - hot.sums).exp().to(g.dtype)
+            entry[hot.rows] = 1
+            exit_[hot.rows] = 1
         return Decay(query, key, entry[..., None], exit_[..., None], total[..., None], hot)
 
 
@@ -156,7 +166,13 @@ class Hot(NamedTuple):
     rows: Tensor
     sums: Tensor
 
+    @staticmethod
+    def of(g: Tensor, from_middle: Tensor) -> "Hot":
+        rows = ((from_middle[:, 0] > COOL) | (from_middle[:, -1] < -COOL)).any(-1).nonzero().squeeze(-1)
+        return Hot(rows, g[rows].double().cumsum(1))
 
+
+@cache
 def _sums_from_middle(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[C,C] of 0, 1 and -1: times the log-decays of a chunk it is b_t - b_mid, summed outwards from the middle."""
     t, u = torch.arange(chunk, device=device)[:, None], torch.arange(chunk, device=device)
@@ -235,7 +251,7 @@ def _scan(update: Tensor, total: Tensor | None, state: Tensor, counts: list[int]
     state, at = state.flatten(0, 1).clone(), 0
     for count in counts:
         rows = slice(at, at := at + count * heads)
-        _advance(before[rows].copy_(state[: count * heads]), update[rows], total, rows, state[: count * heads])
+        _advance(before[rows].copy_(state[: count * heads]), update, total, rows, out=state[: count * heads])
     return before, state.unflatten(0, (-1, heads))
 
 
@@ -246,31 +262,34 @@ def _scan_backward(update: Tensor, total: Tensor | None, dstate: Tensor, counts:
     for count in reversed(counts):
         rows = slice(at - count * heads, at)
         at = rows.start
-        _advance(after[rows].copy_(dstate[: count * heads]), update[rows], total, rows, dstate[: count * heads])
+        _advance(after[rows].copy_(dstate[: count * heads]), update, total, rows, out=dstate[: count * heads])
     return after, dstate.unflatten(0, (-1, heads))
 
 
 def _advance(state: Tensor, update: Tensor, total: Tensor | None, rows: slice, out: Tensor) -> None:
     if total is None:
-        torch.add(state, update, out=out)
+        torch.add(state, update[rows], out=out)
     else:
-        torch.addcmul(update, state, total[rows], out=out)
+        torch.addcmul(update[rows], state, total[rows], out=out)
 
 
 # ------------------------------------------------------------------------------------------------- forward and backward
 class _Rows:
     """What forward and backward both need of the rows of a segment: operands, decays, scores and states."""
 
-    def __init__(self, q, k, v, g, scale, state, layout, dtype):
-        self.q, self.k, self.v = layout.split(q, dtype).mul_(scale), layout.split(k, dtype), layout.split(v, dtype)
+    def __init__(self, q, k, v, g, state, layout, dtype):
         self.decay = decay = None if g is None else Decay.of(layout.split(g, dtype))
         self.total = None if decay is None else decay.total
-        self.qd, self.kd = (self.q, self.k) if decay is None else (self.q * decay.query, self.k * decay.key)
-        self.scores = torch.bmm(self.qd, self.kd.mT).tril_()
-        if decay is not None and decay.hot is not None:
-            rows, sums = decay.hot
-            self.scores[rows] = _hot_scores(self.q[rows], self.k[rows], sums)
-        self.update = torch.bmm(self.kd.mT, self.v)
+        self.q = layout.split(q, dtype, 1.0 if decay is None else decay.query)
+        self.k = layout.split(k, dtype, 1.0 if decay is None else decay.key)
+        self.v = layout.split(v, dtype)
+        self.scores = torch.bmm(self.q, self.k.mT).tril_()
+        self.hot = None if decay is None else decay.hot
+        if self.hot is not None:
+            rows, sums = self.hot
+            self.hot_q, self.hot_k = layout.split(q, dtype)[rows], layout.split(k, dtype)[rows]
+            self.scores[rows] = _hot_scores(self.hot_q, self.hot_k, sums)
+        self.update = torch.bmm(self.k.mT, self.v)
         if decay is not None:
             self.update *= decay.exit
         self.before, self.state = _scan(self.update, self.total, state, layout.counts)
@@ -285,9 +304,9 @@ def forward(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor, list[
     o = (torch.empty if segments else torch.zeros)(v.shape, dtype=v.dtype, device=v.device)
     for t, layout in segments:
         starts.append(layout.sort(state))
-        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], scale, starts[-1], layout, dtype)
+        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], starts[-1], layout, dtype)
         entering = r.before if r.decay is None else r.before.mul_(r.decay.entry)
-        layout.join(torch.bmm(r.scores, r.v).baddbmm_(r.qd, entering), o[:, t])
+        layout.join(torch.bmm(r.scores, r.v).baddbmm_(r.q, entering), o[:, t], scale)
         state = layout.unsort(r.state)
     return o, state, starts
 
@@ -299,9 +318,10 @@ def backward(q, k, v, g, scale, starts, cu_seqlens, do, dstate):
     new = torch.empty if segments else torch.zeros
     grads = [None if x is None else new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g)]
     for (t, layout), start in reversed(list(zip(segments, starts, strict=True))):
-        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], scale, start, layout, dtype)
-        dq, *others, dstate = _backward_rows(r, layout.split(do[:, t], dtype), layout.sort(dstate), layout.counts)
-        for grad, rows in zip(grads, (dq.mul_(scale), *others), strict=True):
+        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], start, layout, dtype)
+        do_rows = layout.split(do[:, t], dtype, scale)
+        *new_grads, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
+        for grad, rows in zip(grads, new_grads, strict=True):
             if grad is not None and rows is not None:
                 layout.join(rows, grad[:, t])
         dstate = layout.unsort(dstate)
@@ -311,33 +331,32 @@ def backward(q, k, v, g, scale, starts, cu_seqlens, do, dstate):
 def _backward_rows(
     r: _Rows, do: Tensor, dstate: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of the rows of (scaled) q, k, v, g or None, and of the states before the segment."""
-    dentry = torch.bmm(r.qd.mT, do)
+    """Gradients of the rows of q, k, v, g or None, and of the states before the segment."""
+    dentry = torch.bmm(r.q.mT, do)
     if r.decay is not None:
         dentry *= r.decay.entry
     after, dstate = _scan_backward(dentry, r.total, dstate, counts)
     dscores = torch.bmm(do, r.v.mT).tril_()
-    hot = None if r.decay is None else r.decay.hot
-    if hot is not None:
-        dscores_hot = dscores[hot.rows]
-        dscores[hot.rows] = 0
+    if r.hot is not None:
+        dscores_hot = dscores[r.hot.rows]
+        dscores[r.hot.rows] = 0
     entering, leaving = (r.before, after) if r.decay is None else (r.before * r.decay.entry, after * r.decay.exit)
-    dv = torch.bmm(r.scores.mT, do).baddbmm_(r.kd, leaving)
-    dqd = torch.bmm(dscores, r.kd).baddbmm_(do, entering.mT)
-    dkd = torch.bmm(dscores.mT, r.qd).baddbmm_(r.v, leaving.mT)
+    dv = torch.bmm(r.scores.mT, do).baddbmm_(r.k, leaving)
+    dq = torch.bmm(dscores, r.k).baddbmm_(do, entering.mT)
+    dk = torch.bmm(dscores.mT, r.q).baddbmm_(r.v, leaving.mT)
     if r.decay is None:
-        return dqd, dkd, dv, None, dstate
+        return dq, dk, dv, None, dstate
     gates = r.decay.total[..., 0]
-    dq, dk = dqd * r.decay.query, dkd * r.decay.key
     dtotal = _per_gate((r.decay.total * r.before * after).sum(-1), gates)[:, None]
     dg = dtotal + _cool_dg(
-        _per_gate(dqd.mul_(r.qd).sub_(dkd.mul_(r.kd)), gates),
+        _per_gate((dq * r.q).sub_(dk * r.k), gates),
         _per_gate((r.before * dentry).sum(-1), gates)[:, None],
         _per_gate((r.update * after).sum(-1), gates)[:, None],
     )
-    if hot is not None:
-        q, k, rows = r.q[hot.rows], r.k[hot.rows], hot.rows
-        dq_hot, dk_hot, dg_hot = _hot_scores_backward(dscores_hot, q, k, hot.sums)
+    dq, dk = dq.mul_(r.decay.query), dk.mul_(r.decay.key)
+    if r.hot is not None:
+        rows, q, k = r.hot.rows, r.hot_q, r.hot_k
+        dq_hot, dk_hot, dg_hot = _hot_scores_backward(dscores_hot, q, k, r.hot.sums)
         dg_hot += dtotal[rows] + _later(_per_gate(dq[rows] * q, gates)) + _earlier(_per_gate(dk[rows] * k, gates))
         dg[rows] = dg_hot
         dq[rows] += dq_hot
