@@ -4,7 +4,6 @@ import math
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -149,32 +148,35 @@ def env() -> None:
     """Show the versions and the hardware that a report about a problem should name."""
     import torch
 
+    from hybridattn.evals.report.provenance import cpu_name, installed_version
+
     facts = {
         "hybridattn": hybridattn.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        **{package: _version(package) for package in ("torch", "triton", "transformers")},
+        **{package: installed_version(package) or "not installed" for package in ("torch", "triton", "transformers")},
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     for name, value in facts.items():
         print(f"{name:<13}{value}")
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+kernels = typer.Typer(help="Judge the operators.")
+app.add_typer(kernels, name="kernels")
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+@kernels.command()
+def bench(
+    tokens: Annotated[int, typer.Option(help="Sequence length T; twice that beside SDPA.")] = 4096,
+    samples: Annotated[int, typer.Option(help="Timed calls per figure.")] = 15,
+) -> None:
+    """Time linear attention on this machine's CPU beside the reference, SDPA and a large matrix product."""
+    from hybridattn.evals.kernels.bench import run
+
+    run(tokens=tokens, samples=samples)
 
 
 if __name__ == "__main__":

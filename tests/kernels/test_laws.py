@@ -2,6 +2,7 @@
 law with states is that later queries against all keys give the later outputs."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -151,7 +152,7 @@ def test_any_split_with_the_state_carried_over(name: str, backend: str, cuts: li
     inputs, state = make_inputs(op, 150), make_state(op, name)
     o, *final = run(op, inputs, state, backend=backend)
     parts = []
-    for first, last in zip([0, *cuts], [*cuts, 150], strict=True):
+    for first, last in pairwise([0, *cuts, 150]):
         part = [x[:, first:last] if x.dim() > 1 else x for x in inputs]
         out, *kept = run(op, part, state, backend=backend)
         state = tuple(kept) if isinstance(state, tuple) else kept[0]
@@ -191,7 +192,7 @@ def test_packed_equals_one_by_one(name: str, backend: str, lengths: list[int]):
         return
     ((o * weight)[:, : ends[-1]].sum() + sum(x.sum() for x in final)).backward()
     single = [x.clone().requires_grad_() for x in inputs]
-    for n, (first, last) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for n, (first, last) in enumerate(pairwise(ends)):
         part = [x[:, first:last] if x.dim() > 1 else x for x in single]
         expected, *kept = run(op, part, states[n], backend="reference")
         assert error(o[:, first:last], expected) <= 1e-12

@@ -1,6 +1,7 @@
-"""Every mixer alone: cached = uncached, packed = one by one, causal, gradients, memory as declared. One row in MIXERS."""
+"""Every mixer alone, a row each in MIXERS: cached = uncached, packed = one by one, causal, gradients, memory declared."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_any_split_with_a_cache_equals_one_pass(mixer: TokenMixer, cuts: list[in
     x = torch.randn(2, TOKENS, D).double()
     expected, cache = mixer(x), {}
     with torch.no_grad():
-        parts = [mixer(x[:, a:b], cache=cache) for a, b in zip([0, *cuts], [*cuts, TOKENS], strict=True)]
+        parts = [mixer(x[:, a:b], cache=cache) for a, b in pairwise([0, *cuts, TOKENS])]
     close(torch.cat(parts, 1), expected.detach())
 
 

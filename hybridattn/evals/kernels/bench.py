@@ -21,7 +21,7 @@ TOLERANCE = 1e-5  # relative L2 against the reference, both fp32
 
 
 def flop_per_token_and_head(key_dim: int, value_dim: int) -> int:
-    """Useful floating-point operations: 2KV into the state, 2KV out of it, and the causal half of a chunk's products."""
+    """Useful operations: 2KV into the state, 2KV out of it, and the causal half of a chunk's products."""
     return 4 * key_dim * value_dim + CHUNK * (key_dim + value_dim)
 
 
@@ -85,8 +85,9 @@ def run(tokens: int = 4096, samples: int = 15) -> dict[str, Any]:
         seconds["SDPA, causal, 2T"] = median_seconds(
             lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), samples
         )
-        reference = lambda: gated_linear_attention(*short, backend="reference")  # noqa: E731
-        seconds["reference"] = median_seconds(reference, 3, warmup=1)
+        seconds["reference"] = median_seconds(
+            lambda: gated_linear_attention(*short, backend="reference"), samples=3, warmup=1
+        )
     seconds["gated, per channel, forward and backward"] = median_seconds(lambda: backward(short), samples)
     ours, twice = seconds["gated, per channel"], seconds["gated, per channel, 2T"]
     flop = SHAPE["batch"] * SHAPE["heads"] * tokens * flop_per_token_and_head(SHAPE["key_dim"], SHAPE["value_dim"])

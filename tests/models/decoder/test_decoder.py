@@ -1,5 +1,6 @@
 """The decoder for every mixer and for hybrids: caches, padding, packing, generation, checkpoints, bad input."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_cached_equals_uncached(model: HybridAttnForCausalLM, cuts: list[int]):
     ids = tokens()
     expected, cache, parts = model(ids, use_cache=False), None, []
     assert expected.past_key_values is None
-    for first, last in zip([0, *cuts], [*cuts, TOKENS], strict=True):
+    for first, last in pairwise([0, *cuts, TOKENS]):
         out = model(ids[:, first:last], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         assert cache.get_seq_length() == last
@@ -290,5 +291,5 @@ def test_bad_calls_are_named():
         model(ids, attention_mask=torch.ones(3, 5))
     with pytest.raises(ValueError, match="attention_mask: expected no padding beside cu_seq_lens_q, got zeros"):
         model(ids[:1], attention_mask=torch.zeros(1, TOKENS), cu_seq_lens_q=torch.tensor([0, TOKENS]))
-    with pytest.raises(ValueError, match="assisted|stateful"):
+    with pytest.raises(ValueError, match=r"assisted|stateful"):
         model.generate(ids[:1], assistant_model=model, max_new_tokens=2)
