@@ -21,7 +21,8 @@ class UniformBiasLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.uniform_(self.bias, *self.bias_range)
+        low, high = self.bias_range
+        nn.init.uniform_(self.bias, low, high)
 
 
 class GatedLinearAttention(TokenMixer):

@@ -1,4 +1,4 @@
-"""Every mixer alone, a row each in MIXERS: cached = uncached, packed = one by one, causal, gradients, memory declared."""
+"""Every mixer alone, a row each in MIXERS: cached = uncached, packed = one by one, causal, gradients, cache bytes."""
 
 from collections.abc import Callable
 from itertools import pairwise

@@ -135,7 +135,8 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, UniformBiasLinear):
-            init.uniform_(module.bias, *module.bias_range)
+            low, high = module.bias_range
+            init.uniform_(module.bias, low, high)
 
 
 class HybridAttnModel(HybridAttnPreTrainedModel):
