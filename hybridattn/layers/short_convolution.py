@@ -63,8 +63,11 @@ class ShortConvolution(TokenMixer):
 
     def _convolve(self, padded: Tensor) -> Tensor:
         """[B,T+past,D] -> [B,T,D]."""
-        weight, bias = self.weight[:, None].to(padded.dtype), None if self.bias is None else self.bias.to(padded.dtype)
-        return F.conv1d(padded.mT, weight, bias, groups=self.hidden_size).mT
+        weight, bias = self.weight.to(padded.dtype), None if self.bias is None else self.bias.to(padded.dtype)
+        if padded.shape[1] == self.kernel_size:  # one token: a convolution call costs several times its arithmetic
+            o = (padded * weight.mT).sum(1, keepdim=True)
+            return o if bias is None else o + bias
+        return F.conv1d(padded.mT, weight[:, None], bias, groups=self.hidden_size).mT
 
     def _packed(self, hidden_states: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Sequences with their tails before them, end to end; what follows the last one has zeros before it."""
