@@ -7,6 +7,8 @@ from .api import (
     gated_linear_attention_step,
     linear_attention,
     linear_attention_step,
+    taylor_linear_attention,
+    taylor_linear_attention_step,
 )
 
 __all__ = [
@@ -15,4 +17,6 @@ __all__ = [
     "gated_linear_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "taylor_linear_attention",
+    "taylor_linear_attention_step",
 ]

@@ -28,9 +28,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from ..runtime.backend import compute_dtype, no_autocast
 from ..runtime.sequences import sequence_slices
+from . import features
 
 CHUNK = 64
 SEGMENT = 1 << 17  # elements of one operand worked on at a time: a few operands fit the second-level cache of a core
@@ -80,10 +82,10 @@ class Layout:
         rows = torch.empty(chunks.shape, dtype=dtype, device=x.device)
         if isinstance(factor, Tensor):
             torch.mul(chunks, factor.view(*chunks.shape[:-1], -1), out=rows)
-        elif factor == 1:
-            rows.copy_(chunks)
         else:
-            torch.mul(chunks, factor, out=rows)
+            rows.copy_(chunks)
+            if factor != 1:
+                rows.mul_(factor)  # not in one call: that would round a 16-bit product
         return rows.view(-1, self.chunk, x.shape[-1])
 
     def join(self, rows: Tensor, out: Tensor, factor: float = 1.0) -> None:
@@ -113,18 +115,24 @@ def _chunk_size(tokens: int) -> int:
     return min(CHUNK, max(16, 1 << max(tokens - 1, 0).bit_length()))
 
 
-def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, Layout]]:
-    """Time slices small enough to stay in cache, each with its layout; a packed row is one, nothing is none."""
+def _spans(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[slice]:
+    """Time slices small enough to stay in cache; a packed row is one, an empty problem none. By shapes alone."""
     batch, tokens, heads, dim = q.shape
     if q.numel() == 0 or v.numel() == 0:
         return []
     if cu_seqlens is not None:
-        packed = Layout.packed(tokens, cu_seqlens)
-        return [(slice(0, tokens), packed)] if packed.counts else []
-    row = max(1, batch * heads * max(dim, v.shape[-1])) * CHUNK
+        return [slice(0, tokens)]
+    row = batch * heads * max(dim, v.shape[-1]) * CHUNK
     step = CHUNK * max(1, SEGMENT // row)
-    spans = [slice(a, min(a + step, tokens)) for a in range(0, tokens, step)]
-    return [(span, Layout.of(batch, span.stop - span.start)) for span in spans]
+    return [slice(a, min(a + step, tokens)) for a in range(0, tokens, step)]
+
+
+def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, Layout]]:
+    """The spans with their layouts."""
+    spans = _spans(q, v, cu_seqlens)
+    if cu_seqlens is not None:
+        return [(span, Layout.packed(q.shape[1], cu_seqlens)) for span in spans]
+    return [(span, Layout.of(q.shape[0], span.stop - span.start)) for span in spans]
 
 
 # ------------------------------------------------------------------------------------------------------- gates of a row
@@ -143,6 +151,8 @@ class Decay:
     def of(g: Tensor) -> "Decay":
         sums = _sums_from_middle(g.shape[1], g.dtype, g.device).expand(g.shape[0], -1, -1)
         from_middle = torch.bmm(sums, g)
+        if not len(g):
+            return Decay(*(g.new_empty(0, 1, 1),) * 5, None)
         cool = bool(from_middle[:, 0].amax() <= COOL) and bool(from_middle[:, -1].amin() >= -COOL)
         if not cool:  # NaN, from infinite gates, is not cool either
             g = g.clamp(min=FLOOR)
@@ -277,11 +287,16 @@ def _advance(state: Tensor, update: Tensor, total: Tensor | None, rows: slice, o
 class _Rows:
     """What forward and backward both need of the rows of a segment: operands, decays, scores and states."""
 
-    def __init__(self, q, k, v, g, state, layout, dtype):
+    def __init__(self, q, k, v, g, taylor, state, layout, dtype):
         self.decay = decay = None if g is None else Decay.of(layout.split(g, dtype))
         self.total = None if decay is None else decay.total
-        self.q = layout.split(q, dtype, 1.0 if decay is None else decay.query)
-        self.k = layout.split(k, dtype, 1.0 if decay is None else decay.key)
+        self.raw = None
+        if taylor is None:
+            self.q = layout.split(q, dtype, 1.0 if decay is None else decay.query)
+            self.k = layout.split(k, dtype, 1.0 if decay is None else decay.key)
+        else:  # a place without a token has the feature 1 too, but its value is zero
+            self.raw = layout.split(q, dtype, taylor**0.5), layout.split(k, dtype, taylor**0.5)
+            self.q, self.k = map(features.taylor, self.raw)
         self.v = layout.split(v, dtype)
         self.scores = torch.bmm(self.q, self.k.mT).tril_()
         self.hot = None if decay is None else decay.hot
@@ -295,37 +310,80 @@ class _Rows:
         self.before, self.state = _scan(self.update, self.total, state, layout.counts)
 
 
-def forward(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Outputs [B,T,H,V] in v's dtype, final states [N,H,K,V] and the states before every segment.
+@custom_op("hybridattn::linear_attention_chunked", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    taylor: float | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [B,T,H,V] in v's dtype, final states [N,H,K,V] and the states before every segment [S,N,H,K,V].
 
-    q, k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V]; cu_seqlens: [N+1] or None.
+    q, k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V]; cu_seqlens: [N+1] or None. With
+    ``taylor`` the scores are 1 + z + z^2 / 2 of z = taylor * q.k, there is no g, and the states have P packed features
+    for K.
     """
-    segments, starts, dtype = _segments(q, v, cu_seqlens), [], compute_dtype(q, k, v, g)
-    o = (torch.empty if segments else torch.zeros)(v.shape, dtype=v.dtype, device=v.device)
-    for t, layout in segments:
-        starts.append(layout.sort(state))
-        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], starts[-1], layout, dtype)
+    dtype = compute_dtype(q, k, v, g)
+    starts = state.new_empty(len(_spans(q, v, cu_seqlens)), *state.shape)
+    o, state = torch.zeros_like(v, memory_format=torch.contiguous_format), state.clone()
+    for n, (t, layout) in enumerate(_segments(q, v, cu_seqlens)):
+        starts[n] = state
+        gt = None if g is None else g[:, t]
+        r = _Rows(q[:, t], k[:, t], v[:, t], gt, taylor, layout.sort(state), layout, dtype)
         entering = r.before if r.decay is None else r.before.mul_(r.decay.entry)
         layout.join(torch.bmm(r.scores, r.v).baddbmm_(r.q, entering), o[:, t], scale)
         state = layout.unsort(r.state)
     return o, state, starts
 
 
-def backward(q, k, v, g, scale, starts, cu_seqlens, do, dstate):
-    """Gradients of q, k, v, g (or None) and the initial state, from those of the outputs and the final state."""
-    dtype, dstate = compute_dtype(q, k, v, g), dstate.to(starts[0].dtype if starts else dstate.dtype)
-    segments = _segments(q, v, cu_seqlens)
-    new = torch.empty if segments else torch.zeros
-    grads = [None if x is None else new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g)]
-    for (t, layout), start in reversed(list(zip(segments, starts, strict=True))):
-        r = _Rows(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], start, layout, dtype)
-        do_rows = layout.split(do[:, t], dtype, scale)
-        *new_grads, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
-        for grad, rows in zip(grads, new_grads, strict=True):
-            if grad is not None and rows is not None:
-                layout.join(rows, grad[:, t])
-        dstate = layout.unsort(dstate)
-    return *grads, dstate
+@forward.register_fake
+def _(q, k, v, g, scale, taylor, state, cu_seqlens):
+    starts = state.new_empty(len(_spans(q, v, cu_seqlens)), *state.shape)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state), starts
+
+
+@custom_op("hybridattn::linear_attention_chunked_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    taylor: float | None,
+    starts: Tensor,
+    cu_seqlens: Tensor | None,
+    do: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g (empty without gates) and the initial state, from those of outputs and final state."""
+    dtype, dstate = compute_dtype(q, k, v, g), dstate.clone()
+    gates = q.new_empty(0) if g is None else g
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gates)]
+    with no_autocast(q):
+        for (t, layout), start in reversed(list(zip(_segments(q, v, cu_seqlens), starts, strict=True))):
+            gt = None if g is None else g[:, t]
+            r = _Rows(q[:, t], k[:, t], v[:, t], gt, taylor, layout.sort(start), layout, dtype)
+            do_rows = layout.split(do[:, t], dtype, scale)
+            dq, dk, dv, dg, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
+            if r.raw is not None:
+                pairs = zip(r.raw, (dq, dk), strict=True)
+                dq, dk = (features.taylor_backward(x, dx).mul_(taylor**0.5) for x, dx in pairs)
+            for grad, rows in zip(grads, (dq, dk, dv, dg), strict=True):
+                if rows is not None:
+                    layout.join(rows, grad[:, t])
+            dstate = layout.unsort(dstate)
+    return grads[0], grads[1], grads[2], grads[3], dstate
+
+
+@backward.register_fake
+def _(q, k, v, g, scale, taylor, starts, cu_seqlens, do, dstate):
+    gates = q.new_empty(0) if g is None else g
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gates)]
+    return grads[0], grads[1], grads[2], grads[3], torch.empty_like(dstate)
 
 
 def _backward_rows(
@@ -376,25 +434,32 @@ def _cool_dg(dexponent: Tensor, dentry: Tensor, dexit: Tensor) -> Tensor:
     return torch.cat((first, second), 1)
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, scale, state, cu_seqlens):
-        o, after, starts = forward(q, k, v, g, scale, state, cu_seqlens)
-        ctx.save_for_backward(q, k, v, g, cu_seqlens, *starts)
-        ctx.scale = scale
-        return o, after
+def _save(ctx, inputs, output) -> None:
+    q, k, v, g, ctx.scale, ctx.taylor, _, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, g, output[2], cu_seqlens)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dstate):
-        q, k, v, g, cu_seqlens, *starts = ctx.saved_tensors
-        with no_autocast(q):
-            dq, dk, dv, dg, dstate = backward(q, k, v, g, ctx.scale, starts, cu_seqlens, do, dstate)
-        return dq, dk, dv, dg, None, dstate, None
+
+def _backward(ctx, do, dstate, _dstarts):
+    q, k, v, g, starts, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dstate = starts.new_zeros(starts.shape[1:]) if dstate is None else dstate
+    dq, dk, dv, dg, dstate = backward(q, k, v, g, ctx.scale, ctx.taylor, starts, cu_seqlens, do, dstate)
+    return dq, dk, dv, None if g is None else dg, None, None, dstate, None
+
+
+forward.register_autograd(_backward, setup_context=_save)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    taylor: float | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B,T,H,V] in v's dtype and final states [N,H,K,V]; arguments as in ``forward``, differentiable once."""
-    return _Attend.apply(q, k, v, g, scale, state, cu_seqlens)  # pyright: ignore[reportReturnType]
+    o, state, _ = forward(q, k, v, g, scale, taylor, state, cu_seqlens)
+    return o, state

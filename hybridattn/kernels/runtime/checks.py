@@ -33,9 +33,14 @@ def check_tensors(first: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {device} (that of {first}), got {x.device}")
 
 
+def reads_values(x: Tensor, check_values: bool) -> bool:
+    """Whether values are checked: always on a CPU, on a GPU if asked for, never in a graph being traced."""
+    return (check_values or x.device.type == "cpu") and not torch.compiler.is_compiling()
+
+
 def check_log_decay(g: Tensor, check_values: bool) -> None:
-    """Check that log-decays are <= 0. Reading values synchronises a GPU: there only where ``check_values`` asks."""
-    if (check_values or g.device.type == "cpu") and g.numel() and not bool((top := g.detach().amax()) <= 0):
+    """Check that log-decays are <= 0, where values are read: that synchronises a GPU."""
+    if reads_values(g, check_values) and g.numel() and not bool((top := g.detach().amax()) <= 0):
         raise ValueError(f"g: expected natural-log decays <= 0 and not NaN, got a maximum of {top.item():g}")
 
 

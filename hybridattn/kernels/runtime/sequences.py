@@ -5,12 +5,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .checks import reads_values
+
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, check_values: bool) -> None:
     """Check the offsets of ``cu_seqlens [N+1]`` over one packed row of ``tokens`` tokens.
 
-    Tokens past the last offset belong to no sequence: operators leave zeros there. Reading values synchronises a GPU:
-    there only where ``check_values`` asks.
+    Tokens past the last offset belong to no sequence: operators leave zeros there. Values are checked where they are
+    read: that synchronises a GPU.
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
@@ -18,7 +20,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, che
         )
     if batch != 1:
         raise ValueError(f"{name}: expected one packed row (batch size 1), got batch size {batch}")
-    if check_values or cu_seqlens.device.type == "cpu":
+    if reads_values(cu_seqlens, check_values):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] > tokens or offsets != sorted(offsets):
             raise ValueError(f"{name}: expected ascending offsets from 0 to at most {tokens} tokens, got {offsets}")

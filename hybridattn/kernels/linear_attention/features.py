@@ -1,0 +1,42 @@
+"""Features of the second-order Taylor approximation of exp, packed: the one order that every backend uses.
+
+For x of dimension d the P = 1 + d + d (d + 1) / 2 features are
+
+    1,    x_i  (i = 0 .. d-1),    x_i x_j * (1 if i < j else 1 / sqrt 2)  (i <= j, row by row)
+
+so that phi(x) . phi(y) = 1 + x.y + (x.y)^2 / 2: the symmetric pairs (i, j) and (j, i) are kept once. Arora et al.,
+"Simple linear attention language models balance the recall-throughput tradeoff" (BASED, 2024), section 4.1, write out
+all 1 + d + d^2 of them.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def count(dim: int) -> int:
+    """P, the number of features of a vector of dimension ``dim``: 153 for 16."""
+    return 1 + dim + dim * (dim + 1) // 2
+
+
+@cache
+def _pairs(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    i, j = torch.triu_indices(dim, dim, device=device)
+    return i, j
+
+
+def taylor(x: Tensor) -> Tensor:
+    """[..,d] -> [..,P]."""
+    i, j = _pairs(x.shape[-1], x.device)
+    products = x[..., i] * x[..., j] * torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    return torch.cat((torch.ones_like(x[..., :1]), x, products), -1)
+
+
+def taylor_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of x [..,d] from that of its features [..,P]."""
+    dim = x.shape[-1]
+    i, j = _pairs(dim, x.device)
+    products = grad[..., 1 + dim :] * torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    dx = grad[..., 1 : 1 + dim].clone()
+    return dx.index_add_(-1, i, products * x[..., j]).index_add_(-1, j, products * x[..., i])
