@@ -80,10 +80,10 @@ class Layout:
         rows = torch.empty(chunks.shape, dtype=dtype, device=x.device)
         if isinstance(factor, Tensor):
             torch.mul(chunks, factor.view(*chunks.shape[:-1], -1), out=rows)
-        elif factor == 1:
-            rows.copy_(chunks)
         else:
-            torch.mul(chunks, factor, out=rows)
+            rows.copy_(chunks)
+            if factor != 1:
+                rows.mul_(factor)  # not in one call: that would round a 16-bit product
         return rows.view(-1, self.chunk, x.shape[-1])
 
     def join(self, rows: Tensor, out: Tensor, factor: float = 1.0) -> None:
