@@ -72,7 +72,8 @@ def run_text(folder: Path, _seeds: int, steps: int | None) -> dict[str, Any]:
     result = text.run(folder / "model", steps=steps)
     sample = result["continuation"]
     print(f"\n{markdown.text_table(result)}\n")
-    print(f"Sampled in a new process, {sample['tokens_per_second']:,.0f} tokens/s:\n\n{sample['text']}\n")
+    print(f"Sampled in a new process, {sample['tokens_per_second']:,.0f} tokens/s:\n")
+    print(markdown.printable(sample["text"]), end="\n\n")
     return result
 
 

@@ -158,6 +158,19 @@ def test_sixteen_bits_cost_no_more_than_rounding_the_operands(name: str, backend
         assert error(result, truth) <= 1.5 * error(formula, truth)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_of_sixteen_bit_operands_are_rounded_once(name: str):
+    """Backward works in fp32 on the 16-bit operands: what it returns differs from fp64 by the last rounding alone."""
+    op = OPERATORS[name]
+    inputs = [x.bfloat16().double() if x.dim() > 1 else x.float().double() for x in make_inputs(op, 70, "mild")]
+    grads = [torch.randn_like(x).bfloat16().double() for x in run(op, inputs, backend="reference")]
+    _, expected = run_backward(op, inputs, None, grads, "reference", torch.float64)
+    _, actual = run_backward(op, inputs, None, grads, "torch", torch.bfloat16)
+    for gradient, truth in zip(actual, expected, strict=True):
+        rounded = error(truth.to(gradient.dtype), truth)
+        assert error(gradient, truth) <= (1.1 * rounded if op.has_state else 3 * rounded) + 1e-4
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", STATEFUL)
 @settings(deadline=None, max_examples=15, derandomize=True)

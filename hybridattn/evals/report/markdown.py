@@ -81,10 +81,15 @@ def text_part(text: dict[str, Any]) -> list[str]:
 
 def fenced(text: str) -> str:
     """A code block holding any text."""
-    fence = "````"
+    text, fence = printable(text), "````"
     while fence in text:
         fence += "`"
     return f"{fence}\n{text}\n{fence}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, replaced."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def recall_part(recall: dict[str, Any]) -> list[str]:

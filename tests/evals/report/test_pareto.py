@@ -1,0 +1,59 @@
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from hybridattn.evals.report.pareto import Point, draw, front, holds, place_labels
+
+LABELS = ["softmax attention", "sliding window 16", "linear attention", "GLA", "attention-first hybrid"]
+
+
+def dominated(i: int, costs: list[float], gains: list[float]) -> bool:
+    """Whether another point is at least as good in both and better in one."""
+    return any(
+        costs[j] <= costs[i] and gains[j] >= gains[i] and (costs[j], gains[j]) != (costs[i], gains[i])
+        for j in range(len(costs))
+    )
+
+
+@pytest.mark.parametrize("case", range(50))
+def test_front_is_what_nothing_dominates(case: int):
+    generator = torch.Generator().manual_seed(case)
+    count = case % 12 + 1
+    costs, gains = torch.randint(6, (2, count), generator=generator).tolist()  # few values: ties and equal points
+    found = front(costs, gains)
+    assert sorted(found) == [i for i in range(count) if not dominated(i, costs, gains)]
+    assert [costs[i] for i in found] == sorted(costs[i] for i in found)
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_labels_cover_neither_each_other_nor_points(case: int):
+    generator = torch.Generator().manual_seed(case)
+    spread = (0.01, 0.05, 0.3)[case % 3]
+    figure = Figure(figsize=(5.5, 5), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    x, y = (0.5 + spread * torch.randn(2, 5, generator=generator)).clamp(0, 1).numpy()
+    axes.plot(x[:2], y[:2])
+    axes.scatter(x, y)
+    axes.set(xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
+    figure.canvas.draw()
+    boxes = [note.get_window_extent() for note in place_labels(axes, LABELS, ["k"] * 5)]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert not any(
+        box.contains(*mark) for box in boxes for mark in axes.transData.transform(list(zip(x, y, strict=True)))
+    )
+    assert all(holds(axes.bbox, box) for box in boxes)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_picture_is_drawn(tmp_path: Path, count: int):
+    points = [Point(label, i / 5, 1000 * 2**i, 2e4 / (i + 1)) for i, label in enumerate(LABELS[:count])]
+    draw(points, tmp_path / "pareto.png", title="recall")
+    pixels = imread(tmp_path / "pareto.png")
+    assert pixels.shape[:2] == (750, 1650)
+    assert 0.001 < (pixels[..., :3].min(-1) < 0.5).mean() < 0.2  # some ink, mostly paper
