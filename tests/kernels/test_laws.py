@@ -35,6 +35,7 @@ class Operator(NamedTuple):
     call: Callable[..., Any]
     gate_shape: Callable[[int], tuple[int, ...]] | None = None
     query_heads: int = HEADS
+    value_heads: int = HEADS
     positive_keys: bool = False  # a normaliser near zero would make every tolerance meaningless
     has_state: bool = True
     state_dim: int = KEY  # of the keys, or their features, in the state
@@ -49,6 +50,26 @@ OPERATORS = {
     "gated per channel": Operator(gated_linear_attention, lambda t: (BATCH, t, HEADS, KEY)),
     "gated per head": Operator(gated_linear_attention, lambda t: (BATCH, t, HEADS)),
     "gated constant": Operator(gated_linear_attention, lambda t: (HEADS,)),
+    "linear, normalized, grouped queries": Operator(
+        lambda *x, **options: linear_attention(*x, normalize=True, **options),
+        positive_keys=True,
+        pair=True,
+        query_heads=2 * HEADS,
+    ),
+    "linear, normalized, grouped values": Operator(
+        lambda *x, **options: linear_attention(*x, normalize=True, **options),
+        positive_keys=True,
+        pair=True,
+        value_heads=2 * HEADS,
+    ),
+    "gated per channel, grouped queries": Operator(
+        gated_linear_attention, lambda t: (BATCH, t, HEADS, KEY), query_heads=2 * HEADS
+    ),
+    "gated per head, grouped queries": Operator(gated_linear_attention, lambda t: (BATCH, t, HEADS), query_heads=9),
+    "gated per channel, grouped values": Operator(
+        gated_linear_attention, lambda t: (BATCH, t, HEADS, KEY), value_heads=2 * HEADS
+    ),
+    "gated per value head": Operator(gated_linear_attention, lambda t: (BATCH, t, 2 * HEADS), value_heads=2 * HEADS),
     "taylor": Operator(taylor_linear_attention, state_dim=features.count(KEY), pair=True),
     "taylor, not normalized": Operator(
         lambda *x, **options: taylor_linear_attention(*x, normalize=False, scale=0.4, **options),
@@ -69,7 +90,7 @@ STATEFUL = [name for name, op in OPERATORS.items() if op.has_state]
 def make_inputs(op: Operator, tokens: int, gates: str = "strong") -> list[Tensor]:
     q = torch.randn(BATCH, tokens, op.query_heads, KEY).double()
     k = torch.randn(BATCH, tokens, HEADS, KEY).double()
-    v = torch.randn(BATCH, tokens, HEADS, VALUE).double()
+    v = torch.randn(BATCH, tokens, op.value_heads, VALUE).double()
     if op.positive_keys:
         q, k = q.exp(), k.exp()
     return [q, k, v, *([] if op.gate_shape is None else [GATES[gates](op.gate_shape(tokens))])]
@@ -79,9 +100,9 @@ def make_state(op: Operator) -> Any:
     """A state as earlier tokens leave it."""
     if not op.has_state:
         return None
-    k = torch.randn(BATCH, HEADS, 9, op.state_dim).double()
+    k = torch.randn(BATCH, op.value_heads, 9, op.state_dim).double()
     k = features.taylor(k[..., :KEY]) if op.state_dim != KEY else k.exp() if op.positive_keys else k
-    kv = k.mT @ torch.randn(BATCH, HEADS, 9, VALUE).double()
+    kv = k.mT @ torch.randn(BATCH, op.value_heads, 9, VALUE).double()
     return (kv, k.sum(-2)) if op.pair else kv
 
 
@@ -277,7 +298,7 @@ def test_empty_dimensions(name: str, shape: str):
     op = OPERATORS[name]
     if shape == "batch":
         inputs = [x[:0] if x.dim() > 1 else x for x in make_inputs(op, 9)]
-        assert run(op, inputs)[0].shape == (0, 9, op.query_heads, VALUE)
+        assert run(op, inputs)[0].shape == (0, 9, max(op.query_heads, op.value_heads), VALUE)
     elif op.has_state:
         inputs = [x[:, :, :0] if x.dim() > 1 else x[:0] for x in make_inputs(op, 9)]
         assert run(op, inputs)[0].shape == (BATCH, 9, 0, VALUE)

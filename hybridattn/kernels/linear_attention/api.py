@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
-from ..runtime.checks import check_inference, check_log_decay, check_shape, check_tensors
+from ..runtime.checks import check_inference, check_log_decay, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
+from .states import linear_attention_state
 
 EPS = 1e-12  # added to the normaliser
 GATE_SHAPES = {1: "H", 3: "B T H", 4: "B T H K"}
@@ -181,6 +182,82 @@ def taylor_linear_attention_step(
     return linear_attention_step(q, k, v, state, scale=1.0, normalize=normalize, backend=backend)
 
 
+def prefix_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    *,
+    prefix_lengths: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+    initial_state: Tensor | NormalizedState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | NormalizedState | None]:
+    """JRT's prefix linear attention: ``taylor_linear_attention`` in which every token also sees the whole prefix.
+
+    Arora et al., "Just read twice: closing the recall gap for recurrent language models" (2024), section 4. The prefix
+    has keys and values of its own, which are seen by all tokens, those before them too; the state afterwards is the
+    sum of both, so later tokens continue with ``taylor_linear_attention`` and its step.
+
+    Args:
+        q, k, v: as in ``taylor_linear_attention``.
+        k_prefix: [N,M,H,K], the prefix's keys.
+        v_prefix: [N,M,Hv,V], its values, heads as in v.
+        prefix_lengths: integers [N], 0 to M: the prefix of sequence n is its first so many; all M by default.
+        scale, normalize, initial_state, output_final_state, cu_seqlens, check_values, backend: as in
+            ``taylor_linear_attention``.
+
+    Returns:
+        o [B,T,H,V] in v's dtype, and the final state, prefix included, or None.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above; the message names it.
+    """
+    sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_shape(sizes, "k_prefix", k_prefix, "N M H K")
+    check_shape(sizes, "v_prefix", v_prefix, "N M Hv V")
+    check_tensors("q", q=q, k_prefix=k_prefix, v_prefix=v_prefix)
+    if prefix_lengths is None:
+        prefix_lengths = torch.full((sizes["N"],), sizes["M"], device=q.device)
+    check_shape(sizes, "prefix_lengths", prefix_lengths, "N")
+    outside = (prefix_lengths < 0) | (prefix_lengths > sizes["M"])
+    if reads_values(prefix_lengths, check_values) and bool(outside.any()):
+        raise ValueError(f"prefix_lengths: expected 0 to {sizes['M']}, got {prefix_lengths.tolist()}")
+    inside = torch.arange(sizes["M"], device=q.device) < prefix_lengths[:, None]
+    k_prefix, v_prefix = autocast(k_prefix, v_prefix)
+    dtype, root = compute_dtype(k_prefix, v_prefix), _taylor_scale(scale, sizes) ** 0.5
+    phi = _match(features.taylor(k_prefix.to(dtype) * root), sizes["Hs"], 2)
+    # Values of what is no prefix are zero, and so are their ones: masked keys would still have the feature 1.
+    columns = torch.cat((v_prefix, v_prefix.new_ones(*v_prefix.shape[:3], 1)), -1).to(dtype)
+    state = linear_attention_state(phi, columns * inside[:, :, None, None]).state
+    sizes["K"] = phi.shape[-1]
+    if normalize:
+        if initial_state is not None:
+            state = state + _join_state(_check_pair("initial_state", initial_state, sizes))
+        start = NormalizedState(state[..., :-1], state[..., -1])
+    else:
+        start = state[..., :-1]
+        if initial_state is not None:
+            check_shape(sizes, "initial_state", initial_state, "N Hs K V")
+            start = start + initial_state
+    return taylor_linear_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        normalize=normalize,
+        initial_state=start,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+
+
 def linear_attention_step(
     q: Tensor,
     k: Tensor,
@@ -208,12 +285,12 @@ def linear_attention_step(
     if not normalize:
         return _step(sizes, q, k, v, None, state, scale, backend)
     pair = _check_pair("state", state, sizes)
-    qt, kt = q.to(pair.kv.dtype), k.to(pair.kv.dtype)
-    sums = pair.k_sum[:, None] + kt.cumsum(1)
-    o = _step(sizes, q, k, v.to(pair.kv.dtype), None, pair.kv, scale, backend)
+    dtype, heads = pair.kv.dtype, pair.kv.shape[1]
+    sums = pair.k_sum[:, None] + _match(k.to(dtype).cumsum(1), heads, 2)
+    o = _step(sizes, q, k, v.to(dtype), None, pair.kv, scale, backend)
     pair.k_sum.copy_(sums[:, -1] if sizes["T"] else pair.k_sum)
-    normalizer = _scale(scale, sizes) * (qt * sums).sum(-1, keepdim=True)
-    return (o / (normalizer + EPS)).to(v.dtype)
+    normalizer = (_match(q.to(dtype), o.shape[2], 2) * _match(sums, o.shape[2], 2)).sum(-1, keepdim=True)
+    return (o / (_scale(scale, sizes) * normalizer + EPS)).to(v.dtype)
 
 
 def gated_linear_attention_step(
@@ -247,10 +324,16 @@ def gated_linear_attention_step(
 # ---------------------------------------------------------------------------------------------- common to the operators
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, check_values: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    check_shape(sizes, "q", q, "B T H K")
+    check_shape(sizes, "q", q, "B T Hq K")
     check_shape(sizes, "k", k, "B T H K")
-    check_shape(sizes, "v", v, "B T H V")
+    check_shape(sizes, "v", v, "B T Hv V")
     check_tensors("q", q=q, k=k, v=v)
+    queries, keys, values = sizes["Hq"], sizes["H"], sizes["Hv"]
+    if queries != keys and (keys == 0 or queries % keys or values != keys):
+        raise ValueError(f"q: expected k's {keys} heads, or a multiple of those of k and v, got {queries}")
+    if values != keys and (keys == 0 or values % keys):
+        raise ValueError(f"v: expected a multiple of k's {keys} heads, got {values}")
+    sizes["Hs"] = max(keys, values)
     sizes["N"] = sizes["B"]
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, sizes["B"], sizes["T"], check_values)
@@ -259,16 +342,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, check_val
 
 
 def _check_gates(sizes: dict[str, int], q: Tensor, g: Tensor, check_values: bool) -> Tensor:
-    """g as [B,T,H,K] or [B,T,H,1]."""
+    """g as [B,T,heads,K] or [B,T,heads,1], heads being those of the keys or of the state."""
     if not isinstance(g, Tensor) or g.dim() not in GATE_SHAPES:
         given = list(g.shape) if isinstance(g, Tensor) else type(g).__name__
         raise ValueError(f"g: expected shape [H], [B, T, H] or [B, T, H, K], got {given}")
-    check_shape(sizes, "g", g, GATE_SHAPES[g.dim()])
+    heads = g.shape[0] if g.dim() == 1 else g.shape[2]
+    if heads == sizes["Hs"]:  # of value heads that share a key head, each may have its own
+        check_shape({**sizes, "H": heads}, "g", g, GATE_SHAPES[g.dim()])
+    else:
+        check_shape(sizes, "g", g, GATE_SHAPES[g.dim()])
     check_tensors("q", q=q, g=g)
     check_log_decay(g, check_values)
     if g.dim() == 4:
         return g
-    return g.expand(sizes["B"], sizes["T"], sizes["H"])[..., None]
+    return g.expand(sizes["B"], sizes["T"], heads)[..., None]
 
 
 def _check_pair(name: str, state: Tensor | NormalizedState, sizes: dict[str, int]) -> NormalizedState:
@@ -276,8 +363,8 @@ def _check_pair(name: str, state: Tensor | NormalizedState, sizes: dict[str, int
         raise ValueError(
             f"{name}: expected a NormalizedState (kv, k_sum) with normalize=True, got {type(state).__name__}"
         )
-    check_shape(sizes, f"{name}.kv", state[0], "N H K V")
-    check_shape(sizes, f"{name}.k_sum", state[1], "N H K")
+    check_shape(sizes, f"{name}.kv", state[0], "N Hs K V")
+    check_shape(sizes, f"{name}.k_sum", state[1], "N Hs K")
     return NormalizedState(*state)
 
 
@@ -300,17 +387,52 @@ def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None) -
     backend = choose_backend(backend)
     dtype = compute_dtype(q, k, v, g)
     if state is None:
-        state = q.new_zeros(*(sizes[c] for c in "NHKV"), dtype=dtype)
-    check_shape(sizes, "initial_state", state, "N H K V")
+        state = q.new_zeros(*(sizes[c] for c in ("N", "Hs", "K", "V")), dtype=dtype)
+    check_shape(sizes, "initial_state", state, "N Hs K V")
     check_tensors("q", q=q, initial_state=state)
     with no_autocast(q):
         if backend == "reference":
             if taylor is not None:
                 q, k = (features.taylor(x.to(dtype) * taylor**0.5) for x in (q, k))
-            o, state = reference.attend(q, k, v, g, scale, state.to(dtype), cu_seqlens)
+            o, state = _repeated(q, k, v, g, scale, state.to(dtype), cu_seqlens)
         else:
-            o, state = chunked.attend(q, k, v, g, scale, taylor, state.to(dtype), cu_seqlens)
+            o, state = _grouped(q, k, v, g, scale, taylor, state.to(dtype), cu_seqlens)
     return o.to(v.dtype), state
+
+
+def _match(x: Tensor, heads: int, dim: int) -> Tensor:
+    """x with every head repeated for those of ``heads`` that share it."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+def _repeated(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """The reference, shared heads repeated."""
+    heads, states = max(q.shape[2], v.shape[2]), state.shape[1]
+    q, k, v = (_match(x, heads, 2) for x in (q, k, v))
+    g = None if g is None else _match(g, heads, 2)
+    o, after = reference.attend(q, k, v, g, scale, _match(state, heads, 1), cu_seqlens)
+    return o, after if heads == states else after[:, :: heads // states]
+
+
+def _grouped(q, k, v, g, scale, taylor, state, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """The chunked backend; value heads that share a key head become columns of one, or take turns if gates differ."""
+    keys, values = k.shape[2], v.shape[2]
+    if values == keys:
+        return chunked.attend(q, k, v, g, scale, taylor, state, cu_seqlens)
+    group = values // keys
+    v, state = v.unflatten(2, (keys, group)), state.unflatten(1, (keys, group))
+    if g is None or g.shape[2] == keys:
+        columns = state.transpose(2, 3).flatten(3)
+        o, after = chunked.attend(q, k, v.flatten(3), g, scale, taylor, columns, cu_seqlens)
+        return o.view(*o.shape[:2], values, v.shape[-1]), after.unflatten(3, (group, -1)).transpose(2, 3).flatten(1, 2)
+    g = g.unflatten(2, (keys, group))
+    q, k = q.to(state.dtype), k.to(state.dtype)  # their gradients are sums over the group, rounded once
+    parts = [
+        chunked.attend(q, k, v[:, :, :, j], g[:, :, :, j], scale, taylor, state[:, :, j], cu_seqlens)
+        for j in range(group)
+    ]
+    o, after = (torch.stack(x, 3 - n) for n, x in enumerate(zip(*parts, strict=True)))
+    return o.flatten(2, 3), after.flatten(1, 2)
 
 
 def _normalized(sizes, q, k, v, scale, state, output_final_state, cu_seqlens, backend, taylor=None):
@@ -325,17 +447,19 @@ def _normalized(sizes, q, k, v, scale, state, output_final_state, cu_seqlens, ba
 
 
 def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
-    check_shape(sizes, "state", state, "B H K V")
+    check_shape(sizes, "state", state, "B Hs K V")
     check_tensors("q", q=q, state=state)
     check_inference("state", q, k, v, g, state)
+    scale = _scale(scale, sizes)
     if choose_backend(backend) == "reference" or sizes["T"] != 1:
-        o, after = _attend(sizes, q, k, v, g, _scale(scale, sizes), state, None, backend)
+        o, after = _attend(sizes, q, k, v, g, scale, state, None, backend)
         state.copy_(after)
         return o
     qt, kt, vt = (x[:, 0].to(state.dtype) for x in (q, k, v))
+    heads = state.shape[1]
     if g is not None:
-        state.mul_(g[:, 0, :, :, None].to(state.dtype).exp())
-    state.addcmul_(kt[..., None], vt[..., None, :])
-    with no_autocast(q):
-        o = _scale(scale, sizes) * (qt[..., None, :] @ state)
-    return o.transpose(1, 2).to(v.dtype)
+        state.mul_(_match(g[:, 0, :, :, None].to(state.dtype).exp(), heads, 1))
+    state.addcmul_(_match(kt, heads, 1)[..., None], vt[..., None, :])
+    with no_autocast(q):  # the query heads that share a state are rows of one product
+        o = _match(qt, max(heads, qt.shape[1]), 1).reshape(*state.shape[:2], -1, state.shape[2]) @ state
+    return (scale * o.flatten(1, 2))[:, None].to(v.dtype)

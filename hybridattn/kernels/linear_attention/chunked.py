@@ -71,7 +71,7 @@ class Layout:
             index.append(torch.where(place < lengths[:count, None], starts[:count, None] + place, tokens))
         return Layout(chunk, counts, order.to(cu_seqlens.device), torch.cat(index).to(cu_seqlens.device))
 
-    def split(self, x: Tensor, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
+    def split(self, x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
         """[B,T,H,D] -> rows [R,C,D] times ``factor``, zero where a chunk has no token."""
         if self.index is not None:
             padded = F.pad(x[0].to(dtype), (0, 0, 0, 0, 0, 1))
@@ -79,25 +79,18 @@ class Layout:
         if x.shape[1] % self.chunk:
             x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
         chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
-        rows = torch.empty(chunks.shape, dtype=dtype, device=x.device)
-        if isinstance(factor, Tensor):
-            torch.mul(chunks, factor.view(*chunks.shape[:-1], -1), out=rows)
-        else:
-            rows.copy_(chunks)
-            if factor != 1:
-                rows.mul_(factor)  # not in one call: that would round a 16-bit product
-        return rows.view(-1, self.chunk, x.shape[-1])
+        rows = torch.empty(chunks.shape, dtype=dtype, device=x.device).copy_(chunks).view(-1, self.chunk, x.shape[-1])
+        return rows if factor == 1 else rows.mul_(factor)
 
     def join(self, rows: Tensor, out: Tensor, factor: float = 1.0) -> None:
-        """Write rows [R,C,D] times ``factor`` to their tokens of out [B,T,H,D]; tokens of no sequence get zeros."""
+        """Write rows [R,C,D] or [R,J*C,D], times ``factor``, to their tokens of out [B,T,H,D]; zeros where none is."""
         batch, tokens, heads, dim = out.shape
+        rows = rows * factor if factor != 1 else rows
         if self.index is not None:
             places = rows.new_zeros(tokens + 1, heads, dim)
             places[self.index] = rows.view(-1, heads, self.chunk, dim).transpose(1, 2)
-            out[0] = places[:-1] * factor
+            out[0] = places[:-1]
             return
-        if factor != 1:
-            rows = rows * factor
         chunks = rows.view(-1, batch, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
         if tokens % self.chunk:
             out.copy_(chunks.flatten(1, 2)[:, :tokens])
@@ -285,29 +278,65 @@ def _advance(state: Tensor, update: Tensor, total: Tensor | None, rows: slice, o
 
 # ------------------------------------------------------------------------------------------------- forward and backward
 class _Rows:
-    """What forward and backward both need of the rows of a segment: operands, decays, scores and states."""
+    """What forward and backward both need of the rows of a segment: operands, decays, scores and states.
+
+    A row is a chunk of a key head. The J query heads that share it stand one below the other, [R,J*C,K], so that a
+    product serves all of them at once.
+    """
 
     def __init__(self, q, k, v, g, taylor, state, layout, dtype):
+        self.group = group = q.shape[2] // k.shape[2]
         self.decay = decay = None if g is None else Decay.of(layout.split(g, dtype))
         self.total = None if decay is None else decay.total
         self.raw = None
-        if taylor is None:
-            self.q = layout.split(q, dtype, 1.0 if decay is None else decay.query)
-            self.k = layout.split(k, dtype, 1.0 if decay is None else decay.key)
-        else:  # a place without a token has the feature 1 too, but its value is zero
-            self.raw = layout.split(q, dtype, taylor**0.5), layout.split(k, dtype, taylor**0.5)
+        root = 1.0 if taylor is None else taylor**0.5
+        self.q, self.k = layout.split(q, dtype, root), layout.split(k, dtype, root)
+        if taylor is not None:  # a place without a token has the feature 1 too, but its value is zero
+            self.raw = self.q, self.k
             self.q, self.k = map(features.taylor, self.raw)
-        self.v = layout.split(v, dtype)
-        self.scores = torch.bmm(self.q, self.k.mT).tril_()
+        self.q = _stack(self.q, group)
         self.hot = None if decay is None else decay.hot
         if self.hot is not None:
-            rows, sums = self.hot
-            self.hot_q, self.hot_k = layout.split(q, dtype)[rows], layout.split(k, dtype)[rows]
-            self.scores[rows] = _hot_scores(self.hot_q, self.hot_k, sums)
+            self.hot_q, self.hot_k = _each(self.q[self.hot.rows], group), self.k[self.hot.rows]
+        if decay is not None:
+            _each(self.q, group).mul_(decay.query[:, None])
+            self.k *= decay.key
+        self.v = layout.split(v, dtype)
+        self.scores = self.causal(torch.bmm(self.q, self.k.mT))
+        if self.hot is not None:
+            n = len(self.hot.rows)
+            hot = _hot_scores(self.hot_q.flatten(0, 1), *self._hot_keys())
+            self.scores[self.hot.rows] = hot.view(n, group * hot.shape[1], hot.shape[2])
         self.update = torch.bmm(self.k.mT, self.v)
         if decay is not None:
             self.update *= decay.exit
         self.before, self.state = _scan(self.update, self.total, state, layout.counts)
+
+    def causal(self, scores: Tensor) -> Tensor:
+        """Scores [R,J*C,C] with zeros where the key is later than the query."""
+        _each(scores, self.group).tril_()
+        return scores
+
+    def _hot_keys(self) -> tuple[Tensor, Tensor]:
+        """Keys and running sums of the hot rows, once for every query head."""
+        return self.hot_k.repeat_interleave(self.group, 0), self.hot.sums.repeat_interleave(self.group, 0)
+
+    def hot_backward(self, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the hot rows' q [n,J,C,K], k [n,C,K] and log-decays [n,C,G] from those of their scores."""
+        k, sums = self._hot_keys()
+        dq, dk, dg = _hot_scores_backward(_each(dscores, self.group).flatten(0, 1), self.hot_q.flatten(0, 1), k, sums)
+        dq, dk, dg = (x.unflatten(0, (-1, self.group)) for x in (dq, dk, dg))
+        return dq, dk.sum(1), dg.sum(1)
+
+
+def _stack(rows: Tensor, group: int) -> Tensor:
+    """Rows [R*J,C,D] of query heads -> [R,J*C,D]."""
+    return rows.view(rows.shape[0] // group, group * rows.shape[1], rows.shape[2])
+
+
+def _each(rows: Tensor, group: int) -> Tensor:
+    """View [R,J,C,D] of rows [R,J*C,D]."""
+    return rows.view(rows.shape[0], group, rows.shape[1] // group, rows.shape[2])
 
 
 @custom_op("hybridattn::linear_attention_chunked", mutates_args=())
@@ -323,13 +352,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [B,T,H,V] in v's dtype, final states [N,H,K,V] and the states before every segment [S,N,H,K,V].
 
-    q, k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V]; cu_seqlens: [N+1] or None. With
-    ``taylor`` the scores are 1 + z + z^2 / 2 of z = taylor * q.k, there is no g, and the states have P packed features
-    for K.
+    q: [B,T,J*H,K]; k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V];
+    cu_seqlens: [N+1]. With ``taylor`` the scores are 1 + z + z^2 / 2 of z = taylor * q.k, there is no g, and the states
+    have P packed features for K.
     """
     dtype = compute_dtype(q, k, v, g)
     starts = state.new_empty(len(_spans(q, v, cu_seqlens)), *state.shape)
-    o, state = torch.zeros_like(v, memory_format=torch.contiguous_format), state.clone()
+    o, state = v.new_zeros(*q.shape[:3], v.shape[3]), state.clone()
     for n, (t, layout) in enumerate(_segments(q, v, cu_seqlens)):
         starts[n] = state
         gt = None if g is None else g[:, t]
@@ -343,7 +372,7 @@ def forward(
 @forward.register_fake
 def _(q, k, v, g, scale, taylor, state, cu_seqlens):
     starts = state.new_empty(len(_spans(q, v, cu_seqlens)), *state.shape)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state), starts
+    return v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(state), starts
 
 
 @custom_op("hybridattn::linear_attention_chunked_backward", mutates_args=())
@@ -367,11 +396,11 @@ def backward(
         for (t, layout), start in reversed(list(zip(_segments(q, v, cu_seqlens), starts, strict=True))):
             gt = None if g is None else g[:, t]
             r = _Rows(q[:, t], k[:, t], v[:, t], gt, taylor, layout.sort(start), layout, dtype)
-            do_rows = layout.split(do[:, t], dtype, scale)
+            do_rows = _stack(layout.split(do[:, t], dtype, scale), r.group)
             dq, dk, dv, dg, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
             if r.raw is not None:
                 pairs = zip(r.raw, (dq, dk), strict=True)
-                dq, dk = (features.taylor_backward(x, dx).mul_(taylor**0.5) for x, dx in pairs)
+                dq, dk = (features.taylor_backward(x, dx.view(*x.shape[:2], -1)).mul_(taylor**0.5) for x, dx in pairs)
             for grad, rows in zip(grads, (dq, dk, dv, dg), strict=True):
                 if rows is not None:
                     layout.join(rows, grad[:, t])
@@ -394,7 +423,7 @@ def _backward_rows(
     if r.decay is not None:
         dentry *= r.decay.entry
     after, dstate = _scan_backward(dentry, r.total, dstate, counts)
-    dscores = torch.bmm(do, r.v.mT).tril_()
+    dscores = r.causal(torch.bmm(do, r.v.mT))
     if r.hot is not None:
         dscores_hot = dscores[r.hot.rows]
         dscores[r.hot.rows] = 0
@@ -407,18 +436,20 @@ def _backward_rows(
     gates = r.decay.total[..., 0]
     dtotal = _per_gate((r.decay.total * r.before * after).sum(-1), gates)[:, None]
     dg = dtotal + _cool_dg(
-        _per_gate((dq * r.q).sub_(dk * r.k), gates),
+        _per_gate(_each(dq * r.q, r.group).sum(1).sub_(dk * r.k), gates),
         _per_gate((r.before * dentry).sum(-1), gates)[:, None],
         _per_gate((r.update * after).sum(-1), gates)[:, None],
     )
-    dq, dk = dq.mul_(r.decay.query), dk.mul_(r.decay.key)
+    _each(dq, r.group).mul_(r.decay.query[:, None])
+    dk.mul_(r.decay.key)
     if r.hot is not None:
-        rows, q, k = r.hot.rows, r.hot_q, r.hot_k
-        dq_hot, dk_hot, dg_hot = _hot_scores_backward(dscores_hot, q, k, r.hot.sums)
-        dg_hot += dtotal[rows] + _later(_per_gate(dq[rows] * q, gates)) + _earlier(_per_gate(dk[rows] * k, gates))
-        dg[rows] = dg_hot
-        dq[rows] += dq_hot
-        dk[rows] += dk_hot
+        rows = r.hot.rows
+        dq_hot, dk_hot, dg_hot = r.hot_backward(dscores_hot)
+        dq_far, dk_far = _each(dq[rows], r.group), dk[rows]  # through the states: the chunk's scores were left out
+        dg_hot += dtotal[rows] + _later(_per_gate((dq_far * r.hot_q).sum(1), gates))
+        dg[rows] = dg_hot + _earlier(_per_gate(dk_far * r.hot_k, gates))
+        dq[rows] = (dq_far + dq_hot).flatten(1, 2)
+        dk[rows] = dk_far + dk_hot
     return dq, dk, dv, dg, dstate
 
 

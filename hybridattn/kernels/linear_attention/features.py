@@ -26,10 +26,14 @@ def _pairs(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return i, j
 
 
+def _weights(i: Tensor, j: Tensor, like: Tensor) -> Tensor:
+    return like.new_ones(len(i)).masked_fill(i == j, 0.5**0.5)
+
+
 def taylor(x: Tensor) -> Tensor:
     """[..,d] -> [..,P]."""
     i, j = _pairs(x.shape[-1], x.device)
-    products = x[..., i] * x[..., j] * torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    products = x[..., i] * x[..., j] * _weights(i, j, x)
     return torch.cat((torch.ones_like(x[..., :1]), x, products), -1)
 
 
@@ -37,6 +41,6 @@ def taylor_backward(x: Tensor, grad: Tensor) -> Tensor:
     """Gradient of x [..,d] from that of its features [..,P]."""
     dim = x.shape[-1]
     i, j = _pairs(dim, x.device)
-    products = grad[..., 1 + dim :] * torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    products = grad[..., 1 + dim :] * _weights(i, j, x)
     dx = grad[..., 1 : 1 + dim].clone()
     return dx.index_add_(-1, i, products * x[..., j]).index_add_(-1, j, products * x[..., i])

@@ -55,18 +55,23 @@ def test_scale_multiplies_and_defaults_to_the_key_dim():
 
 
 BAD = {
-    "q rank": (lambda q, k, v, g: (q[0], k, v, g), {}, r"q: expected shape \[B, T, H, K\], got \[9, 3, 8\]"),
+    "q rank": (lambda q, k, v, g: (q[0], k, v, g), {}, r"q: expected shape \[B, T, Hq, K\], got \[9, 3, 8\]"),
     "k size": (
         lambda q, k, v, g: (q, k[:, :4], v, g),
         {},
-        r"k: expected shape \[B=2, T=9, H=3, K=8\], got \[2, 4, 3, 8\]",
+        r"k: expected shape \[B=2, T=9, H, K=8\], got \[2, 4, 3, 8\]",
     ),
     "v heads": (
         lambda q, k, v, g: (q, k, v[:, :, :2], g),
         {},
-        r"v: expected shape \[B=2, T=9, H=3, V\], got \[2, 9, 2, 5\]",
+        r"v: expected a multiple of k's 3 heads, got 2",
     ),
-    "not a tensor": (lambda q, k, v, g: (q, k, None, g), {}, r"v: expected a tensor \[B, T, H, V\], got NoneType"),
+    "q heads": (
+        lambda q, k, v, g: (q[:, :, :2], k, v, g),
+        {},
+        "q: expected k's 3 heads, or a multiple of those of k and v",
+    ),
+    "not a tensor": (lambda q, k, v, g: (q, k, None, g), {}, r"v: expected a tensor \[B, T, Hv, V\], got NoneType"),
     "integer": (lambda q, k, v, g: (q, k.long(), v, g), {}, "k: expected a floating-point dtype, got torch.int64"),
     "device": (lambda q, k, v, g: (q, k, v.to("meta"), g), {}, r"v: expected device cpu \(that of q\), got meta"),
     "positive gate": (lambda q, k, v, g: (q, k, v, g + 2), {}, "g: expected natural-log decays <= 0"),
@@ -85,7 +90,7 @@ BAD = {
     "state": (
         lambda *x: x,
         {"initial_state": torch.zeros(B, H, V, K)},
-        r"initial_state: expected shape \[N=2, H=3, K=8",
+        r"initial_state: expected shape \[N=2, Hs=3, K=8",
     ),
     "packed batch": (lambda *x: x, {"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens: expected one packed row"),
     "float offsets": (lambda *x: x, {"cu_seqlens": torch.tensor([0.0, 9])}, "cu_seqlens: expected integer offsets"),
