@@ -182,3 +182,14 @@ def test_bad_options_are_named(name: str):
     make, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_autocast(mixer: TokenMixer):
+    """A 16-bit region changes the precision and nothing else; no layer warns in it."""
+    mixer.float()
+    x = torch.randn(2, TOKENS, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = mixer(x)
+        o.float().square().sum().backward()
+    torch.testing.assert_close(o.float(), mixer(x), rtol=0.1, atol=0.05)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())
