@@ -1,4 +1,4 @@
-"""BASED's gated convolution layer."""
+"""The gated convolution layer of Zoology and BASED."""
 
 import torch
 from torch import Tensor, nn
@@ -8,25 +8,28 @@ from .short_convolution import ShortConvolution
 
 
 class BaseConv(TokenMixer):
-    """Gated short convolution: ``W_out (silu(conv(W_1 x)) * W_2 x)``.
+    """Gated short convolution, in either of its published forms.
 
-    Arora et al., "Zoology" (2023), section 4 and "Simple linear attention language models balance the recall-throughput
-    tradeoff" (BASED, 2024), section 4 and its released code.
+    ``expand=0``: ``conv(x) * (W x) + x``, of Arora et al., "Zoology" (2023), section 4.
+    ``expand=n``: ``W_out (silu(conv(W_1 x)) * W_2 x)`` with an inner dimension of n * hidden_size, of Arora
+    et al., "Simple linear attention language models balance the recall-throughput tradeoff" (BASED, 2024), section 4.
 
     Args:
         hidden_size: model dimension.
         kernel_size: taps of the convolution.
-        expand: inner dimension over hidden_size.
+        expand: inner dimension over hidden_size, or 0.
 
     The cache holds the convolution's last inputs.
     """
 
     def __init__(self, hidden_size: int, kernel_size: int = 3, expand: int = 2):
         super().__init__()
-        inner = positive("hidden_size", hidden_size) * positive("expand", expand)
-        self.in_proj = nn.Linear(hidden_size, 2 * inner)
-        self.conv = ShortConvolution(inner, kernel_size, activation="silu", bias=True)
-        self.out_proj = nn.Linear(inner, hidden_size)
+        if isinstance(expand, bool) or not isinstance(expand, int) or expand < 0:
+            raise ValueError(f"expand: expected an integer of at least 0, got {expand!r}")
+        inner = positive("hidden_size", hidden_size) * max(expand, 1)
+        self.in_proj = nn.Linear(hidden_size, 2 * inner if expand else hidden_size)
+        self.conv = ShortConvolution(inner, kernel_size, activation="silu" if expand else None, bias=True)
+        self.out_proj = nn.Linear(inner, hidden_size) if expand else None
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         return self.conv.cache_spec(batch_size, tokens, dtype)
@@ -38,5 +41,8 @@ class BaseConv(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        x, gate = self.in_proj(hidden_states).chunk(2, -1)
+        projected = self.in_proj(hidden_states)
+        if self.out_proj is None:
+            return self.conv(hidden_states, cu_seqlens=cu_seqlens, cache=cache) * projected + hidden_states
+        x, gate = projected.chunk(2, -1)
         return self.out_proj(self.conv(x, cu_seqlens=cu_seqlens, cache=cache) * gate)

@@ -31,6 +31,7 @@ MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "short convolution": lambda: ShortConvolution(D, 4, activation="silu", bias=True),
     "short convolution of 1": lambda: ShortConvolution(D, 1),
     "conv": lambda: BaseConv(D),
+    "conv, not expanded": lambda: BaseConv(D, expand=0),
 }
 CONSTANT = [name for name in MIXERS if "full" not in name]
 
@@ -169,6 +170,7 @@ BAD = {
         lambda: LinearAttention(D, feature_map="exp"),
         r"feature_map: expected one of \['elu', .*\], got 'exp'",
     ),
+    "expand": (lambda: BaseConv(D, expand=-1), "expand: expected an integer of at least 0, got -1"),
     "activation": (lambda: ShortConvolution(D, activation="gelu"), "activation: expected None or 'silu', got 'gelu'"),
     "normalizer": (
         lambda: GatedLinearAttention(D, gate_normalizer=0),
@@ -182,3 +184,14 @@ def test_bad_options_are_named(name: str):
     make, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_autocast(mixer: TokenMixer):
+    """A 16-bit region changes the precision and nothing else; no layer warns in it."""
+    mixer.float()
+    x = torch.randn(2, TOKENS, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = mixer(x)
+        o.float().square().sum().backward()
+    torch.testing.assert_close(o.float(), mixer(x), rtol=0.1, atol=0.05)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())

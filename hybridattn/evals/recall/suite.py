@@ -50,7 +50,7 @@ SHARED = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
     "mixer_options": {
-        "conv": {"kernel_size": 3, "expand": 1},
+        "conv": {"kernel_size": 3, "expand": 0},
         "full": {"num_heads": 1, "rope_theta": None},
         "window": {"num_heads": 1, "rope_theta": None, "window": 16},
         "linear": {"num_heads": 1, "key_dim": 16, "feature_map": "elu"},
