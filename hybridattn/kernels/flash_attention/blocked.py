@@ -41,15 +41,17 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, options: Options, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """o [B,n,Hq,V] and, if asked for, lse [B,n,Hq] of the n newest tokens against caches [B,S,H,..] of any order."""
-    queries, slots = q.shape[1], k.shape[1]
+    queries, slots, plain = q.shape[1], torch.arange(k.shape[1], device=q.device), options.plain and not with_lse
+    if plain and queries == 1 and options.left is None and starts is None:  # everything kept, in whatever order
+        return _fused_decode(q, k, v, (slots < lengths[:, None])[:, None], options.scale), None
     t = lengths[:, None] + torch.arange(-queries, 0, device=q.device)
     newest = lengths[:, None] - 1
-    s = newest - (newest - torch.arange(slots, device=q.device)) % slots  # the newest position that falls on each slot
+    s = newest - (newest - slots) % max(k.shape[1], 1)  # the newest position that falls on each slot
     s = s.masked_fill(s < (0 if starts is None else starts[:, None].clamp(min=0)), NOWHERE)
-    if options.plain and not with_lse:
-        return _sdpa(q, k, v, visible(t, s, options.left, 0)[:, None], False, options.scale), None
+    if plain:
+        return _fused_decode(q, k, v, visible(t, s, options.left, 0), options.scale), None
     step = max(64, TILE // max(1, q.shape[0] * q.shape[2] * queries))
-    return _tiled(q, k, v, Scores(options, t, s, [(slice(0, queries), _tiles(0, slots, step))]))
+    return _tiled(q, k, v, Scores(options, t, s, [(slice(0, queries), _tiles(0, k.shape[1], step))]))
 
 
 # ----------------------------------------------------------------------------------------------- PyTorch's fused kernel
@@ -80,6 +82,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     grouped = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
+
+
+def _fused_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[B,n,Hq,V] with a mask [B,n,S]: queries that share a key head are rows of one matrix, so keys are read once."""
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    rows = q.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, group, 1)[:, None], scale=scale)
+    return o.unflatten(2, (group, q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
@@ -155,7 +166,7 @@ def _blocks(queries: int, keys: int, mask: BlockMask | None) -> list[tuple[slice
 
 
 class _Shape(NamedTuple):
-    """How heads become rows: [B,n,H*G,D] <-> [B*H,G*n,D]."""
+    """How n tokens become rows: [B,n,H*G,D] <-> [B*H,G*n,D]."""
 
     batch: int
     heads: int
@@ -188,7 +199,7 @@ class Scores:
 
     @property
     def factor(self) -> float:
-        """Of the queries."""
+        """What the queries are multiplied by, so that their products with keys are what ``of`` continues from."""
         return self.options.scale / (1.0 if self.options.softcap is None else self.options.softcap)
 
     def of(self, q: Tensor, k: Tensor, shape: _Shape, queries: slice, tile: Tile) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +235,7 @@ def _exp_(x: Tensor) -> Tensor:
     -inf, that is of masked scores, is slow as well.
     """
     cut = CUT[x.dtype]
-    return F.threshold_(x.clamp_(min=cut - 1).exp_(), math.exp(cut), 0)
+    return torch.threshold_(x.clamp_(min=cut - 1).exp_(), math.exp(cut), 0)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""Options, decode and bad input of the softmax-attention operators. The laws are in ../test_laws.py."""
+"""Plain softmax attention and bad input. The laws are in ../test_laws.py, options and decode beside this file."""
 
 import pytest
 import torch
 
-from hybridattn.kernels.flash_attention import flash_attention, flash_decode
+from hybridattn.kernels.flash_attention import flash_attention
 
 B, T, H, D = 2, 9, 2, 8
 
@@ -35,37 +35,6 @@ def test_queries_before_the_first_key_get_zeros(backend: str, window: int | None
     o = flash_attention(q, k, v, window=window, backend=backend)
     assert not o[:, :3].any()
     torch.testing.assert_close(o[:, 3:], flash_attention(q[:, 3:], k, v, window=window, backend="reference"))
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("query_heads", [H, 3 * H])
-def test_decode_attends_to_the_first_slots_of_every_row(backend: str, query_heads: int):
-    q, k, v = inputs(queries=1, query_heads=query_heads)
-    o = flash_decode(q, k, v, cache_lengths=torch.tensor([3, T]), backend=backend)
-    for row, length in enumerate((3, T)):
-        expected = flash_attention(q[row, None], k[row, None, :length], v[row, None, :length])
-        torch.testing.assert_close(o[row, None], expected)
-
-
-def test_a_window_costs_memory_by_the_window():
-    """The largest tensor that a long row with a short window makes is far from T x T."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, torch.Tensor):
-                    self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-            return out
-
-    tokens, window = 4096, 64
-    q = torch.randn(1, tokens, 1, 4, requires_grad=True)
-    with Largest() as largest:
-        flash_attention(q, q, q, window=window).sum().backward()
-    assert largest.elements <= 4 * tokens * window < tokens * tokens / 8
 
 
 BAD = {
