@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from hybridattn.kernels.flash_attention import flash_attention, flash_decode
+    from hybridattn.kernels.flash_attention import BlockMask, flash_attention, flash_decode
     from hybridattn.kernels.linear_attention import (
         gated_linear_attention,
         gated_linear_attention_step,
@@ -29,6 +29,7 @@ _MODULES = {
     "gated_linear_attention_step": "hybridattn.kernels.linear_attention",
     "flash_attention": "hybridattn.kernels.flash_attention",
     "flash_decode": "hybridattn.kernels.flash_attention",
+    "BlockMask": "hybridattn.kernels.flash_attention",
     "BaseConv": "hybridattn.layers",
     "GatedLinearAttention": "hybridattn.layers",
     "LinearAttention": "hybridattn.layers",
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022 (in the order of the table above)
     "gated_linear_attention_step",
     "flash_attention",
     "flash_decode",
+    "BlockMask",
     "BaseConv",
     "GatedLinearAttention",
     "LinearAttention",

@@ -1,6 +1,7 @@
-"""Softmax attention, full and sliding window: ``api`` is the public face, ``reference`` the specification,
-``blocked`` the torch backend."""
+"""Softmax attention, full and sliding window: ``api`` is the public face, ``options`` what can be asked for,
+``reference`` the specification, ``blocked`` the torch backend."""
 
 from .api import flash_attention, flash_decode
+from .options import BlockMask
 
-__all__ = ["flash_attention", "flash_decode"]
+__all__ = ["BlockMask", "flash_attention", "flash_decode"]

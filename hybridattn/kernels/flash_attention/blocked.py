@@ -1,23 +1,65 @@
-"""Softmax attention on PyTorch's own fused kernel: the torch backend.
+"""Softmax attention in blocks: the torch backend.
 
-Full attention is one call. A window is cut into blocks of queries, each with the keys it can reach, and the blocks
-become batch entries of one call: time and memory grow with T * window. Autograd is PyTorch's.
+Plain attention and plain causal windows run on PyTorch's fused kernel, and their autograd is PyTorch's. Everything else
+(options, windows to both sides, the log-sum-exp) is one engine: blocks of queries visit tiles of the keys that some of
+them may see, with a running maximum and sum, and the backward pass recomputes the weights from the log-sum-exp (Dao,
+"FlashAttention-2", 2023, algorithms 1 and 2). Options enter as the score function of a tile and its derivative.
+
+R rows (batch times key/value heads; B batch, H heads, G query heads of each), D key dim, V value dim. The G query heads
+that share a key head lie below each other as rows of one matrix, so that keys are not repeated.
 """
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import visible
+from ..runtime.backend import compute_dtype, no_autocast
+from .options import BlockMask, Options, positions, visible
 
-BLOCK = 512  # queries per call where a mask is needed: bounds the mask, not the result
+BLOCK = 512  # queries per call of the fused kernel where a mask is needed: bounds the mask, not the result
+TILE = 1 << 17  # scores of all rows worked on at a time: they fit the second-level cache of a core
+CUT = {torch.float32: -60.0, torch.float64: -600.0}  # natural log of the smallest weight, of a maximum of 1
+NOWHERE = torch.iinfo(torch.int64).max // 2  # position of a slot that nobody may see
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float) -> Tensor:
-    """[B,Tq,Hq,V] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V]; a query that sees nothing gets zeros."""
+def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, with_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """o [B,Tq,Hq,V] and, if asked for, lse [B,Tq,Hq] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V]."""
+    if options.plain and not with_lse:
+        window = None if options.left is None else options.left + 1
+        return _fused(q, k, v, options.right == 0, window, options.scale), None
+    t, s = positions(q.shape[1], k.shape[1], q.device)
+    heads = q.shape[0] * q.shape[2]
+    return _tiled(q, k, v, Scores(options, t[None], s[None], _plan(q.shape[1], k.shape[1], heads, options)))
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, options: Options, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """o [B,n,Hq,V] and, if asked for, lse [B,n,Hq] of the n newest tokens against caches [B,S,H,..] of any order."""
+    queries, slots, plain = q.shape[1], torch.arange(k.shape[1], device=q.device), options.plain and not with_lse
+    if plain and queries == 1 and options.left is None and starts is None:  # everything kept, in whatever order
+        return _fused_decode(q, k, v, (slots < lengths[:, None])[:, None], options.scale), None
+    t = lengths[:, None] + torch.arange(-queries, 0, device=q.device)
+    newest = lengths[:, None] - 1
+    s = newest - (newest - slots) % max(k.shape[1], 1)  # the newest position that falls on each slot
+    s = s.masked_fill(s < (0 if starts is None else starts[:, None].clamp(min=0)), NOWHERE)
+    if plain:
+        return _fused_decode(q, k, v, visible(t, s, options.left, 0), options.scale), None
+    step = max(64, TILE // max(1, q.shape[0] * q.shape[2] * queries))
+    return _tiled(q, k, v, Scores(options, t, s, [(slice(0, queries), _tiles(0, k.shape[1], step))]))
+
+
+# ----------------------------------------------------------------------------------------------- PyTorch's fused kernel
+def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float) -> Tensor:
+    """[B,Tq,Hq,V]: a window is cut into blocks of queries, each with the keys it can reach, as entries of one batch."""
     queries, keys = q.shape[1], k.shape[1]
     if causal and queries > keys:  # queries before the first key
-        seen = attend(q[:, queries - keys :], k, v, causal=True, window=window, scale=scale)
+        seen = _fused(q[:, queries - keys :], k, v, True, window, scale)
         return F.pad(seen, (0, 0, 0, 0, queries - keys, 0))
     if q.numel() == 0 or v.numel() == 0:
         return (q.sum() + k.sum() + v.sum()) + q.new_zeros(*q.shape[:3], v.shape[3])
@@ -25,12 +67,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None,
         return _windowed(q, k, v, window, scale)
     if not causal or queries == keys:
         return _sdpa(q, k, v, None, causal and queries > 1, scale)
-    past = keys - queries
+    t, s = positions(queries, keys, q.device)
     parts = []
     for first in range(0, queries, BLOCK):
         last = min(first + BLOCK, queries)
-        mask = visible(last - first, past + last, True, None, q.device)
-        parts.append(_sdpa(q[:, first:last], k[:, : past + last], v[:, : past + last], mask, False, scale))
+        reach = keys - queries + last
+        mask = visible(t[first:last], s[:reach], None, 0)
+        parts.append(_sdpa(q[:, first:last], k[:, :reach], v[:, :reach], mask, False, scale))
     return torch.cat(parts, 1)
 
 
@@ -41,12 +84,21 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     return o.transpose(1, 2)
 
 
+def _fused_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[B,n,Hq,V] with a mask [B,n,S]: queries that share a key head are rows of one matrix, so keys are read once."""
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    rows = q.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, group, 1)[:, None], scale=scale)
+    return o.unflatten(2, (group, q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """Causal attention in which a query sees the ``window`` last keys; Tq <= Tk."""
     batch, queries, heads, dim = q.shape
     past = k.shape[1] - queries
     first = min(max(window - 1 - past, 0), queries)  # queries that still see every key up to their own
-    start = attend(q[:, :first], *(x[:, : past + first] for x in (k, v)), causal=True, window=None, scale=scale)
+    start = _fused(q[:, :first], k[:, : past + first], v[:, : past + first], True, None, scale)
     if first == queries:
         return start
     size = min(max(window, 64), BLOCK, queries - first)
@@ -56,12 +108,210 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Ten
     k, v = (F.pad(x[:, past + first - window + 1 :], (0, 0, 0, 0, 0, after)) for x in (k, v))
     k, v = (x.unfold(1, reach, size).movedim(-1, 2).flatten(0, 1) for x in (k, v))
     q = F.pad(q[:, first:], (0, 0, 0, 0, 0, after)).reshape(batch * blocks, size, heads, dim)
-    mask = visible(size, reach, True, window, q.device)
+    mask = visible(*positions(size, reach, q.device), window - 1, 0)
     rest = _sdpa(q, k, v, mask, False, scale).reshape(batch, blocks * size, heads, -1)
     return torch.cat((start, rest[:, : queries - first]), 1)
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """[B,1,Hq,V]: one query per row against the first ``lengths`` slots of its cache."""
-    mask = (torch.arange(k.shape[1], device=k.device) < lengths[:, None])[:, None, None]
-    return _sdpa(q, k, v, mask, False, scale)
+# ------------------------------------------------------------------------------------- which tiles, and what is in them
+Tile = tuple[slice, bool]  # keys, and whether some of their scores have to be masked
+Plan = list[tuple[slice, list[Tile]]]  # blocks of queries, each with its tiles
+
+
+def _plan(queries: int, keys: int, heads: int, options: Options) -> Plan:
+    """Blocks of queries that together cover all of them, and the tiles in which each may see something."""
+    left, right, past = options.left, options.right, keys - queries
+    side = 64  # the largest power of two up to 512 with which the tiles of all heads stay small
+    while side < 512 and 4 * side * side * max(heads, 1) <= TILE:
+        side *= 2
+    width = side if left is None or right is None else left + right + 1
+    rows = min(side, max(64, width))  # taller blocks than the window is wide mask most of what they compute
+    columns = max(side, TILE // max(1, heads * rows))
+    plan = []
+    for block, spans in _blocks(queries, keys, options.block_mask):
+        for first in range(block.start, block.stop, rows):
+            last = min(first + rows, block.stop)
+            low = 0 if left is None else max(0, first + past - left)
+            high = keys if right is None else min(keys, last + past + right)
+            inner_low = 0 if left is None else last - 1 + past - left  # all these queries see keys from here ..
+            inner_high = keys if right is None else first + past + right + 1  # .. to here
+            tiles = []
+            for a, b in spans:
+                tiles += _tiles(max(a, low), min(b, high), columns, inner_low, inner_high)
+            plan.append((slice(first, last), tiles))
+    return plan
+
+
+def _tiles(first: int, last: int, step: int, inner_first: int = 0, inner_last: int = 0) -> list[Tile]:
+    """Keys first .. last - 1 in steps; no mask for what lies between inner_first and inner_last - 1."""
+    ends = [*range(first, last, step), last] if first < last else []
+    return [(slice(a, b), not inner_first <= a < b <= inner_last) for a, b in pairwise(ends)]
+
+
+def _blocks(queries: int, keys: int, mask: BlockMask | None) -> list[tuple[slice, list[tuple[int, int]]]]:
+    """Blocks of queries with the spans of keys that a block mask lets them see, neighbours joined."""
+    if mask is None:
+        return [(slice(0, queries), [(0, keys)])]
+    offsets, key_blocks, size = mask.offsets.tolist(), mask.key_blocks.tolist(), mask.block_size
+    blocks = []
+    for i, (a, b) in enumerate(pairwise(offsets)):
+        spans: list[tuple[int, int]] = []
+        for j in key_blocks[a:b]:
+            first, last = j * size, min((j + 1) * size, keys)
+            if spans and spans[-1][1] == first:
+                first = spans.pop()[0]
+            spans.append((first, last))
+        blocks.append((slice(i * size, min((i + 1) * size, queries)), spans))
+    return blocks
+
+
+class _Shape(NamedTuple):
+    """How n tokens become rows: [B,n,H*G,D] <-> [B*H,G*n,D]."""
+
+    batch: int
+    heads: int
+    group: int
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.unflatten(2, (self.heads, self.group)).permute(0, 2, 3, 1, 4)
+        return x.reshape(self.batch * self.heads, self.group * x.shape[3], x.shape[4]).to(dtype)
+
+    def join(self, rows: Tensor, out: Tensor) -> None:
+        """Write rows to out."""
+        x = rows.view(self.batch, self.heads, self.group, *out.shape[1::2])
+        out.unflatten(2, (self.heads, self.group)).copy_(x.permute(0, 3, 1, 2, 4))
+
+
+def _shapes(q: Tensor, k: Tensor) -> tuple[_Shape, _Shape]:
+    """Of whatever has the heads of the queries, and of the keys."""
+    batch, heads = q.shape[0], k.shape[2]
+    return _Shape(batch, heads, q.shape[2] // heads), _Shape(batch, heads, 1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The score function of a call: positions of queries [1 or B,Tq] and keys [1 or B,Tk], and the tiles to visit."""
+
+    options: Options
+    t: Tensor
+    s: Tensor
+    plan: Plan
+
+    @property
+    def factor(self) -> float:
+        """What the queries are multiplied by, so that their products with keys are what ``of`` continues from."""
+        return self.options.scale / (1.0 if self.options.softcap is None else self.options.softcap)
+
+    def of(self, q: Tensor, k: Tensor, shape: _Shape, queries: slice, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        """Scores [R,G*n,m] of rows q [R,G*n,D], times ``factor``, and k [R,m,D]; and what ``backward_`` needs."""
+        keys, masked = tile
+        scores, tanh = torch.bmm(q, k.mT), None
+        if self.options.softcap is not None:
+            tanh = scores.tanh_()
+            scores = tanh * self.options.softcap
+        t, s = self.t[:, queries], self.s[:, keys]
+        by_head = scores.view(shape.batch, shape.heads, shape.group, *t.shape[1:], *s.shape[1:])
+        if self.options.alibi_slopes is not None:
+            slopes = self.options.alibi_slopes.to(scores.dtype).view(shape.heads, shape.group, 1, 1)
+            distance = (t[:, :, None] - s[:, None]).abs().to(scores.dtype)
+            by_head.addcmul_(slopes, distance[:, None, None], value=-1)
+        if masked:
+            hidden = visible(t, s, self.options.left, self.options.right).logical_not_()
+            by_head.masked_fill_(hidden[:, None, None], -torch.inf)
+        return scores, tanh
+
+    def backward_(self, dscores: Tensor, tanh: Tensor | None) -> Tensor:
+        """Gradient of the product of rows from that of the scores, in place."""
+        if tanh is not None and self.options.softcap is not None:
+            dscores.mul_(tanh.square_().sub_(1).mul_(-self.options.softcap))
+        return dscores
+
+
+# ------------------------------------------------------------------------------------------------- forward and backward
+def _exp_(x: Tensor) -> Tensor:
+    """exp of x <= 0, in place; below e^CUT it is 0, which no sum notices.
+
+    Far smaller weights are usual with slopes, and a CPU takes some hundred times as long over subnormal numbers; exp of
+    -inf, that is of masked scores, is slow as well.
+    """
+    cut = CUT[x.dtype]
+    return torch.threshold_(x.clamp_(min=cut - 1).exp_(), math.exp(cut), 0)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Tensor, Tensor]:
+    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq]; a sink is what the sum of every query starts from."""
+    dtype, (batch, queries, query_heads, _) = compute_dtype(q, k, v), q.shape
+    of_q, of_k = _shapes(q, k)
+    o = v.new_empty(batch, queries, query_heads, v.shape[3])
+    lse = q.new_empty(batch, queries, query_heads, 1, dtype=dtype)
+    start = lse.new_full((query_heads, 1), -torch.inf) if sinks is None else sinks.to(dtype)[:, None]
+    k, v = of_k.rows(k, dtype), of_k.rows(v, dtype)
+    # The first maximum is a number also where nothing is seen: differences are never NaN and sums of nothing are 0.
+    lowest = torch.finfo(dtype).min
+    for t, tiles in scores.plan:
+        q_rows = of_q.rows(q[:, t], dtype) * scores.factor
+        sink = of_q.rows(start.expand(batch, t.stop - t.start, -1, -1), dtype)
+        top = sink.clamp(min=lowest)
+        total, sums = (sink - top).exp_(), q_rows.new_zeros(*q_rows.shape[:2], v.shape[2])
+        for tile in tiles:
+            s = tile[0]
+            weights, _ = scores.of(q_rows, k[:, s], of_q, t, tile)
+            higher = torch.maximum(top, weights.amax(-1, keepdim=True))
+            weights = _exp_(weights.sub_(higher))
+            kept = _exp_(top.sub_(higher))
+            total.mul_(kept).add_(weights.sum(-1, keepdim=True))
+            sums.mul_(kept).baddbmm_(weights, v[:, s])
+            top = higher
+        of_q.join(sums.div_(total.clamp(min=1)), o[:, t])  # a total is 0, of nothing, or at least the maximum's 1
+        of_q.join(total.log_().add_(top), lse[:, t])
+    return o, lse.squeeze(-1)
+
+
+def _backward(q, k, v, sinks, o, lse, do, dlse, scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the sinks, from those of o and lse."""
+    dtype, (of_q, of_k) = lse.dtype, _shapes(q, k)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of nothing: all weights become 0
+    dsinks = None if sinks is None else (-(sinks.to(dtype) - lse).exp() * delta).sum((0, 1)).to(sinks.dtype)
+    k, v = of_k.rows(k, dtype), of_k.rows(v, dtype)
+    dk_rows, dv_rows = torch.zeros_like(k), torch.zeros_like(v)
+    for t, tiles in scores.plan:
+        q_rows, do_rows = of_q.rows(q[:, t], dtype) * scores.factor, of_q.rows(do[:, t], dtype)
+        lse_rows, delta_rows = (of_q.rows(x[:, t, :, None], dtype) for x in (lse, delta))
+        dq_rows = torch.zeros_like(q_rows)
+        for tile in tiles:
+            s = tile[0]
+            weights, saved = scores.of(q_rows, k[:, s], of_q, t, tile)
+            weights = _exp_(weights.sub_(lse_rows))
+            dv_rows[:, s].baddbmm_(weights.mT, do_rows)
+            dscores = torch.bmm(do_rows, v[:, s].mT).sub_(delta_rows).mul_(weights)
+            dscores = scores.backward_(dscores, saved)
+            dk_rows[:, s].baddbmm_(dscores.mT, q_rows)
+            dq_rows.baddbmm_(dscores, k[:, s])
+        of_q.join(dq_rows.mul_(scores.factor), dq[:, t])
+    of_k.join(dk_rows, dk)
+    of_k.join(dv_rows, dv)
+    return dq, dk, dv, dsinks
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, scores):
+        with no_autocast(q):
+            o, lse = _forward(q, k, v, sinks, scores)
+        ctx.save_for_backward(q, k, v, sinks, o, lse)
+        ctx.scores = scores
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, sinks, o, lse = ctx.saved_tensors
+        with no_autocast(q):
+            return *_backward(q, k, v, sinks, o, lse, do, dlse, ctx.scores), None
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq], differentiable once."""
+    return _Attend.apply(q, k, v, scores.options.sinks, scores)  # pyright: ignore[reportReturnType]

@@ -1,35 +1,59 @@
 """The specification of softmax attention: the formula, on a dense score matrix. Never optimised.
 
-    o_t = sum_s softmax_s(scale * q_t k_s) v_s      over the s that t may see
+    a_ts  = scale * q_t k_s, as softcap * tanh(a_ts / softcap), less slope * |t - s|
+    lse_t = log(exp(sink) + sum_s exp a_ts)                           over the s that t may see
+    o_t   = sum_s exp(a_ts - lse_t) v_s
 
-Vaswani et al., "Attention Is All You Need", section 3.2.1; the window as in Beltagy et al., "Longformer", section 3.1.
+Vaswani et al., "Attention Is All You Need", section 3.2.1; the options as in ``flash_attention``.
 """
 
 import torch
 from torch import Tensor
 
 from ..runtime.backend import compute_dtype, no_autocast
+from .options import Options, positions, visible
 
 
-def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """Boolean [Tq,Tk]: may query t see key s? The last query and the last key are the same moment."""
-    t = torch.arange(queries, device=device)[:, None] + keys - queries
-    s = torch.arange(keys, device=device)
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    if causal:
-        mask &= s <= t
-    if window is not None:
-        mask &= s > t - window
-    return mask
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float) -> Tensor:
-    """[B,Tq,Hq,V] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V]; a query that sees nothing gets zeros."""
+def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """o [B,Tq,Hq,V] and lse [B,Tq,Hq] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V], in fp32 or wider."""
     dtype = compute_dtype(q, k, v)
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k, v))
-    mask = visible(q.shape[1], k.shape[1], causal, window, q.device)
+    t, s = positions(q.shape[1], k.shape[1], q.device)
+    mask = visible(t, s, options.left, options.right)
+    if options.block_mask is not None:
+        mask = mask & options.block_mask.to_dense(q.shape[1], k.shape[1])
     with no_autocast(q):
-        scores = scale * torch.einsum("bthd,bshd->bhts", q.to(dtype), k)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
-        return torch.einsum("bhts,bshv->bthv", weights, v)
+        scores = options.scale * torch.einsum("bthd,bshd->bhts", q.to(dtype), k)
+        if options.softcap is not None:
+            scores = options.softcap * (scores / options.softcap).tanh()
+        if options.alibi_slopes is not None:
+            scores = scores - options.alibi_slopes.to(dtype)[:, None, None] * (t[:, None] - s).abs()
+        scores = scores.masked_fill(~mask, -torch.inf)
+        lse = _log_sum_exp(scores, options.sinks)
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
+        return torch.einsum("bhts,bshv->bthv", weights, v), lse.squeeze(-1).transpose(1, 2)
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, options: Options, with_lse: bool = True
+) -> tuple[Tensor, Tensor]:
+    """o [B,n,Hq,V] and lse [B,n,Hq]: every row by itself, against the positions that its cache [S,H,..] keeps."""
+    slots = k.shape[1]
+    rows = []
+    for b, length in enumerate(lengths.tolist()):
+        first = max(length - slots, 0 if starts is None else int(starts[b]))
+        kept = torch.arange(min(first, length), length, device=q.device) % max(slots, 1)
+        rows.append(attend(q[b, None], k[b, None, kept], v[b, None, kept], options))
+    if not rows:
+        return attend(q, k[:, :0], v[:, :0], options)
+    return torch.cat([o for o, _ in rows]), torch.cat([lse for _, lse in rows])
+
+
+def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """[B,Hq,Tq,1] over the keys of scores [B,Hq,Tq,Tk] and the sinks [Hq]; -inf, with gradients of 0, of nothing."""
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), -1)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0).logsumexp(-1, keepdim=True).masked_fill(nothing, -torch.inf)

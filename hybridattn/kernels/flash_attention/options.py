@@ -1,0 +1,145 @@
+"""What a call of softmax attention asks for: the options that every backend reads, and which key a query may see."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class BlockMask(NamedTuple):
+    """The live key blocks of every query block, in compressed rows; one for the whole batch and all heads.
+
+    Query block i is queries i * block_size .. (i + 1) * block_size - 1, key block j the same of the keys; the last ones
+    may be shorter. Blocks are counted from the first query and the first key given, also where their numbers differ.
+
+    Attributes:
+        offsets: integers [query blocks + 1], ascending from 0: block i sees key_blocks[offsets[i]:offsets[i + 1]].
+        key_blocks: integers [n], ascending within each query block. A query block without any sees nothing.
+        block_size: tokens of a block.
+    """
+
+    offsets: Tensor
+    key_blocks: Tensor
+    block_size: int
+
+    @classmethod
+    def from_dense(cls, live: Tensor, block_size: int) -> "BlockMask":
+        """The mask in which query block i sees key block j where the boolean ``live`` [query, key blocks] says so."""
+        return cls(F.pad(live.sum(1).cumsum(0), (1, 0)), live.nonzero()[:, 1], block_size)
+
+    def to_dense(self, queries: int, keys: int) -> Tensor:
+        """Boolean [queries, keys], token by token."""
+        size, rows = self.block_size, self.offsets.numel() - 1
+        live = torch.zeros(rows, -(-keys // size), dtype=torch.bool, device=self.offsets.device)
+        row = torch.arange(rows, device=live.device).repeat_interleave(self.offsets.diff())
+        live[row, self.key_blocks.long()] = True
+        return live.repeat_interleave(size, 0)[:queries].repeat_interleave(size, 1)[:, :keys]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one call, checked.
+
+    Attributes:
+        scale: factor of the scores.
+        left, right: keys before and after its own position that a query sees; None is all of them.
+        alibi_slopes: [Hq]; ``slope * |t - s|`` is taken off the scores.
+        sinks: [Hq], natural log of what is added to the softmax denominator; differentiable.
+        softcap: scores become ``softcap * tanh(score / softcap)``, before slopes and masks.
+        block_mask: and-ed with left and right.
+    """
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    block_mask: BlockMask | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but scaled scores over all keys, or those up to the query's own, or a window of these."""
+        extras = (self.alibi_slopes, self.sinks, self.softcap, self.block_mask)
+        return all(x is None for x in extras) and (self.right == 0 or (self.left is None and self.right is None))
+
+
+def positions(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions [Tq] of the queries and [Tk] of the keys: the last of both are the same moment."""
+    return torch.arange(keys - queries, keys, device=device), torch.arange(keys, device=device)
+
+
+def visible(t: Tensor, s: Tensor, left: int | None, right: int | None) -> Tensor:
+    """Boolean [..,Tq,Tk]: may the query at position t [..,Tq] see the key at s [..,Tk]? Other masks aside."""
+    ahead = s[..., None, :] - t[..., :, None]
+    mask = torch.ones_like(ahead, dtype=torch.bool) if right is None else ahead <= right
+    return mask if left is None else mask & (ahead >= -left)
+
+
+# ---------------------------------------------------------------------------------------------- checks of the arguments
+def check_window(window: int | tuple[int, int] | None, causal: bool) -> tuple[int | None, int | None]:
+    """Keys (before, after) its own position that a query sees; None is all of them."""
+    if window is None:
+        return None, 0 if causal else None
+    if isinstance(window, int) and not isinstance(window, bool):
+        if window <= 0:
+            raise ValueError(f"window: expected a positive integer, a pair (left, right) or None, got {window}")
+        if not causal:
+            raise ValueError(f"window: expected a pair (left, right) or None without causal=True, got {window}")
+        return window - 1, 0
+    if not isinstance(window, tuple | list) or len(window) != 2 or not all(_is_int(x) and x >= 0 for x in window):
+        raise ValueError(
+            f"window: expected a positive integer, a pair (left, right) of integers >= 0 or None, got {window!r}"
+        )
+    left, right = window
+    if causal and right:
+        raise ValueError(f"window: expected a pair (left, 0) with causal=True, got {window!r}")
+    return left, right
+
+
+def check_number(name: str, x: float | None, positive: bool = False) -> None:
+    """Check that ``x`` is None or a finite Python number, above zero where ``positive``."""
+    number = isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < float("inf")
+    if x is not None and (not number or (positive and x <= 0)):
+        raise ValueError(f"{name}: expected a finite {'positive ' if positive else ''}number or None, got {x!r}")
+
+
+def check_block_mask(mask: BlockMask, queries: int, keys: int, device: torch.device, check_values: bool) -> None:
+    """Check ``mask`` for so many queries and keys. Reading values synchronises a GPU: there only if asked."""
+    if not isinstance(mask, BlockMask):
+        raise ValueError(f"block_mask: expected a BlockMask or None, got {type(mask).__name__}")
+    offsets, key_blocks, size = mask
+    if not _is_int(size) or size <= 0:
+        raise ValueError(f"block_mask: expected a positive integer block_size, got {size!r}")
+    query_blocks, limit = -(-queries // size), -(-keys // size)
+    for name, x in (("offsets", offsets), ("key_blocks", key_blocks)):
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64) or x.dim() != 1:
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"block_mask: expected {name} of int32 or int64 in one dimension, got {given}")
+        if x.device != device:
+            raise ValueError(f"block_mask: expected {name} on {device} (as q), got {x.device}")
+    if offsets.numel() != query_blocks + 1:
+        raise ValueError(
+            f"block_mask: expected {query_blocks + 1} offsets for {queries} queries in blocks of {size}, "
+            f"got {offsets.numel()}"
+        )
+    if not (check_values or device.type == "cpu"):
+        return
+    counts = offsets.diff()
+    if offsets[0] != 0 or offsets[-1] != key_blocks.numel() or bool((counts < 0).any()):
+        raise ValueError(
+            f"block_mask: expected ascending offsets from 0 to {key_blocks.numel()} key_blocks, got {offsets.tolist()}"
+        )
+    row = torch.arange(query_blocks, device=device).repeat_interleave(counts)
+    inside = bool(((key_blocks >= 0) & (key_blocks < limit)).all())
+    if not inside or bool((key_blocks.diff()[row.diff() == 0] <= 0).any()):
+        raise ValueError(
+            f"block_mask: expected key_blocks from 0 to {limit - 1}, ascending within each query block, "
+            f"got {key_blocks.tolist()}"
+        )
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
