@@ -31,7 +31,7 @@ class Recipe:
         clip: largest norm of all gradients together.
     """
 
-    length: int = 256
+    length: int = 128
     batch: int = 8
     matrix_rate: float = 0.02
     rate: float = 5e-3
