@@ -15,7 +15,12 @@ if TYPE_CHECKING:
         gated_linear_attention,
         gated_linear_attention_step,
         linear_attention,
+        linear_attention_state,
         linear_attention_step,
+        merge_states,
+        prefix_linear_attention,
+        taylor_linear_attention,
+        taylor_linear_attention_step,
     )
     from hybridattn.layers import BaseConv, GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
     from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM, HybridAttnModel
@@ -25,6 +30,11 @@ __version__ = "0.1.0"
 _MODULES = {
     "linear_attention": "hybridattn.kernels.linear_attention",
     "linear_attention_step": "hybridattn.kernels.linear_attention",
+    "linear_attention_state": "hybridattn.kernels.linear_attention",
+    "merge_states": "hybridattn.kernels.linear_attention",
+    "taylor_linear_attention": "hybridattn.kernels.linear_attention",
+    "taylor_linear_attention_step": "hybridattn.kernels.linear_attention",
+    "prefix_linear_attention": "hybridattn.kernels.linear_attention",
     "gated_linear_attention": "hybridattn.kernels.linear_attention",
     "gated_linear_attention_step": "hybridattn.kernels.linear_attention",
     "flash_attention": "hybridattn.kernels.flash_attention",
@@ -43,6 +53,11 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (in the order of the table above)
     "linear_attention",
     "linear_attention_step",
+    "linear_attention_state",
+    "merge_states",
+    "taylor_linear_attention",
+    "taylor_linear_attention_step",
+    "prefix_linear_attention",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "flash_attention",

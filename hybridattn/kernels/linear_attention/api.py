@@ -242,9 +242,11 @@ def prefix_linear_attention(
         start = NormalizedState(state[..., :-1], state[..., -1])
     else:
         start = state[..., :-1]
-        if initial_state is not None:
+        if isinstance(initial_state, Tensor):
             check_shape(sizes, "initial_state", initial_state, "N Hs K V")
             start = start + initial_state
+        elif initial_state is not None:
+            raise ValueError("initial_state: expected a tensor [N, H, P, V] with normalize=False, got a pair")
     return taylor_linear_attention(
         q,
         k,

@@ -145,7 +145,8 @@ class Decay:
         sums = _sums_from_middle(g.shape[1], g.dtype, g.device).expand(g.shape[0], -1, -1)
         from_middle = torch.bmm(sums, g)
         if not len(g):
-            return Decay(*(g.new_empty(0, 1, 1),) * 5, None)
+            nothing = g.new_empty(0, 1, 1)
+            return Decay(nothing, nothing, nothing, nothing, nothing, None)
         cool = bool(from_middle[:, 0].amax() <= COOL) and bool(from_middle[:, -1].amin() >= -COOL)
         if not cool:  # NaN, from infinite gates, is not cool either
             g = g.clamp(min=FLOOR)
@@ -289,7 +290,7 @@ class _Rows:
         self.decay = decay = None if g is None else Decay.of(layout.split(g, dtype))
         self.total = None if decay is None else decay.total
         self.raw = None
-        root = 1.0 if taylor is None else taylor**0.5
+        self.root = root = 1.0 if taylor is None else taylor**0.5
         self.q, self.k = layout.split(q, dtype, root), layout.split(k, dtype, root)
         if taylor is not None:  # a place without a token has the feature 1 too, but its value is zero
             self.raw = self.q, self.k
@@ -304,9 +305,8 @@ class _Rows:
         self.v = layout.split(v, dtype)
         self.scores = self.causal(torch.bmm(self.q, self.k.mT))
         if self.hot is not None:
-            n = len(self.hot.rows)
-            hot = _hot_scores(self.hot_q.flatten(0, 1), *self._hot_keys())
-            self.scores[self.hot.rows] = hot.view(n, group * hot.shape[1], hot.shape[2])
+            hot = _hot_scores(self.hot_q.flatten(0, 1), *self._hot_keys(self.hot))
+            self.scores[self.hot.rows] = hot.view(len(self.hot.rows), group * hot.shape[1], hot.shape[2])
         self.update = torch.bmm(self.k.mT, self.v)
         if decay is not None:
             self.update *= decay.exit
@@ -317,13 +317,13 @@ class _Rows:
         _each(scores, self.group).tril_()
         return scores
 
-    def _hot_keys(self) -> tuple[Tensor, Tensor]:
+    def _hot_keys(self, hot: Hot) -> tuple[Tensor, Tensor]:
         """Keys and running sums of the hot rows, once for every query head."""
-        return self.hot_k.repeat_interleave(self.group, 0), self.hot.sums.repeat_interleave(self.group, 0)
+        return self.hot_k.repeat_interleave(self.group, 0), hot.sums.repeat_interleave(self.group, 0)
 
-    def hot_backward(self, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def hot_backward(self, hot: Hot, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the hot rows' q [n,J,C,K], k [n,C,K] and log-decays [n,C,G] from those of their scores."""
-        k, sums = self._hot_keys()
+        k, sums = self._hot_keys(hot)
         dq, dk, dg = _hot_scores_backward(_each(dscores, self.group).flatten(0, 1), self.hot_q.flatten(0, 1), k, sums)
         dq, dk, dg = (x.unflatten(0, (-1, self.group)) for x in (dq, dk, dg))
         return dq, dk.sum(1), dg.sum(1)
@@ -400,7 +400,7 @@ def backward(
             dq, dk, dv, dg, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
             if r.raw is not None:
                 pairs = zip(r.raw, (dq, dk), strict=True)
-                dq, dk = (features.taylor_backward(x, dx.view(*x.shape[:2], -1)).mul_(taylor**0.5) for x, dx in pairs)
+                dq, dk = (features.taylor_backward(x, dx.view(*x.shape[:2], -1)).mul_(r.root) for x, dx in pairs)
             for grad, rows in zip(grads, (dq, dk, dv, dg), strict=True):
                 if rows is not None:
                     layout.join(rows, grad[:, t])
@@ -444,7 +444,7 @@ def _backward_rows(
     dk.mul_(r.decay.key)
     if r.hot is not None:
         rows = r.hot.rows
-        dq_hot, dk_hot, dg_hot = r.hot_backward(dscores_hot)
+        dq_hot, dk_hot, dg_hot = r.hot_backward(r.hot, dscores_hot)
         dq_far, dk_far = _each(dq[rows], r.group), dk[rows]  # through the states: the chunk's scores were left out
         dg_hot += dtotal[rows] + _later(_per_gate((dq_far * r.hot_q).sum(1), gates))
         dg[rows] = dg_hot + _earlier(_per_gate(dk_far * r.hot_k, gates))

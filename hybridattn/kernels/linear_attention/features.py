@@ -9,8 +9,6 @@ so that phi(x) . phi(y) = 1 + x.y + (x.y)^2 / 2: the symmetric pairs (i, j) and 
 all 1 + d + d^2 of them.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -20,19 +18,13 @@ def count(dim: int) -> int:
     return 1 + dim + dim * (dim + 1) // 2
 
 
-@cache
-def _pairs(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    i, j = torch.triu_indices(dim, dim, device=device)
-    return i, j
-
-
 def _weights(i: Tensor, j: Tensor, like: Tensor) -> Tensor:
     return like.new_ones(len(i)).masked_fill(i == j, 0.5**0.5)
 
 
 def taylor(x: Tensor) -> Tensor:
     """[..,d] -> [..,P]."""
-    i, j = _pairs(x.shape[-1], x.device)
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     products = x[..., i] * x[..., j] * _weights(i, j, x)
     return torch.cat((torch.ones_like(x[..., :1]), x, products), -1)
 
@@ -40,7 +32,7 @@ def taylor(x: Tensor) -> Tensor:
 def taylor_backward(x: Tensor, grad: Tensor) -> Tensor:
     """Gradient of x [..,d] from that of its features [..,P]."""
     dim = x.shape[-1]
-    i, j = _pairs(dim, x.device)
+    i, j = torch.triu_indices(dim, dim, device=x.device)
     products = grad[..., 1 + dim :] * _weights(i, j, x)
     dx = grad[..., 1 : 1 + dim].clone()
     return dx.index_add_(-1, i, products * x[..., j]).index_add_(-1, j, products * x[..., i])
