@@ -7,8 +7,9 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# Idle OpenMP threads that spin take the cores from the threads that work.
-export OMP_WAIT_POLICY := passive
+# Idle OpenMP threads wait in a loop: long enough to be there for the next operation, not so long that they keep a core
+# from whatever else runs on the machine.
+export GOMP_SPINCOUNT := 10000
 
 .PHONY: venv demo test lint clean
 
