@@ -35,7 +35,7 @@ from ..runtime.sequences import sequence_slices
 from . import features
 
 CHUNK = 64
-SEGMENT = 1 << 17  # elements of one operand worked on at a time: a few operands fit the second-level cache of a core
+SEGMENT = 1 << 18  # elements of one operand worked on at a time, 1 MB: the few operands stay in the caches of a core
 COOL = 30.0  # nats between the middle of a chunk and its edges: exp(2 * COOL) is far inside fp32, sums lose 1e-6
 FLOOR = -1000.0  # exp(FLOOR) is 0 in fp64 too; a finite stand-in for -inf
 
@@ -71,31 +71,38 @@ class Layout:
             index.append(torch.where(place < lengths[:count, None], starts[:count, None] + place, tokens))
         return Layout(chunk, counts, order.to(cu_seqlens.device), torch.cat(index).to(cu_seqlens.device))
 
-    def split(self, x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-        """[B,T,H,D] -> rows [R,C,D] times ``factor``, zero where a chunk has no token."""
+    def split(self, x: Tensor, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
+        """[B,T,H,D] -> rows [R,C,D] times ``factor`` (a number, or rows), zero where a chunk has no token."""
         if self.index is not None:
             padded = F.pad(x[0].to(dtype), (0, 0, 0, 0, 0, 1))
             return padded[self.index].transpose(1, 2).reshape(-1, self.chunk, x.shape[-1]) * factor
         if x.shape[1] % self.chunk:
             x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
         chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
-        rows = torch.empty(chunks.shape, dtype=dtype, device=x.device).copy_(chunks).view(-1, self.chunk, x.shape[-1])
-        return rows if factor == 1 else rows.mul_(factor)
+        rows = torch.empty(chunks.shape, dtype=dtype, device=x.device)
+        if isinstance(factor, Tensor):  # in one pass; a number would not do, it leaves a 16-bit product in 16 bits
+            torch.mul(chunks, factor.view(*chunks.shape[:-1], -1), out=rows)
+        else:
+            rows.copy_(chunks)
+            if factor != 1:
+                rows.mul_(factor)
+        return rows.view(-1, self.chunk, x.shape[-1])
 
     def join(self, rows: Tensor, out: Tensor, factor: float = 1.0) -> None:
         """Write rows [R,C,D] or [R,J*C,D], times ``factor``, to their tokens of out [B,T,H,D]; zeros where none is."""
         batch, tokens, heads, dim = out.shape
-        rows = rows * factor if factor != 1 else rows
         if self.index is not None:
             places = rows.new_zeros(tokens + 1, heads, dim)
             places[self.index] = rows.view(-1, heads, self.chunk, dim).transpose(1, 2)
-            out[0] = places[:-1]
+            out[0] = places[:-1].mul_(factor)
             return
         chunks = rows.view(-1, batch, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
         if tokens % self.chunk:
-            out.copy_(chunks.flatten(1, 2)[:, :tokens])
+            out.copy_(chunks.flatten(1, 2)[:, :tokens].mul_(factor))
+        elif rows.dtype == out.dtype:
+            torch.mul(chunks, factor, out=out.unflatten(1, (-1, self.chunk)))
         else:
-            out.unflatten(1, (-1, self.chunk)).copy_(chunks)
+            out.unflatten(1, (-1, self.chunk)).copy_(chunks * factor)
 
     def sort(self, states: Tensor) -> Tensor:
         return states if self.order is None else states[self.order]
@@ -139,6 +146,10 @@ class Decay:
     exit: Tensor
     total: Tensor
     hot: "Hot | None"
+
+    def query_heads(self, group: int) -> Tensor:
+        """The queries' factors for each of the ``group`` heads that share a key head, [R*J,C,G]."""
+        return self.query if group == 1 else self.query.repeat_interleave(group, 0)
 
     @staticmethod
     def of(g: Tensor) -> "Decay":
@@ -252,29 +263,30 @@ def _earlier(x: Tensor) -> Tensor:
 def _scan(update: Tensor, total: Tensor | None, state: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """State before every chunk [R,K,V] and after the last [N,H,K,V], from the initial one and the updates [R,K,V]."""
     before, heads = torch.empty_like(update), state.shape[1]
-    state, at = state.flatten(0, 1).clone(), 0
-    for count in counts:
-        rows = slice(at, at := at + count * heads)
-        _advance(before[rows].copy_(state[: count * heads]), update, total, rows, out=state[: count * heads])
-    return before, state.unflatten(0, (-1, heads))
+    last = _run(update, total, state.flatten(0, 1).clone(), before, [n * heads for n in counts], backwards=False)
+    return before, last.unflatten(0, (-1, heads))
 
 
 def _scan_backward(update: Tensor, total: Tensor | None, dstate: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """Gradient of the state after every chunk [R,K,V] and of the initial state [N,H,K,V]."""
     after, heads = torch.empty_like(update), dstate.shape[1]
-    dstate, at = dstate.flatten(0, 1).clone(), update.shape[0]
-    for count in reversed(counts):
-        rows = slice(at - count * heads, at)
-        at = rows.start
-        _advance(after[rows].copy_(dstate[: count * heads]), update, total, rows, out=dstate[: count * heads])
-    return after, dstate.unflatten(0, (-1, heads))
+    first = _run(update, total, dstate.flatten(0, 1).clone(), after, [n * heads for n in counts], backwards=True)
+    return after, first.unflatten(0, (-1, heads))
 
 
-def _advance(state: Tensor, update: Tensor, total: Tensor | None, rows: slice, out: Tensor) -> None:
-    if total is None:
-        torch.add(state, update[rows], out=out)
-    else:
-        torch.addcmul(update[rows], state, total[rows], out=out)
+def _run(update, total, state: Tensor, kept: Tensor, sizes: list[int], backwards: bool) -> Tensor:
+    """Step by step, keep the state and then let it be ``total * state + update``, in place for the rows of the step."""
+    steps = list(
+        zip(kept.split(sizes), update.split(sizes), sizes if total is None else total.split(sizes), strict=True)
+    )
+    for place, new, decay in reversed(steps) if backwards else steps:
+        running = state if len(place) == len(state) else state[: len(place)]
+        place.copy_(running)
+        if isinstance(decay, Tensor):
+            torch.addcmul(new, place, decay, out=running)
+        else:
+            running.add_(new)
+    return state
 
 
 # ------------------------------------------------------------------------------------------------- forward and backward
@@ -289,19 +301,18 @@ class _Rows:
         self.group = group = q.shape[2] // k.shape[2]
         self.decay = decay = None if g is None else Decay.of(layout.split(g, dtype))
         self.total = None if decay is None else decay.total
-        self.raw = None
-        self.root = root = 1.0 if taylor is None else taylor**0.5
-        self.q, self.k = layout.split(q, dtype, root), layout.split(k, dtype, root)
-        if taylor is not None:  # a place without a token has the feature 1 too, but its value is zero
-            self.raw = self.q, self.k
-            self.q, self.k = map(features.taylor, self.raw)
-        self.q = _stack(self.q, group)
         self.hot = None if decay is None else decay.hot
+        self.raw = None
+        self.root = 1.0 if taylor is None else taylor**0.5
+        if taylor is not None:  # a place without a token has the feature 1 too, but its value is zero
+            self.raw = layout.split(q, dtype, self.root), layout.split(k, dtype, self.root)
+            self.q, self.k = _stack(features.taylor(self.raw[0]), group), features.taylor(self.raw[1])
+        else:
+            self.q = _stack(layout.split(q, dtype, 1.0 if decay is None else decay.query_heads(group)), group)
+            self.k = layout.split(k, dtype, 1.0 if decay is None else decay.key)
         if self.hot is not None:
-            self.hot_q, self.hot_k = _each(self.q[self.hot.rows], group), self.k[self.hot.rows]
-        if decay is not None:
-            _each(self.q, group).mul_(decay.query[:, None])
-            self.k *= decay.key
+            self.hot_q = _each(_stack(layout.split(q, dtype), group)[self.hot.rows], group)
+            self.hot_k = layout.split(k, dtype)[self.hot.rows]
         self.v = layout.split(v, dtype)
         self.scores = self.causal(torch.bmm(self.q, self.k.mT))
         if self.hot is not None:
@@ -358,7 +369,9 @@ def forward(
     """
     dtype = compute_dtype(q, k, v, g)
     starts = state.new_empty(len(_spans(q, v, cu_seqlens)), *state.shape)
-    o, state = v.new_zeros(*q.shape[:3], v.shape[3]), state.clone()
+    o, state = v.new_empty(*q.shape[:3], v.shape[3]), state.clone()
+    if not len(starts):
+        o.zero_()
     for n, (t, layout) in enumerate(_segments(q, v, cu_seqlens)):
         starts[n] = state
         gt = None if g is None else g[:, t]
