@@ -22,7 +22,14 @@ if TYPE_CHECKING:
         taylor_linear_attention,
         taylor_linear_attention_step,
     )
-    from hybridattn.layers import BaseConv, GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
+    from hybridattn.layers import (
+        BaseConv,
+        GatedLinearAttention,
+        LinearAttention,
+        ShortConvolution,
+        SoftmaxAttention,
+        TaylorLinearAttention,
+    )
     from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM, HybridAttnModel
 
 __version__ = "0.1.0"
@@ -45,6 +52,7 @@ _MODULES = {
     "LinearAttention": "hybridattn.layers",
     "ShortConvolution": "hybridattn.layers",
     "SoftmaxAttention": "hybridattn.layers",
+    "TaylorLinearAttention": "hybridattn.layers",
     "HybridAttnConfig": "hybridattn.models.decoder",
     "HybridAttnForCausalLM": "hybridattn.models.decoder",
     "HybridAttnModel": "hybridattn.models.decoder",
@@ -68,6 +76,7 @@ __all__ = [  # noqa: RUF022 (in the order of the table above)
     "LinearAttention",
     "ShortConvolution",
     "SoftmaxAttention",
+    "TaylorLinearAttention",
     "HybridAttnConfig",
     "HybridAttnForCausalLM",
     "HybridAttnModel",

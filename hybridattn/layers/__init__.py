@@ -9,5 +9,14 @@ from .linear_attention import LinearAttention
 from .mixer import TokenMixer
 from .short_convolution import ShortConvolution
 from .softmax_attention import SoftmaxAttention
+from .taylor_linear_attention import TaylorLinearAttention
 
-__all__ = ["BaseConv", "GatedLinearAttention", "LinearAttention", "ShortConvolution", "SoftmaxAttention", "TokenMixer"]
+__all__ = [
+    "BaseConv",
+    "GatedLinearAttention",
+    "LinearAttention",
+    "ShortConvolution",
+    "SoftmaxAttention",
+    "TaylorLinearAttention",
+    "TokenMixer",
+]

@@ -29,6 +29,9 @@ class LinearAttention(TokenMixer):
     sum of keys [N,H,K].
     """
 
+    attend = staticmethod(linear_attention)
+    step = staticmethod(linear_attention_step)
+
     def __init__(
         self,
         hidden_size: int,
@@ -45,6 +48,7 @@ class LinearAttention(TokenMixer):
         self.num_heads, self.normalize, self.backend = positive("num_heads", num_heads), normalize, backend
         self.key_dim = head_size(hidden_size, num_heads) if key_dim is None else positive("key_dim", key_dim)
         self.value_dim = head_size(hidden_size, num_heads) if value_dim is None else positive("value_dim", value_dim)
+        self.state_dim = self.key_dim
         self.feature_map = feature_map
         self.q_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False)
@@ -52,7 +56,7 @@ class LinearAttention(TokenMixer):
         self.o_proj = nn.Linear(num_heads * self.value_dim, hidden_size, bias=False)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        keys = (batch_size, self.num_heads, self.key_dim)
+        keys = (batch_size, self.num_heads, self.state_dim)
         spec: CacheSpec = {"state": ((*keys, self.value_dim), torch.float32)}
         return {**spec, "k_sum": (keys, torch.float32)} if self.normalize else spec
 
@@ -71,9 +75,9 @@ class LinearAttention(TokenMixer):
         if cache is not None and "state" in cache:
             state = NormalizedState(cache["state"], cache["k_sum"]) if self.normalize else cache["state"]
         if state is not None and is_step(hidden_states, cu_seqlens):
-            o = linear_attention_step(q, k, v, state, **options)
+            o = self.step(q, k, v, state, **options)
         else:
-            o, state = linear_attention(
+            o, state = self.attend(
                 q, k, v, initial_state=state, output_final_state=cache is not None, cu_seqlens=cu_seqlens, **options
             )
             if cache is not None and state is not None:

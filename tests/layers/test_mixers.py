@@ -13,6 +13,7 @@ from hybridattn.layers import (
     LinearAttention,
     ShortConvolution,
     SoftmaxAttention,
+    TaylorLinearAttention,
     TokenMixer,
 )
 from hybridattn.layers.kv_cache import GROWTH
@@ -22,6 +23,7 @@ MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
+    "taylor": lambda: TaylorLinearAttention(D, num_heads=2, key_dim=4),
     "full": lambda: SoftmaxAttention(D, num_heads=3),
     "full, grouped heads": lambda: SoftmaxAttention(D, num_heads=6, num_key_value_heads=3),
     "full, no positions": lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None),

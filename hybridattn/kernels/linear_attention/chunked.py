@@ -413,7 +413,9 @@ def backward(
             dq, dk, dv, dg, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
             if r.raw is not None:
                 pairs = zip(r.raw, (dq, dk), strict=True)
-                dq, dk = (features.taylor_backward(x, dx.view(*x.shape[:2], -1)).mul_(r.root) for x, dx in pairs)
+                dq, dk = (
+                    features.taylor_backward(x, dx.view(*x.shape[:2], dx.shape[-1])).mul_(r.root) for x, dx in pairs
+                )
             for grad, rows in zip(grads, (dq, dk, dv, dg), strict=True):
                 if rows is not None:
                     layout.join(rows, grad[:, t])

@@ -2,7 +2,14 @@
 
 from typing import Any, NamedTuple
 
-from ...layers import BaseConv, GatedLinearAttention, LinearAttention, SoftmaxAttention, TokenMixer
+from ...layers import (
+    BaseConv,
+    GatedLinearAttention,
+    LinearAttention,
+    SoftmaxAttention,
+    TaylorLinearAttention,
+    TokenMixer,
+)
 
 
 class Mixer(NamedTuple):
@@ -15,6 +22,7 @@ MIXERS = {
     "full": Mixer(SoftmaxAttention, {}),
     "window": Mixer(SoftmaxAttention, {"window": 128}),
     "linear": Mixer(LinearAttention, {}),
+    "taylor": Mixer(TaylorLinearAttention, {}),
     "gla": Mixer(GatedLinearAttention, {}),
     "conv": Mixer(BaseConv, {}, has_backend=False),
 }

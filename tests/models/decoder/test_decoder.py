@@ -20,6 +20,7 @@ OPTIONS = {
     "window": {"num_heads": 2, "window": 5},
     "full": {"num_heads": 4, "num_key_value_heads": 2},
     "linear": {"num_heads": 2, "key_dim": 4},
+    "taylor": {"num_heads": 2, "key_dim": 4},
 }
 STACKS: dict[str, dict[str, Any]] = {
     **{name: {"mixers": [name, name]} for name in MIXERS},
