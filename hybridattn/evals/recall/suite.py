@@ -1,11 +1,11 @@
-"""Five small models on one task: what each recalls, keeps per sequence, and how fast it reads and writes.
+"""Small models on one task: what each recalls, keeps per sequence, and how fast it reads and writes.
 
 Every row is one model of the library: the object that is scored is the one whose cache and speed are measured.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -28,16 +28,20 @@ BATCHES = (1, 32)
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: the mixers of the layers, one after the other, and the training steps this mix needs."""
+    """One row: the mixers of the layers, the training steps this mix needs, and what its mixers' options change."""
 
     mixers: tuple[str, ...]
     steps: int
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 ENTRIES = {
     "softmax attention": Entry(("conv", "full"), 300),
     "sliding window 16": Entry(("conv", "window"), 600),
+    "sliding window 64": Entry(("conv", "window"), 600, {"window": {"window": 64}}),
     "linear attention": Entry(("conv", "linear"), 600),
+    "BASED, d' = 8": Entry(("conv", "taylor"), 600, {"taylor": {"key_dim": 8}}),
+    "BASED, d' = 16": Entry(("conv", "taylor"), 400, {"taylor": {"key_dim": 16}}),
     "GLA": Entry(("conv", "gla"), 600),
     "attention-first hybrid": Entry(("conv", "full", "gla"), 300),
 }
@@ -54,6 +58,7 @@ SHARED = {
         "full": {"num_heads": 1, "rope_theta": None},
         "window": {"num_heads": 1, "rope_theta": None, "window": 16},
         "linear": {"num_heads": 1, "key_dim": 16, "feature_map": "elu"},
+        "taylor": {"num_heads": 1},
         "gla": {"num_heads": 1, "key_dim": 32, "gate_bias_range": [4.0, 8.0]},
     },
 }
@@ -61,7 +66,8 @@ SHARED = {
 
 def model_options(entry: Entry) -> dict[str, Any]:
     """The arguments of `HybridAttnConfig` for a row, with the options of the mixers it uses only."""
-    options = {name: options for name, options in SHARED["mixer_options"].items() if name in entry.mixers}
+    shared = SHARED["mixer_options"]
+    options = {name: shared[name] | entry.options.get(name, {}) for name in shared if name in entry.mixers}
     return {**SHARED, "mixers": list(entry.mixers), "mixer_options": options}
 
 

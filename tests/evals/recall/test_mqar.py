@@ -70,6 +70,7 @@ def test_logits_at_queries_are_those_of_the_whole_model():
     [
         ("softmax attention", 300, 0.95, 1),
         ("attention-first hybrid", 300, 0.95, 1),
+        ("BASED, d' = 8", 400, 0.9, 1),
         ("linear attention", 300, 0.03, 0.6),
         ("sliding window 16", 300, 0.03, 0.15),
     ],
