@@ -45,6 +45,12 @@ def store(cache: Cache, name: str, value: Tensor) -> None:
         cache[name] = value.clone()  # not a view that would keep something larger alive
 
 
+def check_rows(cache: Cache, name: str, rows: int) -> None:
+    """Check that a cache that holds ``name`` was made for so many sequences."""
+    if name in cache and cache[name].shape[0] != rows:
+        raise ValueError(f"cache: expected one made for {rows} sequences, got {cache[name].shape[0]}")
+
+
 def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Is this one new token of every row, to be handled by the in-place ``_step`` operators?"""
     return hidden_states.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()

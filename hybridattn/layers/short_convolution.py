@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.runtime.sequences import sequence_ids
-from .mixer import Cache, CacheSpec, TokenMixer, positive, store
+from ..kernels.runtime.checks import check_shape
+from ..kernels.runtime.sequences import check_cu_seqlens, sequence_ids
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, positive, store
 
 
 class ShortConvolution(TokenMixer):
@@ -48,7 +49,11 @@ class ShortConvolution(TokenMixer):
         cache: Cache | None = None,
     ) -> Tensor:
         past = self.kernel_size - 1
+        check_shape({}, "hidden_states", hidden_states, "B T D")
+        if cu_seqlens is not None:
+            check_cu_seqlens("cu_seqlens", cu_seqlens, hidden_states.shape[0], hidden_states.shape[1], False)
         rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        check_rows(cache or {}, "conv", rows)
         tail = cache.get("conv") if cache is not None else None
         if tail is None:
             tail = hidden_states.new_zeros(rows, past, self.hidden_size)
@@ -63,6 +68,8 @@ class ShortConvolution(TokenMixer):
 
     def _convolve(self, padded: Tensor) -> Tensor:
         """[B,T+past,D] -> [B,T,D]."""
+        if padded.shape[1] < self.kernel_size:
+            return padded[:, :0]
         weight, bias = self.weight.to(padded.dtype), None if self.bias is None else self.bias.to(padded.dtype)
         if padded.shape[1] == self.kernel_size:  # one token: a convolution call costs several times its arithmetic
             o = (padded * weight.mT).sum(1, keepdim=True)

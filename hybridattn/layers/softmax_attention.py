@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..kernels.flash_attention import flash_attention, flash_decode
 from ..kernels.runtime.sequences import sequence_ids, sequence_slices
 from . import kv_cache
-from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, positive
 from .rotary import apply_rotary
 
 
@@ -68,6 +68,7 @@ class SoftmaxAttention(TokenMixer):
     ) -> Tensor:
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=self.head_dim) for x in (q, k, v))
+        check_rows(cache or {}, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = _positions(hidden_states, cu_seqlens, cache)

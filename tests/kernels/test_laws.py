@@ -246,12 +246,12 @@ def test_packed_equals_one_by_one(name: str, backend: str, lengths: list[int]):
     op, rest = OPERATORS[name], 4  # tokens past the last offset belong to no sequence
     tokens = sum(lengths) + rest
     inputs = [x[:1] if x.dim() > 1 else x for x in make_inputs(op, tokens)]
-    states = [to(make_state(op), lambda x: x[:1]) for _ in lengths]
+    states = [to(make_state(op), lambda x: x[:1].clone().requires_grad_()) for _ in lengths]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     packed_state = None
     if op.has_state and lengths:
-        packed = [torch.cat(x) for x in zip(*map(flat, states), strict=True)]
-        packed_state = tuple(packed) if op.pair else packed[0]
+        packed = [torch.cat(x).detach().requires_grad_() for x in zip(*map(flat, states), strict=True)]
+        packed_state = packed_leaves = tuple(packed) if op.pair else packed[0]
     leaves = [x.clone().requires_grad_() for x in inputs]
     offsets = {"cu_seqlens": ends} if op.has_state else {"cu_seqlens_q": ends}
     o, *final = run(op, leaves, packed_state, backend=backend, **offsets)
@@ -266,11 +266,16 @@ def test_packed_equals_one_by_one(name: str, backend: str, lengths: list[int]):
         expected, *kept = run(op, part, states[n], backend="reference")
         assert error(o[:, first:last], expected) <= 1e-12
         assert all(error(x[n : n + 1], y) <= 1e-12 for x, y in zip(final, kept, strict=True))
-        if first < last:
+        if first < last or kept:
             ((expected * weight[:, first:last]).sum() + sum(x.sum() for x in kept)).backward()
     assert not o[:, ends[-1] :].any()
     for x, y in zip(leaves, single, strict=True):
         assert error(x.grad, y.grad) <= 1e-11
+    if packed_state is not None:  # every sequence's own initial state gets its own gradient
+        for x, y in zip(flat(packed_leaves), zip(*map(flat, states), strict=True), strict=True):
+            none = torch.zeros_like(x.grad[:1])
+            expected = torch.cat([none if z.grad is None else z.grad for z in y])
+            assert error(x.grad, expected) <= 1e-11
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

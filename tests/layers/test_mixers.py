@@ -159,6 +159,45 @@ def test_positions_can_be_given():
     assert not torch.allclose(mixer(x, position_ids=2 * torch.arange(6)[None]), mixer(x))
 
 
+def test_gated_linear_attention_is_the_published_layer():
+    layer, x = (
+        GatedLinearAttention(D, num_heads=2, gate_rank=3, gate_bias_range=(-2.0, 2.0)).double(),
+        torch.randn(1, 7, D),
+    )
+    x = x.double()
+
+    def heads(y: Tensor) -> Tensor:
+        return y.unflatten(-1, (2, -1))
+
+    gate = x @ layer.gk_proj[0].weight.T @ layer.gk_proj[1].weight.T + layer.gk_proj[1].bias
+    decay = heads(torch.sigmoid(gate) ** (1 / 16))
+    q, k, v = (heads(x @ p.weight.T) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    state, outputs = torch.zeros(2, 3, 6).double(), []
+    for t in range(7):
+        state = decay[0, t][..., None] * state + k[0, t][..., None] * v[0, t][:, None]
+        outputs.append((q[0, t][:, None] @ state)[:, 0] * 3**-0.5)
+    o = torch.stack(outputs)[None]
+    o = (o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(2)
+    swish = x @ layer.g_proj.weight.T
+    torch.testing.assert_close(layer(x), (o * swish * torch.sigmoid(swish)) @ layer.o_proj.weight.T)
+
+
+def test_a_cache_of_another_batch_is_refused(mixer: TokenMixer):
+    cache, mixer = {}, mixer.float()
+    with torch.no_grad():
+        mixer(torch.randn(2, 5, D), cache=cache)
+        with pytest.raises(ValueError, match="expected"):
+            mixer(torch.randn(3, 5, D), cache=cache)
+
+
+@pytest.mark.parametrize("offsets", [[0, 5, 3, 9], [0, 10]])
+def test_bad_offsets_are_refused(mixer: TokenMixer, offsets: list[int]):
+    with pytest.raises(ValueError, match=r"cu_seqlens.*: expected ascending offsets"):
+        mixer(torch.randn(1, 9, D).double(), cu_seqlens=torch.tensor(offsets))
+    with pytest.raises(ValueError, match=r"cu_seqlens.*: expected one packed row"):
+        mixer(torch.randn(2, 9, D).double(), cu_seqlens=torch.tensor([0, 9]))
+
+
 BAD = {
     "heads do not divide": (
         lambda: LinearAttention(D, num_heads=5),

@@ -80,6 +80,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
+    if scale <= 0:  # PyTorch's CPU kernel multiplies its causal mask's -inf by the scale
+        q, scale = q * scale, 1.0
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
 

@@ -375,12 +375,15 @@ def _join_state(state: NormalizedState) -> Tensor:
 
 
 def _taylor_scale(scale: float | None, sizes: dict[str, int]) -> float:
-    if scale is not None and not scale > 0:
+    positive = _scale(scale, sizes)
+    if positive <= 0:
         raise ValueError(f"scale: expected a positive number, got {scale!r}")
-    return _scale(scale, sizes)
+    return positive
 
 
 def _scale(scale: float | None, sizes: dict[str, int]) -> float:
+    if scale is not None and not (isinstance(scale, int | float) and abs(scale) < float("inf")):
+        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     return max(sizes["K"], 1) ** -0.5 if scale is None else scale
 
 
@@ -450,6 +453,8 @@ def _normalized(sizes, q, k, v, scale, state, output_final_state, cu_seqlens, ba
 
 def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
     check_shape(sizes, "state", state, "B Hs K V")
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"state: expected float32 or float64, got {state.dtype}")
     check_tensors("q", q=q, state=state)
     check_inference("state", q, k, v, g, state)
     scale = _scale(scale, sizes)

@@ -14,6 +14,8 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, che
     Tokens past the last offset belong to no sequence: operators leave zeros there. Values are checked where they are
     read: that synchronises a GPU.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{name}: expected a tensor of integer offsets [N+1], got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"{name}: expected integer offsets of shape [N+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"

@@ -17,7 +17,7 @@ class HybridAttnConfig(PreTrainedConfig):
         vocab_size: size of the vocabulary.
         hidden_size: model dimension.
         intermediate_size: inner dimension of the MLP; 8/3 of hidden_size rounded up to a multiple of 32 by default,
-            None without one.
+            none with ``mlp="none"``.
         mixers: mixer of each layer, in order: names from ``hybridattn.models.decoder.mixers.MIXERS``.
         mixer_options: for a mixer's name, the options of its layer (see its docstring).
         mlp: ``"swiglu"`` or ``"none"``.
@@ -28,7 +28,7 @@ class HybridAttnConfig(PreTrainedConfig):
         backend: of the operators: ``"reference"``, ``"torch"`` or None (the best there is).
 
     Raises:
-        ValueError: an option is not as above.
+        ValueError: an option is not as above; of the wrong type altogether, huggingface_hub's StrictDataclassError.
     """
 
     model_type = "hybridattn"
@@ -58,7 +58,7 @@ class HybridAttnConfig(PreTrainedConfig):
         from . import modeling  # noqa: F401  (registers the model classes: AutoModel has no other hook)
         from .mixers import MIXERS
 
-        if isinstance(self.mixers, str) or not self.mixers:
+        if not self.mixers:
             raise ValueError(f"mixers: expected a list with a mixer for each layer, got {self.mixers!r}")
         self.mixers = list(self.mixers)
         for name in (*self.mixers, *self.mixer_options):

@@ -167,9 +167,10 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
 
         Args:
             input_ids or inputs_embeds: [B,T] or [B,T,hidden_size].
-            attention_mask: [B,T] or, with a cache, [B,past+T]; zeros are padding, wherever in the row they are, and
-                change nothing for the other tokens.
-            position_ids: rotary positions [B,T]; by default the place among the row's real tokens.
+            attention_mask: [B,T], with a cache [B,past+T], of ones and zeros; zeros are padding, wherever in the row
+                they are, and change nothing for the other tokens.
+            position_ids: rotary positions [B,T]; by default the place among the row's real tokens. Positions that
+                start again within a row need ``cu_seq_lens_q``.
             past_key_values: ``DynamicCache(config=model.config)``, updated in place.
             cu_seq_lens_q: offsets [N+1] of sequences packed into one row (B = 1).
         """
@@ -181,15 +182,21 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         batch, tokens = hidden_states.shape[:2]
         packing = None
         if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if attention_mask.shape != (batch, past + tokens):
                 raise ValueError(
-                    f"attention_mask: expected shape [{batch}, at least {tokens}], got {list(attention_mask.shape)}"
+                    f"attention_mask: expected shape [{batch}, {past + tokens}], got {list(attention_mask.shape)}"
                 )
-            real = attention_mask[:, attention_mask.shape[1] - tokens :].bool()
+            if bool((attention_mask < 0).any()):
+                raise ValueError("attention_mask: expected 1 for real tokens and 0 for padding, got negative values")
+            real = attention_mask[:, past:].bool()
             if not bool(real.all()):
                 packing = Packing.of(real)
         if packing is not None and cu_seq_lens_q is not None:
             raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
+        plain = packing is None and cu_seq_lens_q is None
+        if plain and position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any()):
+            raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
         if packing is not None and position_ids is not None:
             position_ids = packing.pack(position_ids.expand(batch, tokens))
         if past_key_values is not None:

@@ -104,3 +104,8 @@ def test_a_cache_larger_than_the_formula_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(suite, "allocated_bytes", lambda cache: honest["formula"] + 4)
     with pytest.raises(RuntimeError, match=f"expected {honest['formula']} bytes by formula"):
         suite.check_state(model, 2, 10)
+
+
+def test_test_rows_are_not_training_rows():
+    seeds = [1000 + seed for seed in range(100)]  # of train
+    assert mqar.TEST_SEED not in seeds

@@ -68,3 +68,11 @@ def test_bad_tensors_are_named():
         flash_attention(q, k[..., 1:], v)
     with pytest.raises(ValueError, match="cu_seqlens_k: expected shape"):
         flash_attention(q[:1], k[:1], v[:1], cu_seqlens_q=torch.tensor([0, 4, 9]), cu_seqlens_k=torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("window", [None, 3])
+def test_any_finite_scale(scale: float, window: int | None):
+    q, k, v = (torch.randn(B, T, H, D).double() for _ in range(3))
+    expected = flash_attention(q, k, v, scale=scale, window=window, backend="reference")
+    torch.testing.assert_close(flash_attention(q, k, v, scale=scale, window=window), expected)

@@ -93,6 +93,8 @@ BAD = {
         r"initial_state: expected shape \[N=2, Hs=3, K=8",
     ),
     "packed batch": (lambda *x: x, {"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens: expected one packed row"),
+    "scale": (lambda *x: x, {"scale": float("nan")}, "scale: expected a finite number or None, got nan"),
+    "list of offsets": (lambda *x: x, {"cu_seqlens": [0, 9]}, "cu_seqlens: expected a tensor of integer offsets"),
     "float offsets": (lambda *x: x, {"cu_seqlens": torch.tensor([0.0, 9])}, "cu_seqlens: expected integer offsets"),
 }
 
@@ -121,3 +123,8 @@ def test_step_refuses_gradients():
     q, k, v = inputs(1)
     with pytest.raises(ValueError, match=r"state: expected inputs without gradients .* use torch.no_grad\(\)"):
         linear_attention_step(q.requires_grad_(), k, v, torch.zeros(B, H, K, V))
+
+
+def test_step_refuses_a_narrow_state():
+    with pytest.raises(ValueError, match=r"state: expected float32 or float64, got torch.bfloat16"):
+        linear_attention_step(*inputs(1), torch.zeros(B, H, K, V).bfloat16())

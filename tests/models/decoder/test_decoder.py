@@ -255,6 +255,54 @@ def test_logits_to_keep_and_hidden_states(model: HybridAttnForCausalLM):
     assert len(out.hidden_states) == len(model.config.mixers) + 1
 
 
+@torch.no_grad()
+def test_given_positions_beside_padding():
+    model = HybridAttnForCausalLM(make_config("full")).eval()
+    rows = tokens()
+    ids, mask, places = pad(rows, "inside")
+    positions = torch.zeros_like(ids)
+    for row, at in enumerate(places):
+        positions[row, at] = 3 * torch.arange(len(at))
+    padded = model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, (at, length) in enumerate(zip(places, LENGTHS, strict=True)):
+        close(padded[row, at], model(rows[row, None, :length], position_ids=positions[row, None, at]).logits[0])
+    assert not torch.allclose(padded[0, places[0]], model(rows[:1]).logits[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_input_convolution_is_added():
+    """With weights of zero it changes nothing; with the identity the mixer's input is doubled."""
+    plain = HybridAttnForCausalLM(make_config("linear")).eval()
+    model = HybridAttnForCausalLM(make_config("linear", conv_size=3)).eval()
+    assert all("conv" in name for name in model.load_state_dict(plain.state_dict(), strict=False).missing_keys)
+    ids, convolutions = tokens(), [layer.conv for layer in model.model.layers]
+    for conv in convolutions:
+        conv.weight.zero_()
+    close(model(ids).logits, plain(ids).logits)
+    for conv, layer in zip(convolutions, plain.model.layers, strict=True):
+        conv.weight[:, -1] = 1
+        layer.input_layernorm.weight *= 2
+    close(model(ids).logits, plain(ids).logits)
+
+
+def test_initial_weights_have_the_published_spread():
+    fan_in = HybridAttnForCausalLM(make_config("full", hidden_size=64, intermediate_size=512, vocab_size=999))
+    mlp = fan_in.model.layers[0].mlp
+    assert mlp.up_proj.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert mlp.down_proj.weight.std().item() == pytest.approx(512**-0.5, rel=0.05)
+    assert fan_in.model.embed_tokens.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    normal = HybridAttnForCausalLM(make_config("full", hidden_size=64, initializer="normal", initializer_range=0.3))
+    assert normal.model.layers[0].mixer.q_proj.weight.std().item() == pytest.approx(0.3, rel=0.05)
+
+
+@torch.no_grad()
+def test_an_empty_piece_changes_nothing(model: HybridAttnForCausalLM):
+    ids = tokens()
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    assert model(ids[:, 9:9], past_key_values=cache).logits.shape == (3, 0, VOCAB)
+    close(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
+
+
 BAD_CONFIGS = {
     "unknown mixer": ({"mixers": ["gla", "mamba"]}, r"mixers: expected names from \['conv', .*\], got 'mamba'"),
     "no mixers": ({"mixers": []}, r"mixers: expected a list with a mixer for each layer, got \[\]"),
@@ -288,8 +336,14 @@ def test_bad_calls_are_named():
         ValueError, match=r"past_key_values: expected DynamicCache\(config=model.config\) with 5 layers"
     ):
         model(ids, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[3, at least 23\], got \[3, 5\]"):
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[3, 23\], got \[3, 5\]"):
         model(ids, attention_mask=torch.ones(3, 5))
+    with pytest.raises(ValueError, match="attention_mask: expected 1 for real tokens and 0 for padding, got negative"):
+        model(ids, attention_mask=torch.full((3, TOKENS), -1e9))
+    with pytest.raises(ValueError, match="position_ids: expected none that start again in a row without cu_seq_lens_q"):
+        model(ids[:1], position_ids=torch.tensor([[*range(10), *range(13)]]))
+    with pytest.raises(ValueError, match="cu_seqlens: expected one packed row"):
+        HybridAttnForCausalLM(make_config("conv"))(ids, cu_seq_lens_q=torch.tensor([0, TOKENS]))
     with pytest.raises(ValueError, match="attention_mask: expected no padding beside cu_seq_lens_q, got zeros"):
         model(ids[:1], attention_mask=torch.zeros(1, TOKENS), cu_seq_lens_q=torch.tensor([0, TOKENS]))
     with pytest.raises(ValueError, match=r"assisted|stateful"):
