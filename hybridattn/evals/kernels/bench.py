@@ -98,8 +98,9 @@ def run(tokens: int = 4096, samples: int = 15) -> dict[str, Any]:
         "SDPA over torch at 2T (goal above 1)": seconds["SDPA, causal, 2T"] / twice,
     }
     source = provenance({**SHAPE, "tokens": tokens, "samples": samples, "dtype": "float32"})
-    print(f"T {tokens}, {SHAPE}, fp32, {source['threads']} threads, {source['cpu']}")
-    print(f"matmul ceiling {ceiling / 1e9:.0f} GFLOP/s; medians of {samples}")
+    shape = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in {**SHAPE, "tokens": tokens}.items())
+    print(f"{shape}; fp32, {source['threads']} threads, {source['cpu']}, torch {torch.__version__}")
+    print(f"a matrix product of 2048: {ceiling / 1e9:.0f} GFLOP/s; medians of {samples} calls, of the reference 3")
     for name, value in seconds.items():
         print(f"  {name:<42}{value * 1e3:10.2f} ms")
     for name, value in ratios.items():

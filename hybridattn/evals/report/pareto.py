@@ -39,6 +39,16 @@ def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     return best
 
 
+def fronts(points: Sequence[Point]) -> tuple[list[int], list[int]]:
+    """The points that none beats: in recall and fewer state bytes, and in recall and more decoded tokens per second.
+
+    Recall counts in steps of 0.001, what a test of a few thousand answers can tell apart.
+    """
+    recalls = [round(point.recall, 3) for point in points]
+    states, rates = [point.state_bytes for point in points], [-point.decode_rate for point in points]
+    return front(states, recalls), front(rates, recalls)
+
+
 def draw(points: Sequence[Point], path: Path, *, title: str = "") -> None:
     """Draw two panels, recall against state bytes and against decode speed (both log), every point labelled.
 
@@ -52,12 +62,11 @@ def draw(points: Sequence[Point], path: Path, *, title: str = "") -> None:
     figure.suptitle(title, fontsize=11)
     recalls = [point.recall for point in points]
     panels = (
-        ("state, bytes per sequence (less is better)", 1, [point.state_bytes for point in points]),
-        ("decode, tokens/s at batch 32 (more is better)", -1, [point.decode_rate for point in points]),
+        ("state, bytes per sequence (less is better)", [point.state_bytes for point in points]),
+        ("decode, tokens/s at batch 32 (more is better)", [point.decode_rate for point in points]),
     )
     colors = [f"C{i}" for i in range(len(points))]
-    for axes, (label, sign, values) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        best = front([sign * value for value in values], recalls)
+    for axes, (label, values), best in zip(figure.subplots(1, 2, sharey=True), panels, fronts(points), strict=True):
         axes.plot([values[i] for i in best], [recalls[i] for i in best], "--", color="tab:gray", zorder=1)
         axes.scatter(values, recalls, c=colors, s=45, zorder=2)
         axes.set(xscale="log", xlabel=label, xlim=(min(values) / 2, max(values) * 2), ylim=(-0.08, 1.15))
