@@ -12,10 +12,9 @@ from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autoca
 from ..runtime.checks import check_inference, check_log_decay, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
-from .states import linear_attention_state
+from .states import GATE_SHAPES, linear_attention_state
 
 EPS = 1e-12  # added to the normaliser
-GATE_SHAPES = {1: "H", 3: "B T H", 4: "B T H K"}
 
 
 class NormalizedState(NamedTuple):

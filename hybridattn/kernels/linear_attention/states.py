@@ -9,7 +9,7 @@ from ..runtime.backend import compute_dtype, no_autocast
 from ..runtime.checks import check_log_decay, check_shape, check_tensors
 from ..runtime.sequences import check_cu_seqlens, sequence_slices
 
-GATES = {1: "H", 3: "B T H", 4: "B T H K"}
+GATE_SHAPES = {1: "H", 3: "B T H", 4: "B T H K"}  # by number of dimensions
 
 
 class SegmentState(NamedTuple):
@@ -46,9 +46,9 @@ def linear_attention_state(
     check_shape(sizes, "k", k, "B T H K")
     check_shape(sizes, "v", v, "B T H V")
     if g is not None:
-        if g.dim() not in GATES:
+        if g.dim() not in GATE_SHAPES:
             raise ValueError(f"g: expected shape [H], [B, T, H] or [B, T, H, K], got {list(g.shape)}")
-        check_shape(sizes, "g", g, GATES[g.dim()])
+        check_shape(sizes, "g", g, GATE_SHAPES[g.dim()])
         check_log_decay(g, check_values)
     check_tensors("k", k=k, v=v, g=g)
     dtype = compute_dtype(k, v, g)
