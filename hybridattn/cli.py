@@ -179,5 +179,21 @@ def bench(
     run(tokens=tokens, samples=samples)
 
 
+@kernels.command()
+def compile(
+    arch: Annotated[list[str] | None, typer.Option(help="Architecture, such as sm_90; may be repeated.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Kernel; may be repeated.")] = None,
+    record: Annotated[
+        bool, typer.Option(help="Lower the ceilings to these figures, and set those of new rows.")
+    ] = False,
+    may_rise: Annotated[bool, typer.Option(help="With --record, raise ceilings too.")] = False,
+) -> None:
+    """Compile every launch row for every architecture, without a GPU, and hold it to its recorded ceilings."""
+    from hybridattn.evals.kernels.triton.compile import run
+
+    if not run(arch or (), kernel or (), record=record, may_rise=may_rise):
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     main()
