@@ -107,3 +107,15 @@ def exact_bf16() -> Iterator[None]:
             for name, repair in methods.items():
                 stack.enter_context(patch.object(owner, name, repair(getattr(owner, name))))
         yield
+
+
+@contextmanager
+def reversed_programs() -> Iterator[None]:
+    """Run the programs of every launch in the opposite order, so that a race between programs shows in the result."""
+    place = InterpreterBuilder.set_grid_idx
+
+    def from_the_end(self: InterpreterBuilder, *indices: int) -> None:
+        place(self, *(n - 1 - i for n, i in zip(self.grid_dim, indices, strict=True)))
+
+    with patch.object(InterpreterBuilder, "set_grid_idx", from_the_end):
+        yield
