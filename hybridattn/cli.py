@@ -180,6 +180,26 @@ def bench(
 
 
 @kernels.command()
+def check(
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Operator; may be repeated.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="torch or triton; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON lines; what is there already is not run again.")] = Path(
+        "reports/check.jsonl"
+    ),
+    record: Annotated[bool, typer.Option(help="Mark launch rows that passed as verified on this GPU.")] = False,
+) -> None:
+    """Compare every operator and launch row with the fp64 reference on this machine."""
+    import torch
+
+    from hybridattn.evals.kernels.check import run
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not run(device, out, kernel or (), backend or (), record):
+        raise typer.Exit(1)
+
+
+@kernels.command()
 def compile(
     arch: Annotated[list[str] | None, typer.Option(help="Architecture, such as sm_90; may be repeated.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Kernel; may be repeated.")] = None,

@@ -53,6 +53,10 @@ def test_env(run) -> None:
         (("info", "gla_340m", "--dtype", "int3"), "int3"),
         (("kernels", "compile", "--arch", "sm_70"), "sm_70"),
         (("kernels", "compile", "--kernel", "dance"), "dance"),
+        (("kernels", "check", "--kernel", "dance"), "dance"),
+        (("kernels", "check", "--backend", "cuda"), "cuda"),
+        (("kernels", "check", "--device", "cpu", "--backend", "triton"), "TRITON_INTERPRET"),
+        (("kernels", "check", "--device", "cpu", "--record"), "record"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str) -> None:
