@@ -170,13 +170,22 @@ app.add_typer(kernels, name="kernels")
 
 @kernels.command()
 def bench(
-    tokens: Annotated[int, typer.Option(help="Sequence length T; twice that beside SDPA.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="Sequence length T; twice that beside SDPA. Not with --peers.")] = 4096,
     samples: Annotated[int, typer.Option(help="Timed calls per figure.")] = 15,
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    peers: Annotated[bool, typer.Option(help="Beside other implementations that are installed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON lines of a GPU or of --peers.")] = None,
 ) -> None:
-    """Time linear attention on this machine's CPU beside the reference, SDPA and a large matrix product."""
-    from hybridattn.evals.kernels.bench import run
+    """Time the operators: on a CPU beside the reference and SDPA, on a GPU against its ceilings."""
+    import torch
 
-    run(tokens=tokens, samples=samples)
+    from hybridattn.evals.kernels import bench, contest
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and not peers:
+        bench.run(tokens=tokens, samples=samples)
+    else:
+        print(contest.run(device, peers, samples, out))
 
 
 @kernels.command()
