@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.flash_attention import flash_attention
+from ...kernels.flash_attention import flash_attention, flash_decode
 from ...kernels.linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
     linear_attention,
     linear_attention_step,
+    prefix_linear_attention,
     taylor_linear_attention,
 )
 from ...kernels.linear_attention.triton.launch import STEP, step_launch
@@ -50,6 +51,7 @@ class Operator(NamedTuple):
         backward: whether there are gradients to check.
         long: whether T goes to 64k on a GPU; else it is one or a few tokens.
         family: folder of its kernels, whose launch table ``rows`` is about.
+        key_dim: K, if not the usual one.
         rows: names of the launch rows that ``backend="triton"`` takes, from architecture and sizes; None without it.
     """
 
@@ -59,19 +61,31 @@ class Operator(NamedTuple):
     backward: bool = True
     long: bool = True
     family: str = "linear_attention"
+    key_dim: int | None = None
     rows: Callable[[str, Sizes], list[str]] | None = None
 
 
-def _sequence(function: Callable[..., Any], x: dict[str, Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
-    start = x["state"].transpose(-1, -2).contiguous().mT if "state" in x else None
+def _sequence(function: Callable[..., Any], x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     inputs = [value for name, value in x.items() if name != "state"]
-    o, state = function(*inputs, initial_state=start, output_final_state=True, backend=backend, **options)
+    o, state = function(*inputs, initial_state=x["state"], output_final_state=True, backend=backend)
     return {"o": o, "final state": state}
 
 
-def _stateless(function: Callable[..., Any], x: dict[str, Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
-    o = function(*x.values(), backend=backend, **options)
+def _stateless(function: Callable[..., Any], x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    o = function(*x.values(), backend=backend)
     return {"o": o[0] if isinstance(o, tuple) else o}
+
+
+def _decode(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The last tokens against all keys."""
+    lengths = torch.full(x["k"].shape[:1], x["k"].shape[1], device=x["k"].device)
+    return {"o": flash_decode(x["q"][:, -4:], x["k"], x["v"], cache_lengths=lengths, backend=backend)}
+
+
+def _prefix(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The first tokens are the prefix too."""
+    q, k, v = x.values()
+    return {"o": prefix_linear_attention(q, k, v, k[:, :40], v[:, :40], backend=backend)[0]}
 
 
 def _step(function: Callable[..., Any], x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -90,9 +104,11 @@ OPERATORS = {
     "gated_linear_attention per-channel": Operator(partial(_sequence, gated_linear_attention), "BTHK"),
     "gated_linear_attention per-head": Operator(partial(_sequence, gated_linear_attention), "BTH"),
     "gated_linear_attention constant": Operator(partial(_sequence, gated_linear_attention), "H"),
-    "taylor_linear_attention": Operator(partial(_stateless, taylor_linear_attention), state=False),
+    "taylor_linear_attention": Operator(partial(_stateless, taylor_linear_attention), state=False, key_dim=16),
+    "prefix_linear_attention": Operator(_prefix, state=False, key_dim=16),
     "flash_attention causal": _softmax(partial(_stateless, flash_attention)),
     "flash_attention window": _softmax(partial(_stateless, partial(flash_attention, window=20))),
+    "flash_decode": _softmax(_decode, backward=False),
     "linear_attention_step": _one_step(partial(_step, linear_attention_step)),
     "gated_linear_attention_step per-channel": _one_step(partial(_step, gated_linear_attention_step), "BTHK"),
     "gated_linear_attention_step per-head": _one_step(partial(_step, gated_linear_attention_step), "BTH"),
@@ -104,7 +120,7 @@ def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
     """The sizes at which an operator is checked, realistic on a GPU and small on a CPU."""
     operator = OPERATORS[name]
     gates = ("resets", "hot") if operator.gate else ("",)
-    dim = 16 if name.startswith("taylor") else 128 if on_gpu else 24
+    dim = operator.key_dim or (128 if on_gpu else 24)
     if operator.long:
         batch, lengths = (2, (1000, 4096)) if on_gpu else (2, (70, 200))
         for kind in gates:

@@ -227,6 +227,10 @@ def run(
                 file.flush()
             if not known[case.name]["passed"]:
                 print(_failure(known[case.name]))
+            if "CUDA error" in known[case.name].get("reason", ""):
+                raise ValueError(
+                    f"{case.name}: the GPU is lost to this process; run again to go on with the other cases"
+                )
     failed = [case for case in todo if not known[case.name]["passed"]]
     print(f"{len(todo) - len(failed)} of {len(todo)} cases passed on {source['device']}")
     if record:

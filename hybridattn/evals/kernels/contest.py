@@ -322,6 +322,10 @@ def run(device: str, peers: bool, samples: int = 15, out: Path | None = None) ->
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 print(describe(line), flush=True)
+                if "CUDA error" in line.get("reason", ""):
+                    raise ValueError(
+                        f"{contestant}: the GPU is lost to this process; run again to go on with the others"
+                    )
     return out
 
 

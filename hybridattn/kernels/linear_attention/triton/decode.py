@@ -109,24 +109,25 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state:
     q, k, v = map(_dense_rows, (q, k, v))
     g = None if g is None else _dense_rows(g)
     launch = _launch(q.device, key_dim)
-    step_kernel[(batch * states * triton.cdiv(value_dim, launch.block_v),)](
-        q,
-        k,
-        v,
-        g,
-        state,
-        o,
-        float(scale),
-        tokens,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *((0, 0, 0) if g is None else g.stride()[:3]),
-        *state.stride()[:3],
-        **step_constexprs(launch, q, k, g, state),
-        num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-        num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        step_kernel[(batch * states * triton.cdiv(value_dim, launch.block_v),)](
+            q,
+            k,
+            v,
+            g,
+            state,
+            o,
+            float(scale),
+            tokens,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *((0, 0, 0) if g is None else g.stride()[:3]),
+            *state.stride()[:3],
+            **step_constexprs(launch, q, k, g, state),
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+            num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
+        )
     return o
 
 
