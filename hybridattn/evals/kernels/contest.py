@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels.flash_attention import flash_attention
+from ...kernels.flash_attention import flash_attention, flash_decode
 from ...kernels.linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
@@ -37,7 +37,7 @@ Call = Callable[..., Tensor]
 
 class Shape(NamedTuple):
     batch: int
-    tokens: int
+    tokens: int  # of the sequence, or in the cache
     heads: int
     key_dim: int
     value_dim: int
@@ -49,13 +49,15 @@ class Work(NamedTuple):
     Attributes:
         gate: dims of g beyond [B,T,H]: 1 per channel, 0 per head; None without gates.
         flop: useful operations of a forward pass per token and head, from the shape.
-        step: one token after a state, instead of a sequence.
+        step: one new token after a state, instead of a sequence.
+        cache: one new token whose keys and values are all tokens'; its inputs end with the rows' lengths.
         key_dim: K, if not the usual one.
     """
 
     gate: int | None
     flop: Callable[[Shape], float]
     step: bool = False
+    cache: bool = False
     key_dim: int | None = None
 
 
@@ -67,6 +69,7 @@ WORKS = {
     "gated, per channel": Work(1, _linear_flop),
     "gated step": Work(1, lambda shape: 5 * shape.key_dim * shape.value_dim, step=True),
     "softmax, causal": Work(None, lambda shape: shape.tokens * (shape.key_dim + shape.value_dim)),
+    "softmax, one token": Work(None, lambda shape: 2 * (shape.key_dim + shape.value_dim), cache=True),
     "gated, per head": Work(0, _linear_flop),
     "taylor": Work(None, lambda s: 2 * (s.key_dim + 1) * (s.key_dim + 2) * s.value_dim, key_dim=16),
 }
@@ -78,12 +81,15 @@ def contestants(work: str, device: torch.device, peers: bool) -> Iterator[tuple[
         "gated, per channel": lambda q, k, v, g: gated_linear_attention(q, k, v, g)[0],
         "gated step": gated_linear_attention_step,
         "softmax, causal": flash_attention,
+        "softmax, one token": lambda q, k, v, lengths: flash_decode(q, k, v, cache_lengths=lengths),
         "gated, per head": lambda q, k, v, g: gated_linear_attention(q, k, v, g)[0],
         "taylor": lambda q, k, v: taylor_linear_attention(q, k, v)[0],
     }
     yield "hybridattn", ours[work]
     if peers and work == "softmax, causal":
         yield from _sdpa(device)
+    if peers and work == "softmax, one token":
+        yield "SDPA", _sdpa_one_token
     if peers and device.type == "cuda" and find_spec("fla"):
         yield from _flash_linear_attention(work)
 
@@ -104,6 +110,12 @@ def _sdpa(device: torch.device) -> Iterator[tuple[str, Call]]:
         yield "SDPA cuDNN", scaled_dot_product(SDPBackend.CUDNN_ATTENTION)
         yield "SDPA efficient", scaled_dot_product(SDPBackend.EFFICIENT_ATTENTION)
         yield "FlexAttention", _flex_attention()
+
+
+def _sdpa_one_token(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """All caches are full, which it has no way to be told otherwise."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _flex_attention() -> Call:
@@ -163,14 +175,18 @@ def make_inputs(work: Work, shape: Shape, dtype: torch.dtype, device: torch.devi
     x = {"q": normal(*rows, shape.key_dim), "k": normal(*rows, shape.key_dim), "v": normal(*rows, shape.value_dim)}
     if work.gate is not None:
         x["g"] = F.logsigmoid(normal(*rows, *[shape.key_dim] * work.gate, dtype=torch.float32)).div(16).to(dtype)
+    if work.cache:
+        x["q"] = x["q"][:, :1].contiguous()
+        x["lengths"] = torch.full((shape.batch,), shape.tokens, device=device)
     if work.step:
         x["state"] = normal(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
     return x
 
 
-def first_tokens(x: Inputs) -> Inputs:
-    """The first row's first tokens in fp64: what comes later cannot change their outputs."""
-    return {name: value[:1, :COMPARED].double() if name != "state" else value[:1].double() for name, value in x.items()}
+def first_row(work: Work, x: Inputs) -> Inputs:
+    """The first row in fp64; of a sequence its first tokens, whose outputs what comes later cannot change."""
+    row = {name: value[:1] if name == "lengths" else value[:1].double() for name, value in x.items()}
+    return row if work.step or work.cache else {name: value[:, :COMPARED] for name, value in row.items()}
 
 
 def reference_of(work: str) -> Call:
@@ -179,16 +195,19 @@ def reference_of(work: str) -> Call:
         "gated, per head": lambda q, k, v, g: gated_linear_attention(q, k, v, g, backend="reference")[0],
         "gated step": lambda *x: gated_linear_attention_step(*x, backend="reference"),
         "softmax, causal": lambda q, k, v: flash_attention(q, k, v, backend="reference"),
+        "softmax, one token": lambda q, k, v, n: flash_decode(q, k, v, cache_lengths=n, backend="reference"),
         "taylor": lambda q, k, v: taylor_linear_attention(q, k, v, backend="reference")[0],
     }[work]
 
 
 def wrong_by(name: str, call: Call, x: Inputs) -> float:
     """Largest relative error of outputs and, for sequences, of the gradients of a loss over the first tokens."""
-    small, work = first_tokens(x), WORKS[name]
-    if work.step:
+    work = WORKS[name]
+    small = first_row(work, x)
+    if work.step or work.cache:
         big = {key: value.clone() for key, value in x.items()}
-        expected, actual = reference_of(name)(*small.values()), call(*big.values())
+        with torch.no_grad():
+            expected, actual = reference_of(name)(*small.values()), call(*big.values())
         return error(actual[:1], expected)
     results = []
     for run, inputs in ((reference_of(name), small), (call, x)):
@@ -236,7 +255,8 @@ def measure(
     with torch.inference_mode():
         forward = seconds_of(lambda: call(*x.values()), device, samples)
     in_bytes = sum(value.numel() * value.element_size() for value in x.values())
-    moved = in_bytes + x["v"].numel() * x["v"].element_size() + (x["state"].numel() * 4 if work.step else 0)
+    o_elements = shape.batch * x["q"].shape[1] * shape.heads * shape.value_dim
+    moved = in_bytes + o_elements * x["v"].element_size() + (x["state"].numel() * 4 if work.step else 0)
     flop = work.flop(shape) * shape.batch * shape.tokens * shape.heads
     result: dict[str, Any] = {
         "forward_seconds": forward,
@@ -245,7 +265,7 @@ def measure(
     }
     result["share_of_copy"] = result["bytes_per_second"] / most["copy_bytes_per_second"]
     result["share_of_matmul"] = result["flop_per_second"] / most["matmul_flop_per_second"]
-    if work.step:
+    if work.step or work.cache:
         return result
     leaves = [value.detach().requires_grad_() for value in x.values()]
     do = torch.randn_like(x["v"])
