@@ -1,9 +1,10 @@
 """Softmax attention in blocks: the torch backend.
 
 Plain attention and plain causal windows run on PyTorch's fused kernel, and their autograd is PyTorch's. Everything else
-(options, windows to both sides, the log-sum-exp) is one engine behind one opaque op: blocks of queries visit tiles of the keys that some of
-them may see, with a running maximum and sum, and the backward pass recomputes the weights from the log-sum-exp (Dao,
-"FlashAttention-2", 2023, algorithms 1 and 2). Options enter as the score function of a tile and its derivative.
+(options, windows to both sides, the log-sum-exp) is one engine behind one opaque op: blocks of queries visit tiles of
+the keys that some of them may see, with a running maximum and sum, and the backward pass recomputes the weights from
+the log-sum-exp (Dao, "FlashAttention-2", 2023, algorithms 1 and 2). Options enter as the score function of a tile and
+its derivative.
 
 R rows (batch times key/value heads; B batch, H heads, G query heads of each), D key dim, V value dim. The G query heads
 that share a key head lie below each other as rows of one matrix, so that keys are not repeated.
