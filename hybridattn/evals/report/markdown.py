@@ -106,12 +106,11 @@ def recall_part(recall: dict[str, Any]) -> list[str]:
         "![Recall against state bytes and against decode speed](pareto.png)",
         recall_table(recall["rows"]),
         "Multi-query associative recall: N key-value pairs, then all N keys again in random order; share of values "
-        f"named right on {recall['test_rows']} held-out rows, median of {recall['seeds']} trained model(s) and, where they differ, from the "
-        "lowest to the highest. State: "
-        f"bytes of the cache of one sequence of {recall['state_tokens']} tokens in fp32, by formula and as allocated. "
-        f"Speed, with {first['threads']} thread: {first['prefill']['samples']} prompts of {recall['context']} tokens, "
-        f"and {first['decode']['1']['samples']} decoding steps after such a prompt, at their median time and at the "
-        "90th percentile of their times (p90).",
+        f"named right on {recall['test_rows']} held-out rows, median of {recall['seeds']} trained model(s) and, where "
+        f"they differ, from the lowest to the highest. State: bytes of the cache of one sequence of "
+        f"{recall['state_tokens']} tokens in fp32, by formula and as allocated. Speed, with {first['threads']} thread: "
+        f"{first['prefill']['samples']} prompts of {recall['context']} tokens, and {first['decode']['1']['samples']} "
+        "decoding steps after such a prompt, at their median time and at the 90th percentile of their times (p90).",
     ]
 
 
