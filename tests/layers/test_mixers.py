@@ -10,7 +10,10 @@ from torch import Tensor
 from hybridattn.layers import (
     BaseConv,
     GatedLinearAttention,
+    LightningAttention,
     LinearAttention,
+    PrefixLinearAttention,
+    Retention,
     ShortConvolution,
     SoftmaxAttention,
     TaylorLinearAttention,
@@ -19,14 +22,52 @@ from hybridattn.layers import (
 from hybridattn.layers.kv_cache import GROWTH
 
 D, TOKENS = 12, 41
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+class Prefixed(PrefixLinearAttention):
+    """Reads the first token of every sequence as its prefix. One token: of more, the laws of splits and causality hold
+    behind the prefix only (see test_prefix_linear_attention.py)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: dict[str, Tensor] | None = None,
+        prefix_lengths: Tensor | None = None,
+    ) -> Tensor:
+        if not cache:
+            batch, tokens = hidden_states.shape[:2]
+            lengths = torch.full((batch,), tokens) if cu_seqlens is None else cu_seqlens.diff()
+            prefix_lengths = lengths.clamp(max=1)
+        return super().forward(hidden_states, cu_seqlens, position_ids, cache, prefix_lengths)
+
+
 MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
     "taylor": lambda: TaylorLinearAttention(D, num_heads=2, key_dim=4),
+    "prefix of 1": lambda: Prefixed(D, num_heads=2, key_dim=4),
+    "prefix of 1, tied": lambda: Prefixed(D, num_heads=2, key_dim=4, tie_prefix=True),
+    "retention": lambda: Retention(D, num_heads=2),
+    "retention, no positions": lambda: Retention(D, num_heads=2, rope_theta=None),
+    "lightning": lambda: LightningAttention(D, num_heads=2),
+    "lightning, linear values": lambda: LightningAttention(
+        D, num_heads=2, slopes=[0.5, 0.0], activate_values=False, rope_theta=100.0
+    ),
     "full": lambda: SoftmaxAttention(D, num_heads=3),
     "full, grouped heads": lambda: SoftmaxAttention(D, num_heads=6, num_key_value_heads=3),
     "full, no positions": lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None),
+    "full, alibi": lambda: SoftmaxAttention(D, num_heads=4, num_key_value_heads=2, rope_theta=None, alibi=True),
+    "full, sinks": lambda: SoftmaxAttention(D, num_heads=2, sinks=True),
+    "full, softcap": lambda: SoftmaxAttention(D, num_heads=2, softcap=0.5),
+    "full, qk norm": lambda: SoftmaxAttention(D, num_heads=2, qk_norm=True),
+    "full, yarn": lambda: SoftmaxAttention(D, num_heads=2, rope_scaling=YARN),
+    "window 6, all options": lambda: SoftmaxAttention(
+        D, num_heads=2, window=6, rope_scaling=YARN, alibi=True, sinks=True, softcap=2.0, qk_norm=True
+    ),
     "window 1": lambda: SoftmaxAttention(D, num_heads=2, window=1),
     "window 6": lambda: SoftmaxAttention(D, num_heads=2, window=6),
     "window 100": lambda: SoftmaxAttention(D, num_heads=2, window=100),
@@ -199,6 +240,42 @@ def test_bad_offsets_are_refused(mixer: TokenMixer, offsets: list[int]):
 
 
 BAD = {
+    "slopes by another name": (
+        lambda: Retention(D, num_heads=2, slopes="xpos"),
+        r"slopes: expected numbers or one of \['alibi', 'retnet', 'transnormer'\], got 'xpos'",
+    ),
+    "slopes of other heads": (
+        lambda: LightningAttention(D, num_heads=2, slopes=[0.1]),
+        r"slopes: expected 2 numbers of at least 0, one per head, got \[0.1\]",
+    ),
+    "growing slopes": (
+        lambda: Retention(D, num_heads=2, slopes=[0.1, -0.1]),
+        "slopes: expected 2 numbers of at least 0",
+    ),
+    "a layer too many": (
+        lambda: LightningAttention(D, num_heads=2, layer_idx=3, num_layers=3),
+        "layer_idx: expected 0 to 2, one of 3 layers, got 3",
+    ),
+    "odd rotary keys": (
+        lambda: Retention(D, num_heads=2, key_dim=3),
+        "key_dim: expected an even number for rotary positions, got 3",
+    ),
+    "softcap": (
+        lambda: SoftmaxAttention(D, num_heads=2, softcap=0),
+        "softcap: expected a finite positive number or None, got 0",
+    ),
+    "dynamic rope": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        r"rope_scaling: expected a rope_type of \['linear', 'llama3', 'yarn'\], got 'dynamic'",
+    ),
+    "rope without its factor": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "linear"}),
+        "rope_scaling of type 'linear': .*missing .* 'factor'",
+    ),
+    "rope scaled but absent": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None, rope_scaling=YARN),
+        "rope_scaling: expected None without rope_theta",
+    ),
     "heads do not divide": (
         lambda: LinearAttention(D, num_heads=5),
         "num_heads: expected a divisor of hidden_size 12, got 5",
