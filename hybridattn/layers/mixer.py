@@ -58,7 +58,7 @@ def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
 
 def normalize(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
     """The norm of x, taken in the dtype of its weights: under autocast the two differ, and mixed norms are slow."""
-    return norm(x if norm.weight is None else x.to(norm.weight.dtype)).to(x.dtype)
+    return norm(x if norm.weight is None else x.to(norm.weight.dtype))
 
 
 def positive(name: str, value: int) -> int:

@@ -97,7 +97,7 @@ class SoftmaxAttention(TokenMixer):
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=self.head_dim) for x in (q, k, v))
         check_rows(cache or {}, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
         if self.qk_norm:
-            q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
+            q, k = normalize(self.q_norm, q).to(q.dtype), normalize(self.k_norm, k).to(k.dtype)
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = token_positions(hidden_states, cu_seqlens, cache)

@@ -127,6 +127,8 @@ def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
             for i in range(4)
         ]
         for row, (x, n, e, part) in enumerate(zip(rows, lengths, ends, o[0].split(more), strict=True)):
+            if isinstance(mixer, Prefixed) and n == 0:
+                continue  # its prefix would have had to come with the first call
             expected = mixer(x)[0]
             close(part, expected[n:e])
             close(torch.cat([s[row] for s in steps]), expected[e:])
@@ -311,5 +313,6 @@ def test_autocast(mixer: TokenMixer):
     with torch.autocast("cpu", torch.bfloat16):
         o = mixer(x)
         o.float().square().sum().backward()
-    torch.testing.assert_close(o.float(), mixer(x), rtol=0.1, atol=0.05)
+    expected = mixer(x).detach()  # by norm: single elements of gates from -40 on are off by several roundings
+    assert (o.detach().float() - expected).norm() < 0.04 * expected.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())

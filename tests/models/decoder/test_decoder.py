@@ -21,10 +21,27 @@ OPTIONS = {
     "full": {"num_heads": 4, "num_key_value_heads": 2},
     "linear": {"num_heads": 2, "key_dim": 4},
     "taylor": {"num_heads": 2, "key_dim": 4},
+    "prefix": {"num_heads": 2, "key_dim": 4},
+    "retention": {"num_heads": 2},
+    "lightning": {"num_heads": 2},
 }
 STACKS: dict[str, dict[str, Any]] = {
     **{name: {"mixers": [name, name]} for name in MIXERS},
     "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "conv_size": 4},
+    "prefix hybrid": {"mixers": ["conv", "prefix", "window", "prefix"], "conv_size": 3},
+    "options": {
+        "mixers": ["full", "window"],
+        "mixer_options": {
+            "full": {"num_heads": 4, "num_key_value_heads": 2, "alibi": True, "rope_theta": None, "softcap": 5.0},
+            "window": {
+                "num_heads": 2,
+                "window": 5,
+                "sinks": True,
+                "qk_norm": True,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+        },
+    },
     "no mlp": {"mixers": ["full", "gla"], "mlp": "none"},
 }
 
@@ -219,7 +236,8 @@ def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
 
 def test_loss_and_gradients_reach_every_parameter(model: HybridAttnForCausalLM):
     ids = tokens()
-    out = model(ids, labels=ids)
+    prefix = {"prefix_lengths": torch.tensor([9, 0, TOKENS])} if "prefix" in model.config.mixers else {}
+    out = model(ids, labels=ids, **prefix)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
     out.loss.backward()
