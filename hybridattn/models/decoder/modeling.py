@@ -259,6 +259,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        prefix_lengths: torch.Tensor | None = None,  # named, since generate refuses what it does not see here
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B,T,vocab_size] and, with ``labels`` [B,T] (-100 is ignored), the next-token loss.
@@ -274,6 +275,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            prefix_lengths=prefix_lengths,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
