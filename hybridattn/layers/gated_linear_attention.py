@@ -1,7 +1,9 @@
 """Gated linear attention (GLA)."""
 
+import math
 from collections.abc import Sequence
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,8 +26,35 @@ class UniformBiasLinear(nn.Linear):
         nn.init.uniform_(self.bias, low, high)
 
 
+class HeadDecay(nn.Module):
+    """Mamba-2's log-decay per token and head, ``-exp(A_log) * softplus(W x + dt_bias)``: [B,T,D] -> fp32 [B,T,H].
+
+    Dao and Gu, "Transformers are SSMs" (2024), section 7; exp(A_log) starts uniform in 1 to 16, and the softplus of
+    dt_bias log-uniform in 0.001 to 0.1, as in their code.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.dt_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        with torch.no_grad():
+            for parameter, value in self.initial_values():
+                parameter.copy_(value)
+
+    def initial_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters with rules of their own, and new values for them."""
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        return [(self.dt_bias, dt.expm1().log()), (self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dt = self.dt_proj(hidden_states)
+        dtype = compute_dtype(dt)
+        return -self.A_log.to(dtype).exp() * F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+
+
 class GatedLinearAttention(DecayedLinearAttention):
-    """Linear attention whose state decays per channel by a gate of the token, with an output gate and per-head norm.
+    """Linear attention whose state decays by a gate of the token, with an output gate and per-head norm.
 
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), section 4.4.
 
@@ -34,9 +63,10 @@ class GatedLinearAttention(DecayedLinearAttention):
         num_heads: H.
         key_dim: K, per head; hidden_size / 2 / num_heads by default (the paper's expand_k of 0.5).
         value_dim: V, per head; hidden_size / num_heads by default (expand_v of 1).
-        gate_rank: inner dimension of the low-rank gate projection.
-        gate_normalizer: the log-decay is ``logsigmoid(gate) / gate_normalizer``.
-        gate_bias_range: the gate's bias starts uniform between these; at zero by default.
+        gate_per: ``"channel"``, the paper's gate, or ``"head"``, that of Mamba-2 (see ``HeadDecay``).
+        gate_rank: of the gate per channel: inner dimension of its low-rank projection.
+        gate_normalizer: of the gate per channel: the log-decay is ``logsigmoid(gate) / gate_normalizer``.
+        gate_bias_range: of the gate per channel: its bias starts uniform between these; at zero by default.
         norm_eps: of the output norm.
         backend: of the operator.
 
@@ -49,25 +79,33 @@ class GatedLinearAttention(DecayedLinearAttention):
         num_heads: int = 4,
         key_dim: int | None = None,
         value_dim: int | None = None,
+        gate_per: str = "channel",
         gate_rank: int = 16,
         gate_normalizer: float = 16.0,
         gate_bias_range: Sequence[float] | None = None,
         norm_eps: float = 1e-5,
         backend: str | None = None,
     ):
+        if gate_per not in ("channel", "head"):
+            raise ValueError(f"gate_per: expected 'channel' or 'head', got {gate_per!r}")
         if not gate_normalizer > 0:
             raise ValueError(f"gate_normalizer: expected a positive number, got {gate_normalizer!r}")
         key_dim = head_size(hidden_size, 2 * positive("num_heads", num_heads)) if key_dim is None else key_dim
         value_dim = head_size(hidden_size, num_heads) if value_dim is None else value_dim
         super().__init__(hidden_size, num_heads, key_dim, value_dim, backend=backend)
-        self.gate_normalizer = gate_normalizer
-        self.gk_proj = nn.Sequential(
-            nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False),
-            UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0)),
-        )
+        self.gate_per, self.gate_normalizer = gate_per, gate_normalizer
+        if gate_per == "head":
+            self.gk_proj = HeadDecay(hidden_size, num_heads)
+        else:
+            self.gk_proj = nn.Sequential(
+                nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False),
+                UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0)),
+            )
         self.g_norm = nn.RMSNorm(value_dim, eps=norm_eps)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         gate = self.gk_proj(hidden_states)
+        if self.gate_per == "head":
+            return gate
         g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_normalizer
         return rearrange(g, "b t (h d) -> b t h d", h=self.num_heads)

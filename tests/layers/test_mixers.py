@@ -19,6 +19,7 @@ from hybridattn.layers import (
     TaylorLinearAttention,
     TokenMixer,
 )
+from hybridattn.layers.gated_linear_attention import HeadDecay
 from hybridattn.layers.kv_cache import GROWTH
 
 D, TOKENS = 12, 41
@@ -46,6 +47,7 @@ class Prefixed(PrefixLinearAttention):
 
 MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
+    "gla, a gate per head": lambda: GatedLinearAttention(D, num_heads=2, gate_per="head"),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
     "taylor": lambda: TaylorLinearAttention(D, num_heads=2, key_dim=4),
@@ -225,6 +227,23 @@ def test_gated_linear_attention_is_the_published_layer():
     torch.testing.assert_close(layer(x), (o * swish * torch.sigmoid(swish)) @ layer.o_proj.weight.T)
 
 
+def test_a_gate_per_head_is_that_of_mamba_2():
+    layer, x = GatedLinearAttention(D, num_heads=2, key_dim=2, gate_per="head").double(), torch.randn(1, 9, D).double()
+    gate = layer.gk_proj
+    assert isinstance(gate, HeadDecay)
+    a, dt = gate.A_log.exp(), torch.log(1 + gate.dt_bias.exp())
+    assert ((a >= 1) & (a <= 16) & (dt >= 0.00099) & (dt <= 0.101)).all()
+    state, outputs = torch.zeros(2, 2, 6).double(), []
+    q, k, v = (p(x)[0].unflatten(-1, (2, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    for t in range(9):
+        for h in range(2):
+            step = torch.log(1 + torch.exp(x[0, t] @ gate.dt_proj.weight[h] + gate.dt_bias[h]))
+            state[h] = torch.exp(-a[h] * step) * state[h] + k[t, h, :, None] * v[t, h]
+            outputs.append(q[t, h] @ state[h] * 2**-0.5)
+    o = layer.g_norm(torch.stack(outputs).view(1, 9, 2, 6)).flatten(2)
+    torch.testing.assert_close(layer(x), layer.o_proj(o * torch.nn.functional.silu(layer.g_proj(x))))
+
+
 def test_a_cache_of_another_batch_is_refused(mixer: TokenMixer):
     cache, mixer = {}, mixer.float()
     with torch.no_grad():
@@ -292,6 +311,10 @@ BAD = {
     ),
     "expand": (lambda: BaseConv(D, expand=-1), "expand: expected an integer of at least 0, got -1"),
     "activation": (lambda: ShortConvolution(D, activation="gelu"), "activation: expected None or 'silu', got 'gelu'"),
+    "gate per": (
+        lambda: GatedLinearAttention(D, gate_per="token"),
+        "gate_per: expected 'channel' or 'head', got 'token'",
+    ),
     "normalizer": (
         lambda: GatedLinearAttention(D, gate_normalizer=0),
         "gate_normalizer: expected a positive number, got 0",

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
-from ...layers.gated_linear_attention import UniformBiasLinear
+from ...layers.gated_linear_attention import HeadDecay, UniformBiasLinear
 from ...layers.mixer import CacheSpec
 from ...layers.slopes import Slopes
 from .cache import check_cache, mixer_caches
@@ -147,6 +147,9 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UniformBiasLinear):
             low, high = module.bias_range
             init.uniform_(module.bias, low, high)
+        elif isinstance(module, HeadDecay):
+            for parameter, value in module.initial_values():
+                init.copy_(parameter, value)
         elif isinstance(module, Slopes):
             init.copy_(module.values, module.fresh())
         elif isinstance(module, SoftmaxAttention) and module.sinks is not None:

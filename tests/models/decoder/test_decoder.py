@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
+from hybridattn.layers import decay_slopes
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.decoder.accounting import cache_bytes, cache_elements, cache_spec
 from hybridattn.models.decoder.cache import allocated_bytes
@@ -22,7 +23,7 @@ OPTIONS = {
     "linear": {"num_heads": 2, "key_dim": 4},
     "taylor": {"num_heads": 2, "key_dim": 4},
     "prefix": {"num_heads": 2, "key_dim": 4},
-    "retention": {"num_heads": 2, "norm_eps": 0.1},  # at 1e-5, rounding of a q.k near 0 grows 300-fold per layer
+    "retention": {"num_heads": 2, "norm_eps": 0.1},  # fp32's rounding of a q.k near 0 grows in the norm
     "lightning": {"num_heads": 2},
 }
 STACKS: dict[str, dict[str, Any]] = {
@@ -30,8 +31,9 @@ STACKS: dict[str, dict[str, Any]] = {
     "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "conv_size": 4},
     "prefix hybrid": {"mixers": ["conv", "prefix", "window", "prefix"], "conv_size": 3},
     "options": {
-        "mixers": ["full", "window"],
+        "mixers": ["full", "window", "gla"],
         "mixer_options": {
+            "gla": {"num_heads": 2, "gate_per": "head"},
             "full": {"num_heads": 4, "num_key_value_heads": 2, "alibi": True, "rope_theta": None, "softcap": 5.0},
             "window": {
                 "num_heads": 2,
@@ -237,6 +239,28 @@ def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
     assert bias.max() <= 4
     assert bias.std() > 1
     assert 0.1 < loaded.model.layers[0].conv.weight.std() < 1
+
+
+def test_what_mixers_start_from_is_there_after_loading(tmp_path: Path):
+    """Constants, which no file has, and parameters with rules of their own that this file lacks."""
+    model = HybridAttnForCausalLM(make_config("options", mixers=["lightning", "full", "window", "gla"]))
+    own = ("sinks", "A_log", "dt_bias")
+    kept = {k: v for k, v in model.state_dict().items() if not k.endswith(own)}
+    assert len(kept) == len(model.state_dict()) - 3
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    lightning, full, window, gla = (layer.mixer for layer in loaded.model.layers)
+    assert lightning.slopes().tolist() == [2, 4, 6, 8]
+    assert full.alibi().tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    assert not window.sinks.any()
+    assert ((gla.gk_proj.A_log > -0.01) & (gla.gk_proj.A_log < 2.79)).all()
+    assert ((gla.gk_proj.dt_bias > -7) & (gla.gk_proj.dt_bias < -2.2)).all()
+
+
+def test_slopes_know_their_layer():
+    layers = HybridAttnForCausalLM(make_config("lightning", mixers=["lightning", "full", "lightning"])).model.layers
+    assert layers[0].mixer.slopes.numbers == decay_slopes("transnormer", 2, 0, 3)
+    assert layers[2].mixer.slopes.numbers == decay_slopes("transnormer", 2, 2, 3)
 
 
 def test_loss_and_gradients_reach_every_parameter(model: HybridAttnForCausalLM):
