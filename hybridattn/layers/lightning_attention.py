@@ -14,7 +14,7 @@ from .slopes import Slopes, decay_slopes
 class LightningAttention(DecayedLinearAttention):
     """Linear attention of activated q, k and v with a constant decay per head and layer; norm and sigmoid gate.
 
-    Qin et al., "TransNormerLLM" (2023), section 3.1, with the activations and the gate of Lightning Attention as in
+    Qin et al., "TransNormerLLM" (2023), section 3, with the activations and the gate of Lightning Attention as in
     "MiniMax-01" (2025), section 2.2: silu on q, k and v, RMSNorm without affine parameters over all heads together,
     sigmoid on the output gate. The operator's scale of K^-0.5 is absorbed by the norm.
 
