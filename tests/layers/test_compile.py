@@ -8,13 +8,11 @@ from hybridattn.layers import (
     LightningAttention,
     PrefixLinearAttention,
     Retention,
-    SoftmaxAttention,
     TaylorLinearAttention,
     TokenMixer,
 )
 
 D = 12
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LAYERS = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2),
     "gla, a gate per head": lambda: GatedLinearAttention(D, num_heads=2, gate_per="head"),
@@ -22,9 +20,6 @@ LAYERS = {
     "prefix": lambda: PrefixLinearAttention(D, num_heads=2, key_dim=4),
     "retention": lambda: Retention(D, num_heads=2),
     "lightning": lambda: LightningAttention(D, num_heads=2),
-    "softmax, all options": lambda: SoftmaxAttention(
-        D, num_heads=2, rope_scaling=YARN, alibi=True, sinks=True, softcap=2.0, qk_norm=True
-    ),
 }
 
 
