@@ -71,6 +71,11 @@ def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
     return hidden_states.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
 
 
+def normalize(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm of x, taken in the dtype of its weights: under autocast the two differ, and mixed norms are slow."""
+    return norm(x if norm.weight is None else x.to(norm.weight.dtype))
+
+
 def positive(name: str, value: int) -> int:
     """``value`` if it is a positive integer, else a ValueError that names the option."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:

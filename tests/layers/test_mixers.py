@@ -11,23 +11,66 @@ from hybridattn.layers import (
     BaseConv,
     Cache,
     GatedLinearAttention,
+    LightningAttention,
     LinearAttention,
+    PrefixLinearAttention,
+    Retention,
     ShortConvolution,
     SoftmaxAttention,
     TaylorLinearAttention,
     TokenMixer,
 )
+from hybridattn.layers.gated_linear_attention import HeadDecay
 from hybridattn.layers.kv_cache import GROWTH
 
 D, TOKENS = 12, 41
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+class Prefixed(PrefixLinearAttention):
+    """Reads the first token of every sequence as its prefix. One token: of more, the laws of splits and causality hold
+    behind the prefix only (see test_prefix_linear_attention.py)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        prefix_lengths: Tensor | None = None,
+    ) -> Tensor:
+        if not cache:
+            batch, tokens = hidden_states.shape[:2]
+            lengths = torch.full((batch,), tokens) if cu_seqlens is None else cu_seqlens.diff()
+            prefix_lengths = lengths.clamp(max=1)
+        return super().forward(hidden_states, cu_seqlens, position_ids, cache, prefix_lengths)
+
+
 MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
+    "gla, a gate per head": lambda: GatedLinearAttention(D, num_heads=2, gate_per="head"),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
     "taylor": lambda: TaylorLinearAttention(D, num_heads=2, key_dim=4),
+    "prefix of 1": lambda: Prefixed(D, num_heads=2, key_dim=4),
+    "prefix of 1, tied": lambda: Prefixed(D, num_heads=2, key_dim=4, tie_prefix=True),
+    "retention": lambda: Retention(D, num_heads=2),
+    "retention, no positions": lambda: Retention(D, num_heads=2, rope_theta=None),
+    "lightning": lambda: LightningAttention(D, num_heads=2),
+    "lightning, linear values": lambda: LightningAttention(
+        D, num_heads=2, slopes=[0.5, 0.0], activate_values=False, rope_theta=100.0
+    ),
     "full": lambda: SoftmaxAttention(D, num_heads=3),
     "full, grouped heads": lambda: SoftmaxAttention(D, num_heads=6, num_key_value_heads=3),
     "full, no positions": lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None),
+    "full, alibi": lambda: SoftmaxAttention(D, num_heads=4, num_key_value_heads=2, rope_theta=None, alibi=True),
+    "full, sinks": lambda: SoftmaxAttention(D, num_heads=2, sinks=True),
+    "full, softcap": lambda: SoftmaxAttention(D, num_heads=2, softcap=0.5),
+    "full, qk norm": lambda: SoftmaxAttention(D, num_heads=2, qk_norm=True),
+    "full, yarn": lambda: SoftmaxAttention(D, num_heads=2, rope_scaling=YARN),
+    "window 6, all options": lambda: SoftmaxAttention(
+        D, num_heads=2, window=6, rope_scaling=YARN, alibi=True, sinks=True, softcap=2.0, qk_norm=True
+    ),
     "window 1": lambda: SoftmaxAttention(D, num_heads=2, window=1),
     "window 6": lambda: SoftmaxAttention(D, num_heads=2, window=6),
     "window 100": lambda: SoftmaxAttention(D, num_heads=2, window=100),
@@ -87,6 +130,8 @@ def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
             for i in range(4)
         ]
         for row, (x, n, e, part) in enumerate(zip(rows, lengths, ends, o[0].split(more), strict=True)):
+            if isinstance(mixer, Prefixed) and n == 0:
+                continue  # its prefix would have had to come with the first call
             expected = mixer(x)[0]
             close(part, expected[n:e])
             close(torch.cat([s[row] for s in steps]), expected[e:])
@@ -195,6 +240,23 @@ def test_gated_linear_attention_is_the_published_layer():
     torch.testing.assert_close(layer(x), (o * swish * torch.sigmoid(swish)) @ layer.o_proj.weight.T)
 
 
+def test_a_gate_per_head_is_that_of_mamba_2():
+    layer, x = GatedLinearAttention(D, num_heads=2, key_dim=2, gate_per="head").double(), torch.randn(1, 9, D).double()
+    gate = layer.gk_proj
+    assert isinstance(gate, HeadDecay)
+    a, dt = gate.A_log.exp(), torch.log(1 + gate.dt_bias.exp())
+    assert ((a >= 1) & (a <= 16) & (dt >= 0.00099) & (dt <= 0.101)).all()
+    state, outputs = torch.zeros(2, 2, 6).double(), []
+    q, k, v = (p(x)[0].unflatten(-1, (2, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    for t in range(9):
+        for h in range(2):
+            step = torch.log(1 + torch.exp(x[0, t] @ gate.dt_proj.weight[h] + gate.dt_bias[h]))
+            state[h] = torch.exp(-a[h] * step) * state[h] + k[t, h, :, None] * v[t, h]
+            outputs.append(q[t, h] @ state[h] * 2**-0.5)
+    o = layer.g_norm(torch.stack(outputs).view(1, 9, 2, 6)).flatten(2)
+    torch.testing.assert_close(layer(x), layer.o_proj(o * torch.nn.functional.silu(layer.g_proj(x))))
+
+
 def test_a_cache_of_another_batch_is_refused(mixer: TokenMixer):
     cache, mixer = Cache(), mixer.float()
     with torch.no_grad():
@@ -217,6 +279,42 @@ def test_bad_offsets_are_refused(mixer: TokenMixer, offsets: list[int]):
 
 
 BAD = {
+    "slopes by another name": (
+        lambda: Retention(D, num_heads=2, slopes="xpos"),
+        r"slopes: expected numbers or one of \['alibi', 'retnet', 'transnormer'\], got 'xpos'",
+    ),
+    "slopes of other heads": (
+        lambda: LightningAttention(D, num_heads=2, slopes=[0.1]),
+        r"slopes: expected 2 numbers of at least 0, one per head, got \[0.1\]",
+    ),
+    "growing slopes": (
+        lambda: Retention(D, num_heads=2, slopes=[0.1, -0.1]),
+        "slopes: expected 2 numbers of at least 0",
+    ),
+    "a layer too many": (
+        lambda: LightningAttention(D, num_heads=2, layer_idx=3, num_layers=3),
+        "layer_idx: expected 0 to 2, one of 3 layers, got 3",
+    ),
+    "odd rotary keys": (
+        lambda: Retention(D, num_heads=2, key_dim=3),
+        "key_dim: expected an even number for rotary positions, got 3",
+    ),
+    "softcap": (
+        lambda: SoftmaxAttention(D, num_heads=2, softcap=0),
+        "softcap: expected a finite positive number or None, got 0",
+    ),
+    "dynamic rope": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        r"rope_scaling: expected a rope_type of \['linear', 'llama3', 'yarn'\], got 'dynamic'",
+    ),
+    "rope without its factor": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "linear"}),
+        "rope_scaling of type 'linear': .*missing .* 'factor'",
+    ),
+    "rope scaled but absent": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None, rope_scaling=YARN),
+        "rope_scaling: expected None without rope_theta",
+    ),
     "heads do not divide": (
         lambda: LinearAttention(D, num_heads=5),
         "num_heads: expected a divisor of hidden_size 12, got 5",
@@ -231,6 +329,10 @@ BAD = {
     ),
     "expand": (lambda: BaseConv(D, expand=-1), "expand: expected an integer of at least 0, got -1"),
     "activation": (lambda: ShortConvolution(D, activation="gelu"), "activation: expected None or 'silu', got 'gelu'"),
+    "gate per": (
+        lambda: GatedLinearAttention(D, gate_per="token"),
+        "gate_per: expected 'channel' or 'head', got 'token'",
+    ),
     "normalizer": (
         lambda: GatedLinearAttention(D, gate_normalizer=0),
         "gate_normalizer: expected a positive number, got 0",
@@ -252,5 +354,6 @@ def test_autocast(mixer: TokenMixer):
     with torch.autocast("cpu", torch.bfloat16):
         o = mixer(x)
         o.float().square().sum().backward()
-    torch.testing.assert_close(o.float(), mixer(x), rtol=0.1, atol=0.05)
+    expected = mixer(x).detach()  # by norm: single elements of gates from -40 on are off by several roundings
+    assert (o.detach().float() - expected).norm() < 0.04 * expected.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())

@@ -1,6 +1,6 @@
 """The decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...kernels.runtime.checks import reads_values
-from ...layers import ShortConvolution
-from ...layers.gated_linear_attention import UniformBiasLinear
+from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
+from ...layers.gated_linear_attention import HeadDecay, UniformBiasLinear
 from ...layers.mixer import Cache as MixerCache
 from ...layers.mixer import CacheSpec
+from ...layers.slopes import Slopes
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
 from .mixers import build_mixer
@@ -78,7 +79,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         name = config.mixers[layer_idx]
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.conv = None if config.conv_size is None else ShortConvolution(config.hidden_size, config.conv_size)
-        self.mixer = build_mixer(name, config.hidden_size, config.mixer_options.get(name, {}), config.backend)
+        self.mixer = build_mixer(
+            name,
+            config.hidden_size,
+            config.mixer_options.get(name, {}),
+            backend=config.backend,
+            layer_idx=layer_idx,
+            num_layers=len(config.mixers),
+        )
         self.mlp = None
         if config.intermediate_size is not None:
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -98,6 +106,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         packing: Packing | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
+        prefix_lengths: Tensor | None = None,
     ) -> Tensor:
         cache = None if past_key_values is None else mixer_caches(past_key_values)[self.layer_idx].tensors
         x = self.input_layernorm(hidden_states)
@@ -105,7 +114,8 @@ class DecoderLayer(GradientCheckpointingLayer):
             x, cu_seqlens = packing.pack(x), packing.cu_seqlens
         if self.conv is not None:
             x = x + _convolve(self.conv, x, cu_seqlens, cache)
-        x = self.mixer(x, cu_seqlens=cu_seqlens, position_ids=position_ids, cache=cache)
+        prefix = {"prefix_lengths": prefix_lengths} if isinstance(self.mixer, PrefixLinearAttention) else {}
+        x = self.mixer(x, cu_seqlens=cu_seqlens, position_ids=position_ids, cache=cache, **prefix)
         if packing is not None:
             x = packing.unpack(x, hidden_states)
         hidden_states = hidden_states + x
@@ -150,6 +160,13 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UniformBiasLinear):
             low, high = module.bias_range
             init.uniform_(module.bias, low, high)
+        elif isinstance(module, HeadDecay):
+            for parameter, value in module.initial_values():
+                init.copy_(parameter, value)
+        elif isinstance(module, Slopes):
+            init.copy_(module.values, module.fresh())
+        elif isinstance(module, SoftmaxAttention) and module.sinks is not None:
+            init.zeros_(module.sinks)
 
 
 class HybridAttnModel(HybridAttnPreTrainedModel):
@@ -174,6 +191,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        prefix_lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B,T,hidden_size].
@@ -186,6 +204,8 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 start again within a row need ``cu_seq_lens_q``.
             past_key_values: ``DynamicCache(config=model.config)``, updated in place.
             cu_seq_lens_q: offsets [N+1] of sequences packed into one row (B = 1).
+            prefix_lengths: integers [N], of a row's first real tokens, which ``prefix`` mixers read both ways; with a
+                cache in the first call only. ``generate`` takes them too.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
@@ -209,6 +229,9 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             _check_positions(position_ids)
         if packing is not None and position_ids is not None:
             position_ids = packing.pack(position_ids.expand(batch, tokens))
+        reads_prefix = any(isinstance(layer.mixer, PrefixLinearAttention) for layer in self.layers)
+        if prefix_lengths is not None and not reads_prefix:
+            raise ValueError(f"prefix_lengths: expected None without 'prefix' in mixers {self.config.mixers}, got some")
         if past_key_values is not None:
             check_cache(past_key_values, len(self.layers))
         for layer in self.layers:
@@ -218,6 +241,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 packing=packing,
                 cu_seqlens=cu_seq_lens_q,
                 past_key_values=past_key_values,
+                prefix_lengths=prefix_lengths,
             )
         if past_key_values is not None:
             for kept in mixer_caches(past_key_values):
@@ -270,6 +294,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        prefix_lengths: torch.Tensor | None = None,  # named, since generate refuses what it does not see here
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B,T,vocab_size] and, with ``labels`` [B,T] (-100 is ignored), the next-token loss.
@@ -285,6 +310,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            prefix_lengths=prefix_lengths,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -295,6 +321,13 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs):
+        """As usual; and once the prefix is in the cache, no later step is given it again."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs.pop("prefix_lengths", None)
+        return model_kwargs
 
 
 AutoModel.register(HybridAttnConfig, HybridAttnModel, exist_ok=True)

@@ -67,6 +67,8 @@ INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
 @pytest.mark.parametrize("name", INPUTS)
 def test_forward_and_backward_are_one_graph(model: HybridAttnForCausalLM, name: str):
     inputs, results = INPUTS[name](), []
+    if "prefix" in model.config.mixers:
+        inputs["prefix_lengths"] = torch.tensor([3, 1])
     for run in (model, compiled(model)):
         out = run(**inputs, labels=inputs["input_ids"], use_cache=False)
         results.append([out.logits.detach(), *torch.autograd.grad(out.loss, list(model.parameters()))])
