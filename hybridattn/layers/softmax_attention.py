@@ -4,10 +4,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels.flash_attention import flash_attention, flash_decode
+from ..kernels.flash_attention import MOST_NEW_TOKENS, flash_attention, flash_decode
 from ..kernels.runtime.sequences import sequence_ids, sequence_slices
 from . import kv_cache
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, positive
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, positive
 from .rotary import apply_rotary
 
 
@@ -68,14 +68,14 @@ class SoftmaxAttention(TokenMixer):
     ) -> Tensor:
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=self.head_dim) for x in (q, k, v))
-        check_rows(cache or {}, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
+        check_rows(cache, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = _positions(hidden_states, cu_seqlens, cache)
             q, k = (apply_rotary(x, position_ids, self.rope_theta) for x in (q, k))
-        if cache is not None and "keys" in cache and is_step(hidden_states, cu_seqlens):
+        if cache is not None and "keys" in cache and self._is_step(hidden_states, cu_seqlens):
             kv_cache.append(cache, k, v, None, self.window)
-            lengths = cache["lengths"].clamp(max=cache["keys"].shape[1])
+            lengths = cache["lengths"] if self.window is None else cache["lengths"].clamp(max=self.window)
             o = flash_decode(q, cache["keys"], cache["values"], cache_lengths=lengths, backend=self.backend)
         elif cache is not None and "keys" in cache:
             o = self._continue(q, k, v, cu_seqlens, cache)
@@ -85,6 +85,11 @@ class SoftmaxAttention(TokenMixer):
             if cache is not None:
                 kv_cache.append(cache, k, v, cu_seqlens, self.window)
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))
+
+    def _is_step(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Few new tokens, all of whose keys are kept side by side: one in a ring buffer, several in a full cache."""
+        most = MOST_NEW_TOKENS if self.window is None else 1
+        return 1 <= hidden_states.shape[1] <= most and cu_seqlens is None and not torch.is_grad_enabled()
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cache: Cache) -> Tensor:
         """Several new tokens after kept ones: every sequence's kept and new keys, packed."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridattn.layers import (
     BaseConv,
+    Cache,
     GatedLinearAttention,
     LinearAttention,
     ShortConvolution,
@@ -50,7 +51,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("cuts", [[], [1], [20], [7, 8, 30], list(range(1, TOKENS))])
 def test_any_split_with_a_cache_equals_one_pass(mixer: TokenMixer, cuts: list[int]):
     x = torch.randn(2, TOKENS, D).double()
-    expected, cache = mixer(x), {}
+    expected, cache = mixer(x), Cache()
     with torch.no_grad():
         parts = [mixer(x[:, a:b], cache=cache) for a, b in pairwise([0, *cuts, TOKENS])]
     close(torch.cat(parts, 1), expected.detach())
@@ -74,7 +75,7 @@ def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
     """Ragged prompts, then ragged continuations, then steps of all rows, equal every sequence alone."""
     lengths, more = [3, 0, 20, 1], [2, 9, 0, 1]
     rows = [torch.randn(1, n + m + 4, D).double() for n, m in zip(lengths, more, strict=True)]
-    cache = {}
+    cache = Cache()
     with torch.no_grad():
         prompt = torch.cat([x[:, :n] for x, n in zip(rows, lengths, strict=True)], 1)
         mixer(prompt, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), cache=cache)
@@ -109,7 +110,7 @@ def test_gradients(mixer: TokenMixer):
 def test_the_cache_holds_what_was_declared(mixer: TokenMixer, batch: int):
     mixer.float()
     with torch.no_grad():
-        cache = {}
+        cache = Cache()
         mixer(torch.randn(batch, TOKENS, D), cache=cache)
     spec = mixer.cache_spec(batch, TOKENS, torch.float32)
     assert {name: (tuple(x.shape), x.dtype) for name, x in cache.items()} == spec
@@ -120,7 +121,7 @@ def test_the_cache_holds_what_was_declared(mixer: TokenMixer, batch: int):
 def test_constant_states_do_not_grow_and_stay_where_they_are(name: str):
     mixer = MIXERS[name]()
     assert mixer.cache_spec(2, 10, torch.bfloat16) == mixer.cache_spec(2, 10**6, torch.bfloat16)
-    cache = {}
+    cache = Cache()
     with torch.no_grad():
         mixer(torch.randn(2, 3, D), cache=cache)
         before = {name: (x.data_ptr(), x.nbytes) for name, x in cache.items()}
@@ -130,7 +131,7 @@ def test_constant_states_do_not_grow_and_stay_where_they_are(name: str):
 
 
 def test_a_full_cache_grows_in_steps():
-    mixer, cache = SoftmaxAttention(D, num_heads=2), {}
+    mixer, cache = SoftmaxAttention(D, num_heads=2), Cache()
     with torch.no_grad():
         mixer(torch.randn(1, 5, D), cache=cache)
         assert cache["keys"].shape[1] == 5
@@ -146,11 +147,23 @@ def test_a_full_cache_grows_in_steps():
 
 def test_gradients_flow_through_a_cache(mixer: TokenMixer):
     x = torch.randn(2, 10, D).double().requires_grad_()
-    cache = {}
+    cache = Cache()
     o = torch.cat([mixer(part, cache=cache) for part in x.split([4, 1, 5], 1)], 1)
     (grad,) = torch.autograd.grad(o.square().sum(), x)
     (expected,) = torch.autograd.grad(mixer(x).square().sum(), x)
     close(grad, expected)
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 5, 5, 8]])
+def test_forward_and_backward_compile_without_a_graph_break(mixer: TokenMixer, offsets: list[int] | None):
+    torch.compiler.reset()
+    cu_seqlens = None if offsets is None else torch.tensor(offsets)
+    x, results = torch.randn(1, 9, D).double().requires_grad_(), []
+    for run in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
+        o = run(x, cu_seqlens=cu_seqlens)
+        results.append((o.detach(), *torch.autograd.grad(o[:, :8].square().sum(), (x, *mixer.parameters()))))
+    for eager, compiled in zip(*results, strict=True):
+        close(compiled, eager)
 
 
 def test_positions_can_be_given():
@@ -183,11 +196,16 @@ def test_gated_linear_attention_is_the_published_layer():
 
 
 def test_a_cache_of_another_batch_is_refused(mixer: TokenMixer):
-    cache, mixer = {}, mixer.float()
+    cache, mixer = Cache(), mixer.float()
     with torch.no_grad():
         mixer(torch.randn(2, 5, D), cache=cache)
         with pytest.raises(ValueError, match="expected"):
             mixer(torch.randn(3, 5, D), cache=cache)
+
+
+def test_a_cache_is_a_cache():
+    with pytest.raises(ValueError, match=r"cache: expected a hybridattn.layers.Cache or None, got dict"):
+        SoftmaxAttention(D, num_heads=2)(torch.randn(2, 5, D), cache={})
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 3, 9], [0, 10]])

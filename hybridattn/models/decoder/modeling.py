@@ -15,8 +15,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ...kernels.runtime.checks import reads_values
 from ...layers import ShortConvolution
 from ...layers.gated_linear_attention import UniformBiasLinear
+from ...layers.mixer import Cache as MixerCache
 from ...layers.mixer import CacheSpec
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
@@ -30,10 +32,16 @@ class Packing(NamedTuple):
     cu_seqlens: Tensor  # [B+1]
 
     @staticmethod
-    def of(mask: Tensor) -> "Packing":
-        """mask: boolean [B,T], True for real tokens anywhere in the row."""
+    def of(mask: Tensor) -> "Packing | None":
+        """mask: boolean [B,T], True for real tokens anywhere in the row; None where all are real.
+
+        A graph being traced cannot depend on their number: there padding comes last in the packed row, where tokens
+        belong to no sequence.
+        """
         cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
-        return Packing(mask.flatten().nonzero().squeeze(1), cu_seqlens)
+        if torch.compiler.is_compiling():
+            return Packing(mask.flatten().logical_not().to(torch.uint8).argsort(stable=True), cu_seqlens)
+        return None if bool(mask.all()) else Packing(mask.flatten().nonzero().squeeze(1), cu_seqlens)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B,T,..] -> [1,n,..]."""
@@ -41,6 +49,9 @@ class Packing(NamedTuple):
 
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
         """[1,n,D] -> the shape of ``like`` [B,T,D], zeros for padding."""
+        if torch.compiler.is_compiling():  # see ``of``
+            padding = torch.arange(packed.shape[1], device=packed.device) >= self.cu_seqlens[-1]
+            packed = packed.masked_fill(padding[:, None], 0)
         out = packed.new_zeros(like.shape[0] * like.shape[1], packed.shape[-1])
         return out.index_put((self.tokens,), packed[0]).view(*like.shape[:2], -1)
 
@@ -103,11 +114,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-def _convolve(conv: ShortConvolution, x: Tensor, cu_seqlens: Tensor | None, cache: dict[str, Tensor] | None) -> Tensor:
+def _convolve(conv: ShortConvolution, x: Tensor, cu_seqlens: Tensor | None, cache: MixerCache | None) -> Tensor:
     """The input convolution, its cache kept apart from that of a mixer with a convolution of its own."""
     if cache is None:
         return conv(x, cu_seqlens=cu_seqlens)
-    own = {"conv": cache["input_conv"]} if "input_conv" in cache else {}
+    own = MixerCache()
+    if "input_conv" in cache:
+        own["conv"] = cache["input_conv"]
     x = conv(x, cu_seqlens=cu_seqlens, cache=own)
     cache["input_conv"] = own["conv"]
     return x
@@ -182,21 +195,18 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         batch, tokens = hidden_states.shape[:2]
         packing = None
         if attention_mask is not None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            if attention_mask.shape != (batch, past + tokens):
+            length = tokens if past_key_values is None else int(past_key_values.get_seq_length()) + tokens
+            if attention_mask.shape != (batch, length):
                 raise ValueError(
-                    f"attention_mask: expected shape [{batch}, {past + tokens}], got {list(attention_mask.shape)}"
+                    f"attention_mask: expected shape [{batch}, {length}], got {list(attention_mask.shape)}"
                 )
-            if bool((attention_mask < 0).any()):
+            if reads_values(attention_mask, False) and bool((attention_mask < 0).any()):
                 raise ValueError("attention_mask: expected 1 for real tokens and 0 for padding, got negative values")
-            real = attention_mask[:, past:].bool()
-            if not bool(real.all()):
-                packing = Packing.of(real)
+            packing = Packing.of(attention_mask[:, length - tokens :].bool())
         if packing is not None and cu_seq_lens_q is not None:
             raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
-        plain = packing is None and cu_seq_lens_q is None
-        if plain and position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any()):
-            raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
+        if position_ids is not None and packing is None and cu_seq_lens_q is None:
+            _check_positions(position_ids)
         if packing is not None and position_ids is not None:
             position_ids = packing.pack(position_ids.expand(batch, tokens))
         if past_key_values is not None:
@@ -211,8 +221,16 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             )
         if past_key_values is not None:
             for kept in mixer_caches(past_key_values):
-                kept.cumulative_length += tokens
+                kept.advance(tokens)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _check_positions(position_ids: Tensor) -> None:
+    """Raise a ValueError for positions that start again; a single position is not read."""
+    if position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+        return
+    if bool((position_ids.diff(dim=-1) < 0).any()):
+        raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
 
 
 class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
@@ -226,6 +244,20 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> Tensor | None:
+        """The mask as it is, of ones and zeros: what ``generate`` asks for where its cache can be compiled."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
+        """Inputs of the next call. A generated token is never padding: steps need no mask, and nobody reads one."""
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and inputs["input_ids"].shape[1] == 1 and kwargs.get("use_cache"):
+            inputs.pop("attention_mask", None)
+        return inputs
 
     @can_return_tuple
     def forward(

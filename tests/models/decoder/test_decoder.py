@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.decoder.accounting import cache_bytes, cache_elements, cache_spec
@@ -237,6 +237,36 @@ def test_gradient_checkpointing_changes_nothing(model: HybridAttnForCausalLM):
         model(ids, labels=ids).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_trainer(tmp_path: Path):
+    """transformers' Trainer lowers the loss of a hybrid, saves it, and goes on from what it saved."""
+    model = HybridAttnForCausalLM(make_config("hybrid"))
+    rows = [
+        {"input_ids": row, "labels": row} for row in torch.arange(2, 18).repeat(8, 2).unfold(1, 16, 5).flatten(0, 1)
+    ]
+    options = {
+        "output_dir": tmp_path,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 4,
+        "save_steps": 6,
+        "logging_steps": 6,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    first = Trainer(model, TrainingArguments(max_steps=12, **options), train_dataset=rows)
+    first.train()
+    losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
+    assert losses[1] < 0.8 * losses[0]
+    again = Trainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6"),
+        TrainingArguments(max_steps=12, **options),
+        train_dataset=rows,
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_backends_agree(model: HybridAttnForCausalLM):
