@@ -29,8 +29,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
+# Kernels run in Triton's interpreter in a process of their own, since Triton reads TRITON_INTERPRET when it is imported.
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+ifeq ($(ARGS),)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpreter
+endif
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -170,13 +170,58 @@ app.add_typer(kernels, name="kernels")
 
 @kernels.command()
 def bench(
-    tokens: Annotated[int, typer.Option(help="Sequence length T; twice that beside SDPA.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="Sequence length T; twice that beside SDPA. Not with --peers.")] = 4096,
     samples: Annotated[int, typer.Option(help="Timed calls per figure.")] = 15,
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    peers: Annotated[bool, typer.Option(help="Beside other implementations that are installed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON lines of a GPU or of --peers.")] = None,
 ) -> None:
-    """Time linear attention on this machine's CPU beside the reference, SDPA and a large matrix product."""
-    from hybridattn.evals.kernels.bench import run
+    """Time the operators: on a CPU beside the reference and SDPA, on a GPU against its ceilings."""
+    import torch
 
-    run(tokens=tokens, samples=samples)
+    from hybridattn.evals.kernels import bench, contest
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and not peers:
+        bench.run(tokens=tokens, samples=samples)
+    else:
+        print(contest.run(device, peers, samples, out))
+
+
+@kernels.command()
+def check(
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Operator; may be repeated.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="torch or triton; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON lines; what is there already is not run again.")] = Path(
+        "reports/check.jsonl"
+    ),
+    record: Annotated[bool, typer.Option(help="Mark launch rows that passed as verified on this GPU.")] = False,
+) -> None:
+    """Compare every operator and launch row with the fp64 reference on this machine."""
+    import torch
+
+    from hybridattn.evals.kernels.check import run
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not run(device, out, kernel or (), backend or (), record):
+        raise typer.Exit(1)
+
+
+@kernels.command()
+def compile(
+    arch: Annotated[list[str] | None, typer.Option(help="Architecture, such as sm_90; may be repeated.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Kernel; may be repeated.")] = None,
+    record: Annotated[
+        bool, typer.Option(help="Lower the ceilings to these figures, and set those of new rows.")
+    ] = False,
+    may_rise: Annotated[bool, typer.Option(help="With --record, raise ceilings too.")] = False,
+) -> None:
+    """Compile every launch row for every architecture, without a GPU, and hold it to its recorded ceilings."""
+    from hybridattn.evals.kernels.triton.compile import run
+
+    if not run(arch or (), kernel or (), record=record, may_rise=may_rise):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ def test_env(run) -> None:
         (("info",), "MODEL_OR_PRESET"),
         (("info", "no-such-preset"), "no-such-preset"),
         (("info", "gla_340m", "--dtype", "int3"), "int3"),
+        (("kernels", "compile", "--arch", "sm_70"), "sm_70"),
+        (("kernels", "compile", "--kernel", "dance"), "dance"),
+        (("kernels", "check", "--kernel", "dance"), "dance"),
+        (("kernels", "check", "--backend", "cuda"), "cuda"),
+        (("kernels", "check", "--device", "cpu", "--backend", "triton"), "TRITON_INTERPRET"),
+        (("kernels", "check", "--device", "cpu", "--record"), "record"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str) -> None:
@@ -60,6 +66,14 @@ def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str
     assert err.startswith("hybridattn: ")
     assert err.count("\n") == 1
     assert named in err
+
+
+def test_kernels_compile_fails_over_a_ceiling(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridattn.evals.kernels.triton import compile
+
+    for clean, expected in ((True, 0), (False, 1)):
+        monkeypatch.setattr(compile, "run", lambda *args, clean=clean, **options: clean)
+        assert run("kernels", "compile")[0] == expected
 
 
 def test_info_refuses_a_foreign_model(run, tmp_path: Path) -> None:

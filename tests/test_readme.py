@@ -22,8 +22,8 @@ def test_example_runs_as_written(code: str, tmp_path: Path, monkeypatch: pytest.
 def test_commands_exist(run_python):
     """Every `hybridattn <verb>` that README names is a verb of the command."""
     verbs = set(
-        re.findall(r"^    hybridattn ([a-z]+(?: bench)?)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        re.findall(r"^    hybridattn ((?:kernels )?[a-z]+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     )
-    assert verbs == {"demo", "info", "kernels bench", "env"}
+    assert verbs == {"demo", "info", "kernels bench", "kernels check", "kernels compile", "env"}
     for verb in verbs:
         run_python(f"from hybridattn.cli import main; main({[*verb.split(), '--help']!r})")

@@ -13,6 +13,7 @@ from ..runtime.checks import check_inference, check_log_decay, check_shape, chec
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
 from .states import GATE_SHAPES, linear_attention_state
+from .triton.launch import step_lacks
 
 EPS = 1e-12  # added to the normaliser
 
@@ -457,8 +458,13 @@ def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
     check_tensors("q", q=q, state=state)
     check_inference("state", q, k, v, g, state)
     scale = _scale(scale, sizes)
-    if choose_backend(backend) == "reference" or sizes["T"] != 1:
-        o, after = _attend(sizes, q, k, v, g, scale, state, None, backend)
+    chosen = choose_backend(backend, q, step_lacks(q, k, v, g, state))
+    if chosen == "triton":
+        from .triton import decode  # who has no GPU may have no triton
+
+        return decode.step(q, k, v, g, scale, state)
+    if chosen == "reference" or sizes["T"] != 1:
+        o, after = _attend(sizes, q, k, v, g, scale, state, None, chosen)
         state.copy_(after)
         return o
     qt, kt, vt = (x[:, 0].to(state.dtype) for x in (q, k, v))

@@ -1,22 +1,43 @@
 """Which implementation serves a call."""
 
-from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+HAS_TRITON = find_spec("triton") is not None
 
-def choose_backend(backend: str | None, available: Sequence[str] = ("reference", "torch")) -> str:
-    """Name of the backend that serves a call: the one asked for, or ``"torch"`` for None.
+
+def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | None = None) -> str:
+    """Name of the backend that serves a call.
+
+    Args:
+        backend: the one asked for, which is never replaced; None is ``"triton"`` for CUDA tensors where the operator's
+            kernels have the case, ``"torch"`` elsewhere.
+        q: a tensor of the call, of an operator that has Triton kernels.
+        lacks: what keeps these kernels from serving the call, as "argument: expected .., got .."; None if nothing does.
 
     Raises:
-        ValueError: the name is not one of ``available``; what was asked for by name is never replaced.
+        ValueError: what was asked for by name is no backend of the operator, or lacks the case.
     """
     if backend is None:
-        return "torch"
-    if backend not in available:
-        raise ValueError(f"backend: expected one of {[*available, None]}, got {backend!r}")
+        return "triton" if q is not None and q.is_cuda and lacks is None and HAS_TRITON else "torch"
+    names = ["reference", "torch"] if q is None else ["reference", "torch", "triton"]
+    if backend not in names:
+        raise ValueError(f"backend: expected one of {[*names, None]}, got {backend!r}")
+    if backend == "triton" and q is not None:
+        if lacks is not None:
+            raise ValueError(f"{lacks} with backend='triton'")
+        if not q.is_cuda and not _interpreting():
+            raise ValueError(f"q: expected a CUDA tensor with backend='triton' (or TRITON_INTERPRET=1), got {q.device}")
     return backend
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it
+def _interpreting() -> bool:
+    from triton import knobs  # only who asks for it by name needs it on a CPU
+
+    return knobs.runtime.interpret
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

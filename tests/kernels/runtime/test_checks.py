@@ -1,5 +1,7 @@
 """Messages of the argument checks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -21,6 +23,21 @@ def test_backend_asked_for_by_name_runs_or_raises():
     assert choose_backend("reference") == "reference"
     with pytest.raises(ValueError, match=r"backend: expected one of \['reference', 'torch', None\], got 'triton'"):
         choose_backend("triton")
+
+
+def test_triton_serves_cuda_tensors_that_its_kernels_have_the_case_for():
+    q, cuda = torch.zeros(1), SimpleNamespace(is_cuda=True)
+    lacks = "q: expected float32, got torch.float64"
+    assert choose_backend(None, q) == "torch"
+    assert choose_backend(None, cuda) == "triton"
+    assert choose_backend(None, cuda, lacks) == "torch"
+    assert choose_backend("triton", cuda) == "triton"
+    with pytest.raises(ValueError, match=lacks + " with backend='triton'"):
+        choose_backend("triton", cuda, lacks)
+    with pytest.raises(ValueError, match=r"q: expected a CUDA tensor with backend='triton' \(or TRITON_INTERPRET=1\)"):
+        choose_backend("triton", q)
+    with pytest.raises(ValueError, match=r"expected one of \['reference', 'torch', 'triton', None\], got 'cuda'"):
+        choose_backend("cuda", q)
 
 
 def test_sums_are_fp32_or_wider():

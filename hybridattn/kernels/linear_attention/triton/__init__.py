@@ -1,0 +1,1 @@
+"""Triton kernels of linear attention: ``launch`` says with what they are launched, ``rows`` what they are held to."""

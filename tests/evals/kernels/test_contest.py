@@ -1,0 +1,113 @@
+"""The contest: right results are timed, wrong ones are not, and it goes on where it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridattn.evals.kernels import contest
+from hybridattn.evals.kernels.contest import CPU_LENGTHS, WORKS, Shape, contestants, make_inputs, plan, wrong_by
+
+CPU, SMALL = torch.device("cpu"), Shape(2, 600, 2, 8, 6)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch):
+    works = [("gated, per channel", SMALL), ("gated step", SMALL._replace(tokens=1)), ("softmax, causal", SMALL)]
+    monkeypatch.setattr(contest, "plan", lambda device: works)
+    most = {"copy_bytes_per_second": 1e10, "matmul_flop_per_second": 1e11}
+    monkeypatch.setattr(contest, "ceilings", lambda *_: most)
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_figures_and_where_they_come_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = contest.run("cpu", peers=True, samples=3, out=tmp_path / "kernels.jsonl")
+    done = lines(out)
+    assert [(line["work"], line["contestant"]) for line in done] == [
+        ("gated, per channel", "hybridattn"),
+        ("gated step", "hybridattn"),
+        ("softmax, causal", "hybridattn"),
+        ("softmax, causal", "SDPA flash"),
+    ]
+    first = done[0]
+    seconds = first["forward_seconds"]
+    assert 0 < seconds["p10"] <= seconds["median"] <= seconds["p90"]
+    assert first["forward_backward_seconds"]["median"] > seconds["median"]
+    moved = 4 * 2 * 600 * 2 * (3 * 8 + 2 * 6)
+    assert first["bytes_per_second"] == pytest.approx(moved / seconds["median"])
+    assert first["share_of_copy"] == pytest.approx(first["bytes_per_second"] / 1e10)
+    assert {"device", "versions", "commit", "config_sha256", "source_sha256", "date"} <= set(first)
+    assert "softmax, causal" in capsys.readouterr().out
+
+
+def test_what_is_done_is_not_measured_again(tmp_path: Path):
+    out = contest.run("cpu", peers=False, samples=3, out=tmp_path / "kernels.jsonl")
+    once = out.read_text()
+    contest.run("cpu", peers=False, samples=3, out=out)
+    assert out.read_text() == once
+    contest.run("cpu", peers=True, samples=3, out=out)
+    assert len(lines(out)) == len(once.splitlines()) + 1
+
+
+def spoiled(change):
+    def entries(work, device, peers):
+        for name, call in contestants(work, device, peers):
+            yield name, lambda *x, call=call: change(call(*x))
+
+    return entries
+
+
+def fails(o: torch.Tensor):
+    raise RuntimeError("no kernel image")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(lambda o: 1.001 * o, "against the reference, at most"), (lambda o: o * torch.nan, "error nan"), (fails, "image")],
+)
+def test_a_wrong_result_has_no_speed(change, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(contest, "contestants", spoiled(change))
+    done = lines(contest.run("cpu", peers=False, samples=3, out=tmp_path / "kernels.jsonl"))
+    assert len(done) == 3
+    assert all(reason in line["reason"] and "forward_seconds" not in line for line in done)
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_every_work_is_right(work: str):
+    shape = SMALL._replace(tokens=1 if WORKS[work].step else 600)
+    x = make_inputs(WORKS[work], shape, torch.float32, CPU)
+    ((_, call),) = [*contestants(work, CPU, peers=False)]
+    assert wrong_by(work, call, x) <= 1e-5
+
+
+def test_a_wrong_gradient_is_seen():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q):
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx, dq):
+            return 1.01 * dq
+
+    work = "softmax, causal"
+    x = make_inputs(WORKS[work], SMALL, torch.float32, CPU)
+    ((_, call),) = [*contestants(work, CPU, peers=False)]
+    assert wrong_by(work, lambda q, k, v: call(Wrong.apply(q), k, v), x) > 5e-3
+
+
+def test_the_plan_has_every_work_and_the_lengths_of_the_goals():
+    for device, lengths in ((CPU, CPU_LENGTHS), (torch.device("cuda"), (1024, 4096, 16384, 65536))):
+        planned = list(plan(device))
+        assert {name for name, _ in planned} == set(WORKS)
+        assert {shape.tokens for name, shape in planned if not WORKS[name].step} == set(lengths)
+        assert len(set(planned)) == len(planned)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="expected samples >= 3, got samples=1"):
+        contest.run("cpu", peers=False, samples=1)

@@ -1,0 +1,56 @@
+"""Architectures and what is said about launch rows."""
+
+import warnings
+
+import pytest
+import torch
+
+from hybridattn.kernels.runtime import launch
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    launch.warn_of_launch.cache_clear()
+    launch._warn_of_architecture.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("sm_90", "sm_90"),
+        ("sm_86", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_80"),
+        ("gfx942", "gfx942"),
+        ("gfx950", "gfx942"),
+    ],
+)
+def test_nearest_architecture(name: str, served: str):
+    assert launch.nearest_architecture(name) == served
+
+
+def test_the_interpreter_has_the_rows_of_sm_90():
+    assert launch.architecture(torch.device("cpu")) == "sm_90"
+
+
+def test_a_verified_row_of_a_known_architecture_is_used_in_silence():
+    launch.warn_of_launch("sm_90", "step K16", True)
+
+
+def said_of(*rows: tuple[str, str, bool]) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for row in rows:
+            launch.warn_of_launch(*row)
+    return [str(x.message) for x in said]
+
+
+def test_an_unverified_row_is_said_once():
+    said = said_of(("sm_90", "step K16", False), ("sm_90", "step K16", False), ("sm_90", "step K32", False))
+    assert said == [f"launch row 'step {k}' was compiled for sm_90 but not verified there" for k in ("K16", "K32")]
+
+
+def test_a_fallback_is_said_once_for_all_rows():
+    said = said_of(("sm_89", "step K16", True), ("sm_89", "step K32", True), ("sm_89", "step K16", True))
+    assert said == ["no launch rows for sm_89: taking those of sm_80"]
