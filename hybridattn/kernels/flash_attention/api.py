@@ -14,6 +14,7 @@ from ..runtime.checks import check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import blocked, reference
 from .options import BlockMask, Options, check_block_mask, check_number, check_window
+from .triton import launch
 
 MOST_NEW_TOKENS = 16  # of one flash_decode: beyond, flash_attention is the faster operator
 
@@ -63,7 +64,7 @@ def flash_attention(
             for packed rows. The others are not visited.
         return_lse: also return the log-sum-exp.
         check_values: on a GPU, also check the values of offsets and block mask (synchronises); on a CPU always.
-        backend: ``"reference"``, ``"torch"`` or None (the best there is).
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (the best there is).
 
     Returns:
         o [B,Tq,Hq,V] in v's dtype; with ``return_lse`` the pair of it and lse [B,Tq,Hq], fp32 (fp64 if an input is):
@@ -81,7 +82,6 @@ def flash_attention(
         if cu_seqlens_q is not None:
             raise ValueError("block_mask: expected None beside cu_seqlens_q, got a block mask")
         check_block_mask(block_mask, sizes["Tq"], sizes["Tk"], q.device, check_values)
-    run = {"reference": reference.attend, "torch": blocked.attend}[choose_backend(backend)]
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_q: expected offsets beside cu_seqlens_k, got None")
@@ -93,8 +93,15 @@ def flash_attention(
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(f"cu_seqlens_k: expected shape {list(cu_seqlens_q.shape)}, got {list(cu_seqlens_k.shape)}")
     q, k, v = autocast(q, k, v)
-    o, lse = run(*_same_dtype(q, k, v), options, cu_seqlens_q, cu_seqlens_k, return_lse)
-    return _results(o.to(v.dtype), lse, return_lse)
+    dtype = v.dtype
+    q, k, v = _same_dtype(q, k, v)
+    chosen = choose_backend(backend, q, launch.lacks(q, k, v))
+    if chosen == "triton":
+        from .triton.forward import attend  # who has no GPU may have no triton
+    else:
+        attend = {"reference": reference.attend, "torch": blocked.attend}[chosen]
+    o, lse = attend(q, k, v, options, cu_seqlens_q, cu_seqlens_k, return_lse)
+    return _results(o.to(dtype), lse, return_lse)
 
 
 def flash_decode(
