@@ -56,7 +56,7 @@ def options(
 
 @app.command()
 def demo(
-    seeds: Annotated[int, typer.Option(min=1, help="Recall models trained per row.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Recall models trained per row.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of the recipe's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/demo"),
     only: Annotated[list[str] | None, typer.Option(help="Run this part alone; may be repeated.")] = None,

@@ -5,18 +5,27 @@ A mixer is called as ``mixer(hidden_states, cu_seqlens=None, position_ids=None, 
 
 from .base_conv import BaseConv
 from .gated_linear_attention import GatedLinearAttention
+from .lightning_attention import LightningAttention
 from .linear_attention import LinearAttention
-from .mixer import TokenMixer
+from .mixer import Cache, TokenMixer
+from .prefix_linear_attention import PrefixLinearAttention
+from .retention import Retention
 from .short_convolution import ShortConvolution
+from .slopes import decay_slopes
 from .softmax_attention import SoftmaxAttention
 from .taylor_linear_attention import TaylorLinearAttention
 
 __all__ = [
     "BaseConv",
+    "Cache",
     "GatedLinearAttention",
+    "LightningAttention",
     "LinearAttention",
+    "PrefixLinearAttention",
+    "Retention",
     "ShortConvolution",
     "SoftmaxAttention",
     "TaylorLinearAttention",
     "TokenMixer",
+    "decay_slopes",
 ]

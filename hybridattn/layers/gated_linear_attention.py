@@ -1,5 +1,6 @@
 """Gated linear attention (GLA)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,9 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..kernels.runtime.backend import compute_dtype
-from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive, store
+from .decayed_linear_attention import DecayedLinearAttention
+from .mixer import head_size, positive
 
 
 class UniformBiasLinear(nn.Linear):
@@ -25,8 +26,35 @@ class UniformBiasLinear(nn.Linear):
         nn.init.uniform_(self.bias, low, high)
 
 
-class GatedLinearAttention(TokenMixer):
-    """Linear attention whose state decays per channel by a gate of the token, with an output gate and per-head norm.
+class HeadDecay(nn.Module):
+    """Mamba-2's log-decay per token and head, ``-exp(A_log) * softplus(W x + dt_bias)``: [B,T,D] -> fp32 [B,T,H].
+
+    Dao and Gu, "Transformers are SSMs" (2024), section 7; exp(A_log) starts uniform in 1 to 16, and the softplus of
+    dt_bias log-uniform in 0.001 to 0.1, as in their code.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.dt_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        with torch.no_grad():
+            for parameter, value in self.initial_values():
+                parameter.copy_(value)
+
+    def initial_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters with rules of their own, and new values for them."""
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        return [(self.dt_bias, dt.expm1().log()), (self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dt = self.dt_proj(hidden_states)
+        dtype = compute_dtype(dt)
+        return -self.A_log.to(dtype).exp() * F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+
+
+class GatedLinearAttention(DecayedLinearAttention):
+    """Linear attention whose state decays by a gate of the token, with an output gate and per-head norm.
 
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), section 4.4.
 
@@ -35,9 +63,10 @@ class GatedLinearAttention(TokenMixer):
         num_heads: H.
         key_dim: K, per head; hidden_size / 2 / num_heads by default (the paper's expand_k of 0.5).
         value_dim: V, per head; hidden_size / num_heads by default (expand_v of 1).
-        gate_rank: inner dimension of the low-rank gate projection.
-        gate_normalizer: the log-decay is ``logsigmoid(gate) / gate_normalizer``.
-        gate_bias_range: the gate's bias starts uniform between these; at zero by default.
+        gate_per: ``"channel"``, the paper's gate, or ``"head"``, that of Mamba-2 (see ``HeadDecay``).
+        gate_rank: of the gate per channel: inner dimension of its low-rank projection.
+        gate_normalizer: of the gate per channel: the log-decay is ``logsigmoid(gate) / gate_normalizer``.
+        gate_bias_range: of the gate per channel: its bias starts uniform between these; at zero by default.
         norm_eps: of the output norm.
         backend: of the operator.
 
@@ -50,61 +79,33 @@ class GatedLinearAttention(TokenMixer):
         num_heads: int = 4,
         key_dim: int | None = None,
         value_dim: int | None = None,
+        gate_per: str = "channel",
         gate_rank: int = 16,
         gate_normalizer: float = 16.0,
         gate_bias_range: Sequence[float] | None = None,
         norm_eps: float = 1e-5,
         backend: str | None = None,
     ):
-        super().__init__()
+        if gate_per not in ("channel", "head"):
+            raise ValueError(f"gate_per: expected 'channel' or 'head', got {gate_per!r}")
         if not gate_normalizer > 0:
             raise ValueError(f"gate_normalizer: expected a positive number, got {gate_normalizer!r}")
-        self.num_heads, self.backend = positive("num_heads", num_heads), backend
-        self.key_dim = head_size(hidden_size, 2 * num_heads) if key_dim is None else positive("key_dim", key_dim)
-        self.value_dim = head_size(hidden_size, num_heads) if value_dim is None else positive("value_dim", value_dim)
-        self.gate_normalizer = gate_normalizer
-        keys, values = num_heads * self.key_dim, num_heads * self.value_dim
-        self.q_proj = nn.Linear(hidden_size, keys, bias=False)
-        self.k_proj = nn.Linear(hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(hidden_size, values, bias=False)
-        self.g_proj = nn.Linear(hidden_size, values, bias=False)
-        self.gk_proj = nn.Sequential(
-            nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False),
-            UniformBiasLinear(gate_rank, keys, gate_bias_range or (0.0, 0.0)),
-        )
-        self.g_norm = nn.RMSNorm(self.value_dim, eps=norm_eps)
-        self.o_proj = nn.Linear(values, hidden_size, bias=False)
-
-    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        return {"state": ((batch_size, self.num_heads, self.key_dim, self.value_dim), torch.float32)}
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        gate = self.gk_proj(hidden_states)
-        g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_normalizer
-        q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v, g = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (q, k, v, g))
-        state = cache.get("state") if cache is not None else None
-        if state is not None and is_step(hidden_states, cu_seqlens):
-            o = gated_linear_attention_step(q, k, v, g, state, backend=self.backend)
+        key_dim = head_size(hidden_size, 2 * positive("num_heads", num_heads)) if key_dim is None else key_dim
+        value_dim = head_size(hidden_size, num_heads) if value_dim is None else value_dim
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend=backend)
+        self.gate_per, self.gate_normalizer = gate_per, gate_normalizer
+        if gate_per == "head":
+            self.gk_proj = HeadDecay(hidden_size, num_heads)
         else:
-            o, state = gated_linear_attention(
-                q,
-                k,
-                v,
-                g,
-                initial_state=state,
-                output_final_state=cache is not None,
-                cu_seqlens=cu_seqlens,
-                backend=self.backend,
+            self.gk_proj = nn.Sequential(
+                nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False),
+                UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0)),
             )
-            if cache is not None and state is not None:
-                store(cache, "state", state)
-        o = self.g_norm(o.to(self.g_norm.weight.dtype))  # under autocast the two differ, and mixed norms are slow
-        o = rearrange(o, "b t h d -> b t (h d)") * F.silu(self.g_proj(hidden_states))
-        return self.o_proj(o)
+        self.g_norm = nn.RMSNorm(value_dim, eps=norm_eps)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        gate = self.gk_proj(hidden_states)
+        if self.gate_per == "head":
+            return gate
+        g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_normalizer
+        return rearrange(g, "b t (h d) -> b t h d", h=self.num_heads)

@@ -1,5 +1,8 @@
 """Linear attention with a feature map and without decay."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -67,6 +70,12 @@ class LinearAttention(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
+        return self._mix(hidden_states, cu_seqlens, cache, self.attend)
+
+    def _mix(
+        self, hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, attend: Callable[..., Any]
+    ) -> Tensor:
+        """The layer on the operator ``attend``, or its step where there is a state and one new token."""
         phi = FEATURE_MAPS[self.feature_map]
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (phi(q), phi(k), v))
@@ -77,7 +86,7 @@ class LinearAttention(TokenMixer):
         if state is not None and is_step(hidden_states, cu_seqlens):
             o = self.step(q, k, v, state, **options)
         else:
-            o, state = self.attend(
+            o, state = attend(
                 q, k, v, initial_state=state, output_final_state=cache is not None, cu_seqlens=cu_seqlens, **options
             )
             if cache is not None and state is not None:

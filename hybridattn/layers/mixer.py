@@ -3,8 +3,21 @@
 import torch
 from torch import Tensor, nn
 
-Cache = dict[str, Tensor]  # one row per sequence in every tensor
 CacheSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
+
+
+class Cache(dict[str, Tensor]):
+    """What a mixer keeps of earlier tokens: tensors by name, with one row per sequence; empty at the start.
+
+    Attributes:
+        capacity: tokens per sequence that tensors which grow have room for at once, for good; None: they grow.
+        tokens: where they grow, the most tokens that a sequence has had, known without reading a tensor.
+    """
+
+    def __init__(self, capacity: int | None = None):
+        super().__init__()
+        self.capacity = capacity
+        self.tokens = 0
 
 
 class TokenMixer(nn.Module):
@@ -28,8 +41,8 @@ class TokenMixer(nn.Module):
             cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
             position_ids: places [B,T] of the tokens in their sequences, for mixers that use positions; counted by
                 default.
-            cache: what was kept of earlier tokens, empty at the start; read, and brought up to date. Its tensors have a
-                row per sequence (B, or N with ``cu_seqlens``).
+            cache: what was kept of earlier tokens, ``Cache()`` at the start; read, and brought up to date. Its tensors
+                have a row per sequence (B, or N with ``cu_seqlens``).
         """
         raise NotImplementedError
 
@@ -45,15 +58,22 @@ def store(cache: Cache, name: str, value: Tensor) -> None:
         cache[name] = value.clone()  # not a view that would keep something larger alive
 
 
-def check_rows(cache: Cache, name: str, rows: int) -> None:
+def check_rows(cache: Cache | None, name: str, rows: int) -> None:
     """Check that a cache that holds ``name`` was made for so many sequences."""
-    if name in cache and cache[name].shape[0] != rows:
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"cache: expected a hybridattn.layers.Cache or None, got {type(cache).__name__}")
+    if cache is not None and name in cache and cache[name].shape[0] != rows:
         raise ValueError(f"cache: expected one made for {rows} sequences, got {cache[name].shape[0]}")
 
 
 def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Is this one new token of every row, to be handled by the in-place ``_step`` operators?"""
     return hidden_states.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
+
+
+def normalize(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm of x, taken in the dtype of its weights: under autocast the two differ, and mixed norms are slow."""
+    return norm(x if norm.weight is None else x.to(norm.weight.dtype))
 
 
 def positive(name: str, value: int) -> int:

@@ -53,7 +53,7 @@ class ShortConvolution(TokenMixer):
         if cu_seqlens is not None:
             check_cu_seqlens("cu_seqlens", cu_seqlens, hidden_states.shape[0], hidden_states.shape[1], False)
         rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        check_rows(cache or {}, "conv", rows)
+        check_rows(cache, "conv", rows)
         tail = cache.get("conv") if cache is not None else None
         if tail is None:
             tail = hidden_states.new_zeros(rows, past, self.hidden_size)

@@ -1,14 +1,18 @@
 """Softmax attention, full or over a sliding window."""
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels.flash_attention import flash_attention, flash_decode
-from ..kernels.runtime.sequences import sequence_ids, sequence_slices
+from ..kernels.flash_attention import MOST_NEW_TOKENS, flash_attention, flash_decode
+from ..kernels.flash_attention.options import check_number
+from ..kernels.runtime.sequences import sequence_slices
 from . import kv_cache
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, positive
-from .rotary import apply_rotary
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, normalize, positive
+from .rotary import apply_rotary, rotary_frequencies, token_positions
+from .slopes import Slopes, decay_slopes
 
 
 class SoftmaxAttention(TokenMixer):
@@ -23,7 +27,14 @@ class SoftmaxAttention(TokenMixer):
         num_key_value_heads: key/value heads, a divisor of num_heads; num_heads by default.
         head_dim: hidden_size / num_heads by default; even where rotary positions are used.
         window: a token sees itself and the ``window - 1`` before it; None is all of them.
-        rope_theta: base of the rotary frequencies; None for no positions.
+        rope_theta: base of the rotary frequencies; None for no rotary positions.
+        rope_scaling: how these are stretched to longer contexts, see ``rotary_frequencies``; None is not at all.
+        alibi: take a slope times the distance in tokens off the scores, usually instead of rotary positions. Press et
+            al., "Train Short, Test Long" (2022), section 3.
+        sinks: a learned score per head that joins the softmax denominator. "gpt-oss Model Card" (2025), section 2.2.
+        softcap: scores become ``softcap * tanh(score / softcap)``. "Gemma 2" (2024), section 2.
+        qk_norm: RMSNorm of every query and key head before the rotary positions. "Qwen3 Technical Report" (2025),
+            section 2.
         backend: of the operators.
 
     The cache holds keys, values and lengths (see ``kv_cache``).
@@ -37,6 +48,11 @@ class SoftmaxAttention(TokenMixer):
         head_dim: int | None = None,
         window: int | None = None,
         rope_theta: float | None = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        alibi: bool = False,
+        sinks: bool = False,
+        softcap: float | None = None,
+        qk_norm: bool = False,
         backend: str | None = None,
     ):
         super().__init__()
@@ -46,13 +62,24 @@ class SoftmaxAttention(TokenMixer):
         self.head_dim = head_size(hidden_size, num_heads) if head_dim is None else positive("head_dim", head_dim)
         if rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")
+        if rope_scaling is not None:
+            if rope_theta is None:
+                raise ValueError("rope_scaling: expected None without rope_theta, got a scaling")
+            rotary_frequencies(self.head_dim, rope_theta, rope_scaling)  # names what is wrong with it
+        check_number("softcap", softcap, positive=True)
         self.window = window if window is None else positive("window", window)
         self.num_heads, self.num_key_value_heads = num_heads, kv_heads
-        self.rope_theta, self.backend = rope_theta, backend
+        self.rope_theta, self.rope_scaling, self.softcap, self.backend = rope_theta, rope_scaling, softcap, backend
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+        self.alibi = Slopes(decay_slopes("alibi", num_heads), num_heads) if alibi else None
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         """Of a prompt of ``tokens``; a full cache grows from there (see ``kv_cache``)."""
@@ -68,23 +95,34 @@ class SoftmaxAttention(TokenMixer):
     ) -> Tensor:
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=self.head_dim) for x in (q, k, v))
-        check_rows(cache or {}, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
+        check_rows(cache, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
+        if self.qk_norm:
+            q, k = normalize(self.q_norm, q).to(q.dtype), normalize(self.k_norm, k).to(k.dtype)
         if self.rope_theta is not None:
             if position_ids is None:
-                position_ids = _positions(hidden_states, cu_seqlens, cache)
-            q, k = (apply_rotary(x, position_ids, self.rope_theta) for x in (q, k))
-        if cache is not None and "keys" in cache and is_step(hidden_states, cu_seqlens):
+                position_ids = token_positions(hidden_states, cu_seqlens, cache)
+            q, k = (apply_rotary(x, position_ids, self.rope_theta, self.rope_scaling) for x in (q, k))
+        if cache is not None and "keys" in cache and self._is_step(hidden_states, cu_seqlens):
             kv_cache.append(cache, k, v, None, self.window)
-            lengths = cache["lengths"].clamp(max=cache["keys"].shape[1])
-            o = flash_decode(q, cache["keys"], cache["values"], cache_lengths=lengths, backend=self.backend)
+            o = flash_decode(q, cache["keys"], cache["values"], cache_lengths=cache["lengths"], **self._options())
         elif cache is not None and "keys" in cache:
             o = self._continue(q, k, v, cu_seqlens, cache)
             kv_cache.append(cache, k, v, cu_seqlens, self.window)
         else:
-            o = flash_attention(q, k, v, window=self.window, cu_seqlens_q=cu_seqlens, backend=self.backend)
+            o = flash_attention(q, k, v, window=self.window, cu_seqlens_q=cu_seqlens, **self._options())
             if cache is not None:
                 kv_cache.append(cache, k, v, cu_seqlens, self.window)
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))
+
+    def _is_step(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Few new tokens, all of whose keys are kept side by side: one in a ring buffer, several in a full cache."""
+        most = MOST_NEW_TOKENS if self.window is None else 1
+        return 1 <= hidden_states.shape[1] <= most and cu_seqlens is None and not torch.is_grad_enabled()
+
+    def _options(self) -> dict[str, Any]:
+        """Of either operator."""
+        slopes = None if self.alibi is None else self.alibi()
+        return {"alibi_slopes": slopes, "sinks": self.sinks, "softcap": self.softcap, "backend": self.backend}
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cache: Cache) -> Tensor:
         """Several new tokens after kept ones: every sequence's kept and new keys, packed."""
@@ -104,18 +142,6 @@ class SoftmaxAttention(TokenMixer):
             window=self.window,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=ends,
-            backend=self.backend,
+            **self._options(),
         )
         return rearrange(o, "1 (b t) h d -> b t h d", b=batch)
-
-
-def _positions(hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
-    """Position [B,T] of every token in its sequence, kept tokens counted."""
-    tokens = hidden_states.shape[1]
-    at = torch.arange(tokens, device=hidden_states.device)[None]
-    kept = cache["lengths"] if cache is not None and "lengths" in cache else None
-    if cu_seqlens is None:
-        return at if kept is None else at + kept[:, None]
-    from_start = (cu_seqlens[:-1] if kept is None else cu_seqlens[:-1] - kept).long()
-    number = sequence_ids(cu_seqlens, tokens)
-    return at - torch.cat((from_start, cu_seqlens[-1:].long()))[number]

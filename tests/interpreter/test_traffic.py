@@ -101,6 +101,20 @@ def test_only_lanes_that_are_not_masked_count():
 
 
 @triton.jit
+def copy_both(pair, out):
+    for n in tl.static_range(2):
+        tl.store(out + n, tl.load(pair[n] + 1))
+
+
+def test_the_tensors_of_a_tuple_count_together():
+    out = torch.empty(2)
+    with count_traffic() as launches:
+        copy_both[(1,)]((torch.arange(3.0), torch.arange(5.0, 8.0)), out)
+    assert out.tolist() == [1, 6]
+    assert launches[0].loads == {"pair": Moved(8, 8)}
+
+
+@triton.jit
 def copy_block(x, out, add, N: tl.constexpr):
     made = tl.make_tensor_descriptor(out, [4, N], [N, 1], [4, N])
     made.store([0, 0], x.load([2, 0]))

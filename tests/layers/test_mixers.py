@@ -9,24 +9,68 @@ from torch import Tensor
 
 from hybridattn.layers import (
     BaseConv,
+    Cache,
     GatedLinearAttention,
+    LightningAttention,
     LinearAttention,
+    PrefixLinearAttention,
+    Retention,
     ShortConvolution,
     SoftmaxAttention,
     TaylorLinearAttention,
     TokenMixer,
 )
+from hybridattn.layers.gated_linear_attention import HeadDecay
 from hybridattn.layers.kv_cache import GROWTH
 
 D, TOKENS = 12, 41
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+class Prefixed(PrefixLinearAttention):
+    """Reads the first token of every sequence as its prefix. One token: of more, the laws of splits and causality hold
+    behind the prefix only (see test_prefix_linear_attention.py)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        prefix_lengths: Tensor | None = None,
+    ) -> Tensor:
+        if not cache:
+            batch, tokens = hidden_states.shape[:2]
+            lengths = torch.full((batch,), tokens) if cu_seqlens is None else cu_seqlens.diff()
+            prefix_lengths = lengths.clamp(max=1)
+        return super().forward(hidden_states, cu_seqlens, position_ids, cache, prefix_lengths)
+
+
 MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
+    "gla, a gate per head": lambda: GatedLinearAttention(D, num_heads=2, gate_per="head"),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
     "taylor": lambda: TaylorLinearAttention(D, num_heads=2, key_dim=4),
+    "prefix of 1": lambda: Prefixed(D, num_heads=2, key_dim=4),
+    "prefix of 1, tied": lambda: Prefixed(D, num_heads=2, key_dim=4, tie_prefix=True),
+    "retention": lambda: Retention(D, num_heads=2),
+    "retention, no positions": lambda: Retention(D, num_heads=2, rope_theta=None),
+    "lightning": lambda: LightningAttention(D, num_heads=2),
+    "lightning, linear values": lambda: LightningAttention(
+        D, num_heads=2, slopes=[0.5, 0.0], activate_values=False, rope_theta=100.0
+    ),
     "full": lambda: SoftmaxAttention(D, num_heads=3),
     "full, grouped heads": lambda: SoftmaxAttention(D, num_heads=6, num_key_value_heads=3),
     "full, no positions": lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None),
+    "full, alibi": lambda: SoftmaxAttention(D, num_heads=4, num_key_value_heads=2, rope_theta=None, alibi=True),
+    "full, sinks": lambda: SoftmaxAttention(D, num_heads=2, sinks=True),
+    "full, softcap": lambda: SoftmaxAttention(D, num_heads=2, softcap=0.5),
+    "full, qk norm": lambda: SoftmaxAttention(D, num_heads=2, qk_norm=True),
+    "full, yarn": lambda: SoftmaxAttention(D, num_heads=2, rope_scaling=YARN),
+    "window 6, all options": lambda: SoftmaxAttention(
+        D, num_heads=2, window=6, rope_scaling=YARN, alibi=True, sinks=True, softcap=2.0, qk_norm=True
+    ),
     "window 1": lambda: SoftmaxAttention(D, num_heads=2, window=1),
     "window 6": lambda: SoftmaxAttention(D, num_heads=2, window=6),
     "window 100": lambda: SoftmaxAttention(D, num_heads=2, window=100),
@@ -50,7 +94,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("cuts", [[], [1], [20], [7, 8, 30], list(range(1, TOKENS))])
 def test_any_split_with_a_cache_equals_one_pass(mixer: TokenMixer, cuts: list[int]):
     x = torch.randn(2, TOKENS, D).double()
-    expected, cache = mixer(x), {}
+    expected, cache = mixer(x), Cache()
     with torch.no_grad():
         parts = [mixer(x[:, a:b], cache=cache) for a, b in pairwise([0, *cuts, TOKENS])]
     close(torch.cat(parts, 1), expected.detach())
@@ -74,7 +118,7 @@ def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
     """Ragged prompts, then ragged continuations, then steps of all rows, equal every sequence alone."""
     lengths, more = [3, 0, 20, 1], [2, 9, 0, 1]
     rows = [torch.randn(1, n + m + 4, D).double() for n, m in zip(lengths, more, strict=True)]
-    cache = {}
+    cache = Cache()
     with torch.no_grad():
         prompt = torch.cat([x[:, :n] for x, n in zip(rows, lengths, strict=True)], 1)
         mixer(prompt, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), cache=cache)
@@ -86,6 +130,8 @@ def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
             for i in range(4)
         ]
         for row, (x, n, e, part) in enumerate(zip(rows, lengths, ends, o[0].split(more), strict=True)):
+            if isinstance(mixer, Prefixed) and n == 0:
+                continue  # its prefix would have had to come with the first call
             expected = mixer(x)[0]
             close(part, expected[n:e])
             close(torch.cat([s[row] for s in steps]), expected[e:])
@@ -109,7 +155,7 @@ def test_gradients(mixer: TokenMixer):
 def test_the_cache_holds_what_was_declared(mixer: TokenMixer, batch: int):
     mixer.float()
     with torch.no_grad():
-        cache = {}
+        cache = Cache()
         mixer(torch.randn(batch, TOKENS, D), cache=cache)
     spec = mixer.cache_spec(batch, TOKENS, torch.float32)
     assert {name: (tuple(x.shape), x.dtype) for name, x in cache.items()} == spec
@@ -120,7 +166,7 @@ def test_the_cache_holds_what_was_declared(mixer: TokenMixer, batch: int):
 def test_constant_states_do_not_grow_and_stay_where_they_are(name: str):
     mixer = MIXERS[name]()
     assert mixer.cache_spec(2, 10, torch.bfloat16) == mixer.cache_spec(2, 10**6, torch.bfloat16)
-    cache = {}
+    cache = Cache()
     with torch.no_grad():
         mixer(torch.randn(2, 3, D), cache=cache)
         before = {name: (x.data_ptr(), x.nbytes) for name, x in cache.items()}
@@ -130,7 +176,7 @@ def test_constant_states_do_not_grow_and_stay_where_they_are(name: str):
 
 
 def test_a_full_cache_grows_in_steps():
-    mixer, cache = SoftmaxAttention(D, num_heads=2), {}
+    mixer, cache = SoftmaxAttention(D, num_heads=2), Cache()
     with torch.no_grad():
         mixer(torch.randn(1, 5, D), cache=cache)
         assert cache["keys"].shape[1] == 5
@@ -146,11 +192,23 @@ def test_a_full_cache_grows_in_steps():
 
 def test_gradients_flow_through_a_cache(mixer: TokenMixer):
     x = torch.randn(2, 10, D).double().requires_grad_()
-    cache = {}
+    cache = Cache()
     o = torch.cat([mixer(part, cache=cache) for part in x.split([4, 1, 5], 1)], 1)
     (grad,) = torch.autograd.grad(o.square().sum(), x)
     (expected,) = torch.autograd.grad(mixer(x).square().sum(), x)
     close(grad, expected)
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 5, 5, 8]])
+def test_forward_and_backward_compile_without_a_graph_break(mixer: TokenMixer, offsets: list[int] | None):
+    torch.compiler.reset()
+    cu_seqlens = None if offsets is None else torch.tensor(offsets)
+    x, results = torch.randn(1, 9, D).double().requires_grad_(), []
+    for run in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
+        o = run(x, cu_seqlens=cu_seqlens)
+        results.append((o.detach(), *torch.autograd.grad(o[:, :8].square().sum(), (x, *mixer.parameters()))))
+    for eager, compiled in zip(*results, strict=True):
+        close(compiled, eager)
 
 
 def test_positions_can_be_given():
@@ -182,12 +240,34 @@ def test_gated_linear_attention_is_the_published_layer():
     torch.testing.assert_close(layer(x), (o * swish * torch.sigmoid(swish)) @ layer.o_proj.weight.T)
 
 
+def test_a_gate_per_head_is_that_of_mamba_2():
+    layer, x = GatedLinearAttention(D, num_heads=2, key_dim=2, gate_per="head").double(), torch.randn(1, 9, D).double()
+    gate = layer.gk_proj
+    assert isinstance(gate, HeadDecay)
+    a, dt = gate.A_log.exp(), torch.log(1 + gate.dt_bias.exp())
+    assert ((a >= 1) & (a <= 16) & (dt >= 0.00099) & (dt <= 0.101)).all()
+    state, outputs = torch.zeros(2, 2, 6).double(), []
+    q, k, v = (p(x)[0].unflatten(-1, (2, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    for t in range(9):
+        for h in range(2):
+            step = torch.log(1 + torch.exp(x[0, t] @ gate.dt_proj.weight[h] + gate.dt_bias[h]))
+            state[h] = torch.exp(-a[h] * step) * state[h] + k[t, h, :, None] * v[t, h]
+            outputs.append(q[t, h] @ state[h] * 2**-0.5)
+    o = layer.g_norm(torch.stack(outputs).view(1, 9, 2, 6)).flatten(2)
+    torch.testing.assert_close(layer(x), layer.o_proj(o * torch.nn.functional.silu(layer.g_proj(x))))
+
+
 def test_a_cache_of_another_batch_is_refused(mixer: TokenMixer):
-    cache, mixer = {}, mixer.float()
+    cache, mixer = Cache(), mixer.float()
     with torch.no_grad():
         mixer(torch.randn(2, 5, D), cache=cache)
         with pytest.raises(ValueError, match="expected"):
             mixer(torch.randn(3, 5, D), cache=cache)
+
+
+def test_a_cache_is_a_cache():
+    with pytest.raises(ValueError, match=r"cache: expected a hybridattn.layers.Cache or None, got dict"):
+        SoftmaxAttention(D, num_heads=2)(torch.randn(2, 5, D), cache={})
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 3, 9], [0, 10]])
@@ -199,6 +279,42 @@ def test_bad_offsets_are_refused(mixer: TokenMixer, offsets: list[int]):
 
 
 BAD = {
+    "slopes by another name": (
+        lambda: Retention(D, num_heads=2, slopes="xpos"),
+        r"slopes: expected numbers or one of \['alibi', 'retnet', 'transnormer'\], got 'xpos'",
+    ),
+    "slopes of other heads": (
+        lambda: LightningAttention(D, num_heads=2, slopes=[0.1]),
+        r"slopes: expected 2 numbers of at least 0, one per head, got \[0.1\]",
+    ),
+    "growing slopes": (
+        lambda: Retention(D, num_heads=2, slopes=[0.1, -0.1]),
+        "slopes: expected 2 numbers of at least 0",
+    ),
+    "a layer too many": (
+        lambda: LightningAttention(D, num_heads=2, layer_idx=3, num_layers=3),
+        "layer_idx: expected 0 to 2, one of 3 layers, got 3",
+    ),
+    "odd rotary keys": (
+        lambda: Retention(D, num_heads=2, key_dim=3),
+        "key_dim: expected an even number for rotary positions, got 3",
+    ),
+    "softcap": (
+        lambda: SoftmaxAttention(D, num_heads=2, softcap=0),
+        "softcap: expected a finite positive number or None, got 0",
+    ),
+    "dynamic rope": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        r"rope_scaling: expected a rope_type of \['linear', 'llama3', 'yarn'\], got 'dynamic'",
+    ),
+    "rope without its factor": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "linear"}),
+        "rope_scaling of type 'linear': .*missing .* 'factor'",
+    ),
+    "rope scaled but absent": (
+        lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None, rope_scaling=YARN),
+        "rope_scaling: expected None without rope_theta",
+    ),
     "heads do not divide": (
         lambda: LinearAttention(D, num_heads=5),
         "num_heads: expected a divisor of hidden_size 12, got 5",
@@ -213,6 +329,10 @@ BAD = {
     ),
     "expand": (lambda: BaseConv(D, expand=-1), "expand: expected an integer of at least 0, got -1"),
     "activation": (lambda: ShortConvolution(D, activation="gelu"), "activation: expected None or 'silu', got 'gelu'"),
+    "gate per": (
+        lambda: GatedLinearAttention(D, gate_per="token"),
+        "gate_per: expected 'channel' or 'head', got 'token'",
+    ),
     "normalizer": (
         lambda: GatedLinearAttention(D, gate_normalizer=0),
         "gate_normalizer: expected a positive number, got 0",
@@ -234,5 +354,6 @@ def test_autocast(mixer: TokenMixer):
     with torch.autocast("cpu", torch.bfloat16):
         o = mixer(x)
         o.float().square().sum().backward()
-    torch.testing.assert_close(o.float(), mixer(x), rtol=0.1, atol=0.05)
+    expected = mixer(x).detach()  # by norm: single elements of gates from -40 on are off by several roundings
+    assert (o.detach().float() - expected).norm() < 0.04 * expected.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.flash_attention import flash_attention, flash_decode
+from ...kernels.flash_attention.triton.launch import FORWARD, forward_launch
 from ...kernels.linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
@@ -52,7 +53,9 @@ class Operator(NamedTuple):
         long: whether T goes to 64k on a GPU; else it is one or a few tokens.
         family: folder of its kernels, whose launch table ``rows`` is about.
         key_dim: K, if not the usual one.
-        rows: names of the launch rows that ``backend="triton"`` takes, from architecture and sizes; None without it.
+        dims: further key and value dims, of a launch row each.
+        rows: names of the launch rows that ``backend="triton"`` takes, from architecture, sizes and dtype; None without
+            it.
     """
 
     call: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
@@ -62,7 +65,8 @@ class Operator(NamedTuple):
     long: bool = True
     family: str = "linear_attention"
     key_dim: int | None = None
-    rows: Callable[[str, Sizes], list[str]] | None = None
+    dims: tuple[int, ...] = ()
+    rows: Callable[[str, Sizes, torch.dtype], list[str]] | None = None
 
 
 def _sequence(function: Callable[..., Any], x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -92,8 +96,12 @@ def _step(function: Callable[..., Any], x: dict[str, Tensor], backend: str) -> d
     return {"o": function(*x.values(), backend=backend), "state": x["state"]}
 
 
-def _step_rows(architecture: str, sizes: Sizes) -> list[str]:
+def _step_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
     return [step_launch(architecture, sizes.key_dim).name]
+
+
+def _softmax_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
+    return [forward_launch(architecture, sizes.key_dim, sizes.value_dim, 8 * dtype.itemsize).name]
 
 
 _one_step = partial(Operator, backward=False, long=False, rows=_step_rows)
@@ -106,8 +114,11 @@ OPERATORS = {
     "gated_linear_attention constant": Operator(partial(_sequence, gated_linear_attention), "H"),
     "taylor_linear_attention": Operator(partial(_stateless, taylor_linear_attention), state=False, key_dim=16),
     "prefix_linear_attention": Operator(_prefix, state=False, key_dim=16),
-    "flash_attention causal": _softmax(partial(_stateless, flash_attention)),
-    "flash_attention window": _softmax(partial(_stateless, partial(flash_attention, window=20))),
+    "flash_attention causal": _softmax(
+        partial(_stateless, flash_attention), dims=tuple(FORWARD["sm_90"]), rows=_softmax_rows
+    ),
+    "flash_attention full": _softmax(partial(_stateless, partial(flash_attention, causal=False)), rows=_softmax_rows),
+    "flash_attention window": _softmax(partial(_stateless, partial(flash_attention, window=20)), rows=_softmax_rows),
     "flash_decode": _softmax(_decode, backward=False),
     "linear_attention_step": _one_step(partial(_step, linear_attention_step)),
     "gated_linear_attention_step per-channel": _one_step(partial(_step, gated_linear_attention_step), "BTHK"),
@@ -127,6 +138,8 @@ def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
             for tokens in lengths:
                 yield Sizes(batch, tokens, 4, dim, dim, gates=kind)
         yield Sizes(batch, lengths[0], 2, dim, dim, query_group=4, gates=gates[0])
+        for other in operator.dims:
+            yield Sizes(1, lengths[0] + 1, 2, other, other - 3, gates=gates[0])
         if on_gpu:
             # The reference of softmax keeps all scores in fp64: 16k tokens of one head are 2 GB.
             yield Sizes(1, 16384 if operator.family == "flash_attention" else 65536, 1, dim, dim, gates=gates[0])

@@ -259,7 +259,7 @@ def verify(source: dict[str, Any], passed: set[str], device: torch.device, folde
     rows: dict[str, dict[str, bool]] = {}
     for case in cases(device, backends=["triton"]):
         operator = OPERATORS[case.operator]
-        for row in operator.rows(name, case.sizes) if operator.rows else ():
+        for row in operator.rows(name, case.sizes, case.dtype) if operator.rows else ():
             of_family = rows.setdefault(operator.family, {})
             of_family[row] = of_family.get(row, True) and case.name in passed
     for family, found in rows.items():

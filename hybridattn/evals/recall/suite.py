@@ -71,7 +71,7 @@ def model_options(entry: Entry) -> dict[str, Any]:
     return {**SHARED, "mixers": list(entry.mixers), "mixer_options": options}
 
 
-def run(*, seeds: int = 1, steps: int | None = None) -> dict[str, Any]:
+def run(*, seeds: int = 2, steps: int | None = None) -> dict[str, Any]:
     """Train every entry from ``seeds`` seeds, then measure each, one after the other with nothing else running.
 
     Args:

@@ -42,13 +42,19 @@ def recall_cells(row: dict[str, Any]) -> list[str]:
     """The cells of one model."""
     return [
         row["model"],
-        *(f"{value:.3f}" for value in row["recall"].values()),
+        *(recall_cell(value, row["recall_by_seed"][n]) for n, value in row["recall"].items()),
         f"{row['parameters']:,}",
         f"{row['state_bytes']['formula']:,}",
         f"{row['state_bytes']['allocated']:,}",
         f"{row['prefill']['median']:,.0f}",
         *(f"{rate['median']:,.0f} ({rate['p90']:,.0f})" for rate in row["decode"].values()),
     ]
+
+
+def recall_cell(median: float, by_seed: Sequence[float]) -> str:
+    """The median, and the range over the seeds where they differ."""
+    low, high = f"{min(by_seed):.3f}", f"{max(by_seed):.3f}"
+    return f"{median:.3f}" if low == high else f"{median:.3f} ({low}-{high})"
 
 
 def report(results: dict[str, Any]) -> str:
@@ -100,11 +106,11 @@ def recall_part(recall: dict[str, Any]) -> list[str]:
         "![Recall against state bytes and against decode speed](pareto.png)",
         recall_table(recall["rows"]),
         "Multi-query associative recall: N key-value pairs, then all N keys again in random order; share of values "
-        f"named right on {recall['test_rows']} held-out rows, median of {recall['seeds']} trained model(s). State: "
-        f"bytes of the cache of one sequence of {recall['state_tokens']} tokens in fp32, by formula and as allocated. "
-        f"Speed, with {first['threads']} thread: {first['prefill']['samples']} prompts of {recall['context']} tokens, "
-        f"and {first['decode']['1']['samples']} decoding steps after such a prompt, at their median time and at the "
-        "90th percentile of their times (p90).",
+        f"named right on {recall['test_rows']} held-out rows, median of {recall['seeds']} trained model(s) and, where "
+        f"they differ, from the lowest to the highest. State: bytes of the cache of one sequence of "
+        f"{recall['state_tokens']} tokens in fp32, by formula and as allocated. Speed, with {first['threads']} thread: "
+        f"{first['prefill']['samples']} prompts of {recall['context']} tokens, and {first['decode']['1']['samples']} "
+        "decoding steps after such a prompt, at their median time and at the 90th percentile of their times (p90).",
     ]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.backend import autocast, choose_backend, compute_dtype
-from ..runtime.checks import check_shape, check_tensors
-from ..runtime.sequences import check_cu_seqlens, sequence_slices
+from ..runtime.backend import autocast, choose_backend
+from ..runtime.checks import check_shape, check_tensors, reads_values
+from ..runtime.sequences import check_cu_seqlens
 from . import blocked, reference
 from .options import BlockMask, Options, check_block_mask, check_number, check_window
+from .triton import launch
 
 MOST_NEW_TOKENS = 16  # of one flash_decode: beyond, flash_attention is the faster operator
 
@@ -63,7 +64,7 @@ def flash_attention(
             for packed rows. The others are not visited.
         return_lse: also return the log-sum-exp.
         check_values: on a GPU, also check the values of offsets and block mask (synchronises); on a CPU always.
-        backend: ``"reference"``, ``"torch"`` or None (the best there is).
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (the best there is).
 
     Returns:
         o [B,Tq,Hq,V] in v's dtype; with ``return_lse`` the pair of it and lse [B,Tq,Hq], fp32 (fp64 if an input is):
@@ -81,28 +82,26 @@ def flash_attention(
         if cu_seqlens_q is not None:
             raise ValueError("block_mask: expected None beside cu_seqlens_q, got a block mask")
         check_block_mask(block_mask, sizes["Tq"], sizes["Tk"], q.device, check_values)
-    run = {"reference": reference.attend, "torch": blocked.attend}[choose_backend(backend)]
-    q, k, v = autocast(q, k, v)
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_q: expected offsets beside cu_seqlens_k, got None")
-        o, lse = run(*_same_dtype(q, k, v), options, return_lse)
-        return _results(o.to(v.dtype), lse, return_lse)
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, sizes["B"], sizes["Tq"], check_values)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, sizes["B"], sizes["Tk"], check_values)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(f"cu_seqlens_k: expected shape {list(cu_seqlens_q.shape)}, got {list(cu_seqlens_k.shape)}")
+    else:
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, sizes["B"], sizes["Tq"], check_values)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, sizes["B"], sizes["Tk"], check_values)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ValueError(f"cu_seqlens_k: expected shape {list(cu_seqlens_q.shape)}, got {list(cu_seqlens_k.shape)}")
+    q, k, v = autocast(q, k, v)
+    dtype = v.dtype
     q, k, v = _same_dtype(q, k, v)
-    spans = zip(sequence_slices(cu_seqlens_q), sequence_slices(cu_seqlens_k), strict=True)
-    parts = [run(q[:, a], k[:, b], v[:, b], options, return_lse) for a, b in spans]
-    rest = sizes["Tq"] - sum(o.shape[1] for o, _ in parts)
-    o = torch.cat((*(o.to(v.dtype) for o, _ in parts), v.new_zeros(1, rest, sizes["Hq"], sizes["V"])), 1)
-    if not return_lse:
-        return o
-    nothing = q.new_full((1, rest, sizes["Hq"]), -torch.inf, dtype=compute_dtype(q, k, v))
-    return o, torch.cat((*(lse for _, lse in parts if lse is not None), nothing), 1)
+    chosen = choose_backend(backend, q, launch.lacks(q, k, v))
+    if chosen == "triton":
+        from .triton.forward import attend  # who has no GPU may have no triton
+    else:
+        attend = {"reference": reference.attend, "torch": blocked.attend}[chosen]
+    o, lse = attend(q, k, v, options, cu_seqlens_q, cu_seqlens_k, return_lse)
+    return _results(o.to(dtype), lse, return_lse)
 
 
 def flash_decode(
@@ -212,10 +211,10 @@ def _check_lengths(
             raise ValueError(f"{name}: expected int32 or int64, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected device {q.device} (that of q), got {x.device}")
-        if (check_values or x.device.type == "cpu") and bool((x < 0).any()):
+        if reads_values(x, check_values) and bool((x < 0).any()):
             raise ValueError(f"{name}: expected integers >= 0, got {x.tolist()}")
     needed = 0 if left is None or new == 1 else left + new
-    if slots < needed and (check_values or lengths.device.type == "cpu") and bool((lengths > slots).any()):
+    if slots < needed and reads_values(lengths, check_values) and bool((lengths > slots).any()):
         raise ValueError(
             f"k_cache: expected a ring buffer of at least {needed} slots (window + new tokens - 1), got {slots}"
         )

@@ -1,9 +1,10 @@
 """Softmax attention in blocks: the torch backend.
 
 Plain attention and plain causal windows run on PyTorch's fused kernel, and their autograd is PyTorch's. Everything else
-(options, windows to both sides, the log-sum-exp) is one engine: blocks of queries visit tiles of the keys that some of
-them may see, with a running maximum and sum, and the backward pass recomputes the weights from the log-sum-exp (Dao,
-"FlashAttention-2", 2023, algorithms 1 and 2). Options enter as the score function of a tile and its derivative.
+(options, windows to both sides, the log-sum-exp) is one engine behind one opaque op: blocks of queries visit tiles of
+the keys that some of them may see, with a running maximum and sum, and the backward pass recomputes the weights from
+the log-sum-exp (Dao, "FlashAttention-2", 2023, algorithms 1 and 2). Options enter as the score function of a tile and
+its derivative.
 
 R rows (batch times key/value heads; B batch, H heads, G query heads of each), D key dim, V value dim. The G query heads
 that share a key head lie below each other as rows of one matrix, so that keys are not repeated.
@@ -17,9 +18,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from ..runtime.backend import compute_dtype, no_autocast
-from .options import BlockMask, Options, positions, visible
+from ..runtime.sequences import sequence_slices
+from .options import BlockMask, Options, by_sequence, positions, visible
 
 BLOCK = 512  # queries per call of the fused kernel where a mask is needed: bounds the mask, not the result
 TILE = 1 << 17  # scores of all rows worked on at a time: they fit the second-level cache of a core
@@ -27,14 +30,27 @@ CUT = {torch.float32: -60.0, torch.float64: -600.0}  # natural log of the smalle
 NOWHERE = torch.iinfo(torch.int64).max // 2  # position of a slot that nobody may see
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, with_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """o [B,Tq,Hq,V] and, if asked for, lse [B,Tq,Hq] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V]."""
-    if options.plain and not with_lse:
-        window = None if options.left is None else options.left + 1
+    # A graph being traced has no values to cut packed rows at, the op has.
+    if not options.plain or with_lse or (cu_seqlens_q is not None and torch.compiler.is_compiling()):
+        return forward(q, k, v, None, None, *options.flat(), cu_seqlens_q, cu_seqlens_k)
+    window = None if options.left is None else options.left + 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         return _fused(q, k, v, options.right == 0, window, options.scale), None
-    t, s = positions(q.shape[1], k.shape[1], q.device)
-    heads = q.shape[0] * q.shape[2]
-    return _tiled(q, k, v, Scores(options, t[None], s[None], _plan(q.shape[1], k.shape[1], heads, options)))
+
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return run(q, k, v)
+    return by_sequence(run, (q, k, v), cu_seqlens_q, cu_seqlens_k)
 
 
 def decode(
@@ -50,8 +66,7 @@ def decode(
     s = s.masked_fill(s < (0 if starts is None else starts[:, None].clamp(min=0)), NOWHERE)
     if plain:
         return _fused_decode(q, k, v, visible(t, s, options.left, 0), options.scale), None
-    step = max(64, TILE // max(1, q.shape[0] * q.shape[2] * queries))
-    return _tiled(q, k, v, Scores(options, t, s, [(slice(0, queries), _tiles(0, k.shape[1], step))]))
+    return forward(q, k, v, t, s, *options.flat(), None, None)
 
 
 # ----------------------------------------------------------------------------------------------- PyTorch's fused kernel
@@ -240,12 +255,74 @@ def _exp_(x: Tensor) -> Tensor:
     return torch.threshold_(x.clamp_(min=cut - 1).exp_(), math.exp(cut), 0)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Tensor, Tensor]:
-    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq]; a sink is what the sum of every query starts from."""
-    dtype, (batch, queries, query_heads, _) = compute_dtype(q, k, v), q.shape
-    of_q, of_k = _shapes(q, k)
-    o = v.new_empty(batch, queries, query_heads, v.shape[3])
-    lse = q.new_empty(batch, queries, query_heads, 1, dtype=dtype)
+class _Part(NamedTuple):
+    """One sequence of a call: its queries, its keys and its score function."""
+
+    queries: slice
+    keys: slice
+    scores: Scores
+
+
+def _parts(q: Tensor, k: Tensor, t: Tensor | None, s: Tensor | None, options: Options, cu_q, cu_k) -> list[_Part]:
+    """The whole batch as one part, or every packed sequence; with positions given (a cache) tiles of all its slots."""
+    heads, queries, keys = q.shape[0] * q.shape[2], q.shape[1], k.shape[1]
+    if t is not None and s is not None:
+        tiles = _tiles(0, keys, max(64, TILE // max(1, heads * queries)))
+        return [_Part(slice(0, queries), slice(0, keys), Scores(options, t, s, [(slice(0, queries), tiles)]))]
+    spans = [(slice(0, queries), slice(0, keys))]
+    if cu_q is not None:
+        spans = zip(sequence_slices(cu_q), sequence_slices(cu_k), strict=True)
+    parts = []
+    for of_q, of_k in spans:
+        lengths = of_q.stop - of_q.start, of_k.stop - of_k.start
+        t, s = positions(*lengths, q.device)
+        parts.append(_Part(of_q, of_k, Scores(options, t[None], s[None], _plan(*lengths, heads, options))))
+    return parts
+
+
+@custom_op("hybridattn::flash_attention_blocked", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t: Tensor | None,
+    s: Tensor | None,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    block_offsets: Tensor | None,
+    key_blocks: Tensor | None,
+    block_size: int | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq]; zeros and -inf for queries of no sequence.
+
+    t [B,Tq] and s [B,Tk] are the positions of queries and keys, both or neither; the rest are ``Options.flat`` and the
+    offsets of packed sequences.
+    """
+    options = Options.of(scale, left, right, alibi_slopes, sinks, softcap, block_offsets, key_blocks, block_size)
+    o = v.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=compute_dtype(q, k, v))
+    with no_autocast(q):
+        for part in _parts(q, k, t, s, options, cu_seqlens_q, cu_seqlens_k):
+            _forward(q, k, v, part, o, lse)
+    return o, lse
+
+
+@forward.register_fake
+def _(q, k, v, *_):
+    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=compute_dtype(q, k, v))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, part: _Part, o: Tensor, lse: Tensor) -> None:
+    """Write the part's outputs and log-sum-exps; a sink is what the sum of every query starts from."""
+    q, k, v, o, lse = q[:, part.queries], k[:, part.keys], v[:, part.keys], o[:, part.queries], lse[:, part.queries]
+    scores, dtype, (batch, _, query_heads, _) = part.scores, lse.dtype, q.shape
+    sinks, (of_q, of_k) = scores.options.sinks, _shapes(q, k)
     start = lse.new_full((query_heads, 1), -torch.inf) if sinks is None else sinks.to(dtype)[:, None]
     k, v = of_k.rows(k, dtype), of_k.rows(v, dtype)
     # The first maximum is a number also where nothing is seen: differences are never NaN and sums of nothing are 0.
@@ -265,17 +342,61 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scor
             sums.mul_(kept).baddbmm_(weights, v[:, s])
             top = higher
         of_q.join(sums.div_(total.clamp(min=1)), o[:, t])  # a total is 0, of nothing, or at least the maximum's 1
-        of_q.join(total.log_().add_(top), lse[:, t])
-    return o, lse.squeeze(-1)
+        of_q.join(total.log_().add_(top), lse[:, t, :, None])
 
 
-def _backward(q, k, v, sinks, o, lse, do, dlse, scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the sinks, from those of o and lse."""
-    dtype, (of_q, of_k) = lse.dtype, _shapes(q, k)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of nothing: all weights become 0
-    dsinks = None if sinks is None else (-(sinks.to(dtype) - lse).exp() * delta).sum((0, 1)).to(sinks.dtype)
+@custom_op("hybridattn::flash_attention_blocked_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t: Tensor | None,
+    s: Tensor | None,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    block_offsets: Tensor | None,
+    key_blocks: Tensor | None,
+    block_size: int | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the sinks (empty without), from those of o and lse."""
+    options = Options.of(scale, left, right, alibi_slopes, sinks, softcap, block_offsets, key_blocks, block_size)
+    dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
+    with no_autocast(q):
+        delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1) - dlse
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of nothing: all weights become 0
+        if sinks is not None:
+            dsinks = (-(sinks.to(lse.dtype) - lse).exp() * delta).sum((0, 1)).to(sinks.dtype)
+        grads = [x.zero_() for x in (dq, dk, dv)]
+        for part in _parts(q, k, t, s, options, cu_seqlens_q, cu_seqlens_k):
+            _backward(q, k, v, part, lse, do, delta, *grads)
+    return dq, dk, dv, dsinks
+
+
+@backward.register_fake
+def _(q, k, v, *others):
+    return _empty_gradients(q, k, v, others[6])
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+
+
+def _backward(q, k, v, part: _Part, lse, do, delta, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Write the gradients of the part's q, k and v."""
+    q, lse, do, delta, dq = (x[:, part.queries] for x in (q, lse, do, delta, dq))
+    k, v, dk, dv = (x[:, part.keys] for x in (k, v, dk, dv))
+    scores, dtype, (of_q, of_k) = part.scores, lse.dtype, _shapes(q, k)
     k, v = of_k.rows(k, dtype), of_k.rows(v, dtype)
     dk_rows, dv_rows = torch.zeros_like(k), torch.zeros_like(v)
     for t, tiles in scores.plan:
@@ -294,26 +415,19 @@ def _backward(q, k, v, sinks, o, lse, do, dlse, scores: Scores) -> tuple[Tensor,
         of_q.join(dq_rows.mul_(scores.factor), dq[:, t])
     of_k.join(dk_rows, dk)
     of_k.join(dv_rows, dv)
-    return dq, dk, dv, dsinks
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, sinks, scores):
-        with no_autocast(q):
-            o, lse = _forward(q, k, v, sinks, scores)
-        ctx.save_for_backward(q, k, v, sinks, o, lse)
-        ctx.scores = scores
-        return o, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dlse):
-        q, k, v, sinks, o, lse = ctx.saved_tensors
-        with no_autocast(q):
-            return *_backward(q, k, v, sinks, o, lse, do, dlse, ctx.scores), None
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output)
+    ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq], differentiable once."""
-    return _Attend.apply(q, k, v, scores.options.sinks, scores)  # pyright: ignore[reportReturnType]
+def _autograd(ctx, do, dlse):
+    *tensors, o, lse = ctx.saved_tensors
+    inputs = [number if x is None else x for x, number in zip(tensors, ctx.numbers, strict=True)]
+    do, dlse = torch.zeros_like(o) if do is None else do, torch.zeros_like(lse) if dlse is None else dlse
+    dq, dk, dv, dsinks = backward(*inputs, o, lse, do, dlse)
+    return dq, dk, dv, *[None] * 6, dsinks if dsinks.numel() else None, *[None] * 6
+
+
+forward.register_autograd(_autograd, setup_context=_save)

@@ -1,11 +1,15 @@
 """What a call of softmax attention asks for: the options that every backend reads, and which key a query may see."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..runtime.checks import reads_values
+from ..runtime.sequences import sequence_slices
 
 
 class BlockMask(NamedTuple):
@@ -64,6 +68,33 @@ class Options:
         """Nothing but scaled scores over all keys, or those up to the query's own, or a window of these."""
         extras = (self.alibi_slopes, self.sinks, self.softcap, self.block_mask)
         return all(x is None for x in extras) and (self.right == 0 or (self.left is None and self.right is None))
+
+    def flat(self) -> tuple:
+        """The values as arguments of a library op; ``of`` is the way back."""
+        mask = self.block_mask or (None, None, None)
+        return self.scale, self.left, self.right, self.alibi_slopes, self.sinks, self.softcap, *mask
+
+    @classmethod
+    def of(cls, scale, left, right, alibi_slopes, sinks, softcap, offsets, key_blocks, block_size) -> "Options":
+        mask = None if offsets is None else BlockMask(offsets, key_blocks, block_size)
+        return cls(scale, left, right, alibi_slopes, sinks, softcap, mask)
+
+
+def by_sequence(
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``run`` makes of the q, k and v of every packed sequence, end to end; zeros and -inf for other queries."""
+    q, k, v = inputs
+    spans = zip(sequence_slices(cu_seqlens_q), sequence_slices(cu_seqlens_k), strict=True)
+    parts = [run(q[:, a], k[:, b], v[:, b]) for a, b in spans]
+    # The queries past the last sequence see no keys, and no sink either.
+    o, lse = run(q[:, sum(o.shape[1] for o, _ in parts) :], k[:, :0], v[:, :0])
+    parts.append((o, None if lse is None else torch.full_like(lse, -torch.inf)))
+    lse = [lse for _, lse in parts if lse is not None]
+    return torch.cat([o for o, _ in parts], 1), torch.cat(lse, 1) if lse else None
 
 
 def positions(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -125,7 +156,7 @@ def check_block_mask(mask: BlockMask, queries: int, keys: int, device: torch.dev
             f"block_mask: expected {query_blocks + 1} offsets for {queries} queries in blocks of {size}, "
             f"got {offsets.numel()}"
         )
-    if not (check_values or device.type == "cpu"):
+    if not reads_values(offsets, check_values):
         return
     counts = offsets.diff()
     if offsets[0] != 0 or offsets[-1] != key_blocks.numel() or bool((counts < 0).any()):

@@ -7,15 +7,31 @@
 Vaswani et al., "Attention Is All You Need", section 3.2.1; the options as in ``flash_attention``.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..runtime.backend import compute_dtype, no_autocast
-from .options import Options, positions, visible
+from .options import Options, by_sequence, positions, visible
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """o [B,Tq,Hq,V] and lse [B,Tq,Hq] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V], in fp32 or wider."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _attend(q, k, v, options)
+    return by_sequence(partial(_attend, options=options), (q, k, v), cu_seqlens_q, cu_seqlens_k)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(q, k, v)
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k, v))
@@ -44,9 +60,9 @@ def decode(
     for b, length in enumerate(lengths.tolist()):
         first = max(length - slots, 0 if starts is None else int(starts[b]))
         kept = torch.arange(min(first, length), length, device=q.device) % max(slots, 1)
-        rows.append(attend(q[b, None], k[b, None, kept], v[b, None, kept], options))
+        rows.append(_attend(q[b, None], k[b, None, kept], v[b, None, kept], options))
     if not rows:
-        return attend(q, k[:, :0], v[:, :0], options)
+        return _attend(q, k[:, :0], v[:, :0], options)
     return torch.cat([o for o, _ in rows]), torch.cat([lse for _, lse in rows])
 
 

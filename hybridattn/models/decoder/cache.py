@@ -1,14 +1,17 @@
-"""The cache layer that holds whatever a mixer keeps, for transformers' DynamicCache."""
+"""The cache layers that hold whatever a mixer keeps, for transformers' DynamicCache and StaticCache."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
+from ...layers.mixer import Cache as MixerCache
 from .configuration import CACHE_LAYER_TYPE
 
 
 class MixerCacheLayer(CacheLayerMixin):
-    """One layer of a ``Cache``: the dict that its mixer reads and writes, one row per sequence in every tensor.
+    """One layer of a ``Cache``: what its mixer reads and writes, one row per sequence in every tensor.
 
     ``DynamicCache(config=config)`` makes these by the name in ``config.layer_types``. ``cumulative_length`` counts the
     tokens of a row, padding included, as ``generate`` expects; the model advances it.
@@ -22,14 +25,18 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.tensors: dict[str, Tensor] = {}
-        self.cumulative_length = 0
+        self.tensors = MixerCache()
+        self.cumulative_length: Any = 0  # a tensor in a static cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("mixers allocate their own tensors")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("mixers read and write `tensors`")
+
+    def advance(self, tokens: int) -> None:
+        """Count further tokens."""
+        self.cumulative_length += tokens
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
@@ -50,8 +57,7 @@ class MixerCacheLayer(CacheLayerMixin):
         raise NotImplementedError("offloaded caches are not supported: keep the cache on the model's device")
 
     def reset(self) -> None:
-        self.tensors.clear()
-        self.cumulative_length = 0
+        self.__init__()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -67,6 +73,36 @@ class MixerCacheLayer(CacheLayerMixin):
             raise ValueError(
                 f"tokens_to_remove: expected 0 (a recurrent state cannot be rolled back), got {tokens_to_remove}"
             )
+
+
+class StaticMixerCacheLayer(MixerCacheLayer):
+    """One layer of ``StaticCache(config, max_cache_len)``: no tensor grows or moves, so a compiled step stays valid.
+
+    All tensors are allocated by the first call of the model, which is not to be compiled.
+    """
+
+    _layer_type = None
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__()
+        self.tensors = MixerCache(max_cache_len)
+        self.cumulative_length = torch.zeros((), dtype=torch.long)  # a Python number would be compiled in
+
+    def advance(self, tokens: int) -> None:
+        self.cumulative_length += tokens
+        if not torch.compiler.is_compiling():
+            for x in (self.cumulative_length, *self.tensors.values()):
+                torch._dynamo.mark_static_address(x)  # CUDA graphs may keep the pointers
+
+    def get_max_length(self) -> int:
+        return self.tensors.capacity or -1
+
+    def reset(self) -> None:
+        self.__init__(self.get_max_length())
+
+
+STATIC_LAYER_TYPE_MAPPING[CACHE_LAYER_TYPE] = StaticMixerCacheLayer
 
 
 def mixer_caches(cache: Cache) -> list[MixerCacheLayer]:

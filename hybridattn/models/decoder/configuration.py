@@ -87,6 +87,10 @@ class HybridAttnConfig(PreTrainedConfig):
 
         self.__dict__.update(state)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without ``layer_types``, which follow from ``mixers``: Trainer reads files as a plain PreTrainedConfig."""
+        return {name: value for name, value in super().to_dict().items() if name != "layer_types"}
+
     def validate_layer_type(self):
         """Ours is not in transformers' closed vocabulary; it is set above, from ``mixers``."""
 

@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 from ...layers import (
     BaseConv,
     GatedLinearAttention,
+    LightningAttention,
     LinearAttention,
+    PrefixLinearAttention,
+    Retention,
     SoftmaxAttention,
     TaylorLinearAttention,
     TokenMixer,
@@ -15,7 +18,7 @@ from ...layers import (
 class Mixer(NamedTuple):
     layer: type[TokenMixer]
     options: dict[str, Any]
-    has_backend: bool = True  # takes the model's ``backend``
+    told: tuple[str, ...] = ("backend",)  # what the layer is told by the decoder: these options of ``build_mixer``
 
 
 MIXERS = {
@@ -23,13 +26,24 @@ MIXERS = {
     "window": Mixer(SoftmaxAttention, {"window": 128}),
     "linear": Mixer(LinearAttention, {}),
     "taylor": Mixer(TaylorLinearAttention, {}),
+    "prefix": Mixer(PrefixLinearAttention, {}),
     "gla": Mixer(GatedLinearAttention, {}),
-    "conv": Mixer(BaseConv, {}, has_backend=False),
+    "retention": Mixer(Retention, {}),
+    "lightning": Mixer(LightningAttention, {}, told=("backend", "layer_idx", "num_layers")),
+    "conv": Mixer(BaseConv, {}, told=()),
 }
 
 
-def build_mixer(name: str, hidden_size: int, options: dict[str, Any], backend: str | None = None) -> TokenMixer:
-    """The layer of mixer ``name`` with ``options`` over its own.
+def build_mixer(
+    name: str,
+    hidden_size: int,
+    options: dict[str, Any],
+    *,
+    backend: str | None = None,
+    layer_idx: int = 0,
+    num_layers: int = 1,
+) -> TokenMixer:
+    """The layer of mixer ``name`` with ``options`` over its own, told what it asks for of the model it stands in.
 
     Raises:
         ValueError: unknown mixer, or an option it does not have or cannot take.
@@ -37,7 +51,8 @@ def build_mixer(name: str, hidden_size: int, options: dict[str, Any], backend: s
     if name not in MIXERS:
         raise ValueError(f"mixers: expected names from {sorted(MIXERS)}, got {name!r}")
     mixer = MIXERS[name]
-    merged = {**({"backend": backend} if mixer.has_backend else {}), **mixer.options, **options}
+    model = {"backend": backend, "layer_idx": layer_idx, "num_layers": num_layers}
+    merged = {**{key: model[key] for key in mixer.told}, **mixer.options, **options}
     try:
         return mixer.layer(hidden_size, **merged)
     except TypeError as error:

@@ -1,6 +1,6 @@
 """The decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...layers import ShortConvolution
-from ...layers.gated_linear_attention import UniformBiasLinear
+from ...kernels.runtime.checks import reads_values
+from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
+from ...layers.gated_linear_attention import HeadDecay, UniformBiasLinear
+from ...layers.mixer import Cache as MixerCache
 from ...layers.mixer import CacheSpec
+from ...layers.slopes import Slopes
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
 from .mixers import build_mixer
@@ -30,10 +33,16 @@ class Packing(NamedTuple):
     cu_seqlens: Tensor  # [B+1]
 
     @staticmethod
-    def of(mask: Tensor) -> "Packing":
-        """mask: boolean [B,T], True for real tokens anywhere in the row."""
+    def of(mask: Tensor) -> "Packing | None":
+        """mask: boolean [B,T], True for real tokens anywhere in the row; None where all are real.
+
+        A graph being traced cannot depend on their number: there padding comes last in the packed row, where tokens
+        belong to no sequence.
+        """
         cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
-        return Packing(mask.flatten().nonzero().squeeze(1), cu_seqlens)
+        if torch.compiler.is_compiling():
+            return Packing(mask.flatten().logical_not().to(torch.uint8).argsort(stable=True), cu_seqlens)
+        return None if bool(mask.all()) else Packing(mask.flatten().nonzero().squeeze(1), cu_seqlens)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B,T,..] -> [1,n,..]."""
@@ -41,6 +50,9 @@ class Packing(NamedTuple):
 
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
         """[1,n,D] -> the shape of ``like`` [B,T,D], zeros for padding."""
+        if torch.compiler.is_compiling():  # see ``of``
+            padding = torch.arange(packed.shape[1], device=packed.device) >= self.cu_seqlens[-1]
+            packed = packed.masked_fill(padding[:, None], 0)
         out = packed.new_zeros(like.shape[0] * like.shape[1], packed.shape[-1])
         return out.index_put((self.tokens,), packed[0]).view(*like.shape[:2], -1)
 
@@ -67,7 +79,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         name = config.mixers[layer_idx]
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.conv = None if config.conv_size is None else ShortConvolution(config.hidden_size, config.conv_size)
-        self.mixer = build_mixer(name, config.hidden_size, config.mixer_options.get(name, {}), config.backend)
+        self.mixer = build_mixer(
+            name,
+            config.hidden_size,
+            config.mixer_options.get(name, {}),
+            backend=config.backend,
+            layer_idx=layer_idx,
+            num_layers=len(config.mixers),
+        )
         self.mlp = None
         if config.intermediate_size is not None:
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -87,6 +106,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         packing: Packing | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
+        prefix_lengths: Tensor | None = None,
     ) -> Tensor:
         cache = None if past_key_values is None else mixer_caches(past_key_values)[self.layer_idx].tensors
         x = self.input_layernorm(hidden_states)
@@ -94,7 +114,8 @@ class DecoderLayer(GradientCheckpointingLayer):
             x, cu_seqlens = packing.pack(x), packing.cu_seqlens
         if self.conv is not None:
             x = x + _convolve(self.conv, x, cu_seqlens, cache)
-        x = self.mixer(x, cu_seqlens=cu_seqlens, position_ids=position_ids, cache=cache)
+        prefix = {"prefix_lengths": prefix_lengths} if isinstance(self.mixer, PrefixLinearAttention) else {}
+        x = self.mixer(x, cu_seqlens=cu_seqlens, position_ids=position_ids, cache=cache, **prefix)
         if packing is not None:
             x = packing.unpack(x, hidden_states)
         hidden_states = hidden_states + x
@@ -103,11 +124,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-def _convolve(conv: ShortConvolution, x: Tensor, cu_seqlens: Tensor | None, cache: dict[str, Tensor] | None) -> Tensor:
+def _convolve(conv: ShortConvolution, x: Tensor, cu_seqlens: Tensor | None, cache: MixerCache | None) -> Tensor:
     """The input convolution, its cache kept apart from that of a mixer with a convolution of its own."""
     if cache is None:
         return conv(x, cu_seqlens=cu_seqlens)
-    own = {"conv": cache["input_conv"]} if "input_conv" in cache else {}
+    own = MixerCache()
+    if "input_conv" in cache:
+        own["conv"] = cache["input_conv"]
     x = conv(x, cu_seqlens=cu_seqlens, cache=own)
     cache["input_conv"] = own["conv"]
     return x
@@ -137,6 +160,13 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UniformBiasLinear):
             low, high = module.bias_range
             init.uniform_(module.bias, low, high)
+        elif isinstance(module, HeadDecay):
+            for parameter, value in module.initial_values():
+                init.copy_(parameter, value)
+        elif isinstance(module, Slopes):
+            init.copy_(module.values, module.fresh())
+        elif isinstance(module, SoftmaxAttention) and module.sinks is not None:
+            init.zeros_(module.sinks)
 
 
 class HybridAttnModel(HybridAttnPreTrainedModel):
@@ -161,6 +191,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        prefix_lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B,T,hidden_size].
@@ -173,6 +204,8 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 start again within a row need ``cu_seq_lens_q``.
             past_key_values: ``DynamicCache(config=model.config)``, updated in place.
             cu_seq_lens_q: offsets [N+1] of sequences packed into one row (B = 1).
+            prefix_lengths: integers [N], of a row's first real tokens, which ``prefix`` mixers read both ways; with a
+                cache in the first call only. ``generate`` takes them too.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
@@ -182,23 +215,23 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         batch, tokens = hidden_states.shape[:2]
         packing = None
         if attention_mask is not None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            if attention_mask.shape != (batch, past + tokens):
+            length = tokens if past_key_values is None else int(past_key_values.get_seq_length()) + tokens
+            if attention_mask.shape != (batch, length):
                 raise ValueError(
-                    f"attention_mask: expected shape [{batch}, {past + tokens}], got {list(attention_mask.shape)}"
+                    f"attention_mask: expected shape [{batch}, {length}], got {list(attention_mask.shape)}"
                 )
-            if bool((attention_mask < 0).any()):
+            if reads_values(attention_mask, False) and bool((attention_mask < 0).any()):
                 raise ValueError("attention_mask: expected 1 for real tokens and 0 for padding, got negative values")
-            real = attention_mask[:, past:].bool()
-            if not bool(real.all()):
-                packing = Packing.of(real)
+            packing = Packing.of(attention_mask[:, length - tokens :].bool())
         if packing is not None and cu_seq_lens_q is not None:
             raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
-        plain = packing is None and cu_seq_lens_q is None
-        if plain and position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any()):
-            raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
+        if position_ids is not None and packing is None and cu_seq_lens_q is None:
+            _check_positions(position_ids)
         if packing is not None and position_ids is not None:
             position_ids = packing.pack(position_ids.expand(batch, tokens))
+        reads_prefix = any(isinstance(layer.mixer, PrefixLinearAttention) for layer in self.layers)
+        if prefix_lengths is not None and not reads_prefix:
+            raise ValueError(f"prefix_lengths: expected None without 'prefix' in mixers {self.config.mixers}, got some")
         if past_key_values is not None:
             check_cache(past_key_values, len(self.layers))
         for layer in self.layers:
@@ -208,11 +241,20 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 packing=packing,
                 cu_seqlens=cu_seq_lens_q,
                 past_key_values=past_key_values,
+                prefix_lengths=prefix_lengths,
             )
         if past_key_values is not None:
             for kept in mixer_caches(past_key_values):
-                kept.cumulative_length += tokens
+                kept.advance(tokens)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _check_positions(position_ids: Tensor) -> None:
+    """Raise a ValueError for positions that start again; a single position is not read."""
+    if position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+        return
+    if bool((position_ids.diff(dim=-1) < 0).any()):
+        raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
 
 
 class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
@@ -227,6 +269,20 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> Tensor | None:
+        """The mask as it is, of ones and zeros: what ``generate`` asks for where its cache can be compiled."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
+        """Inputs of the next call. A generated token is never padding: steps need no mask, and nobody reads one."""
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and inputs["input_ids"].shape[1] == 1 and kwargs.get("use_cache"):
+            inputs.pop("attention_mask", None)
+        return inputs
+
     @can_return_tuple
     def forward(
         self,
@@ -238,6 +294,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        prefix_lengths: torch.Tensor | None = None,  # named, since generate refuses what it does not see here
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B,T,vocab_size] and, with ``labels`` [B,T] (-100 is ignored), the next-token loss.
@@ -253,6 +310,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            prefix_lengths=prefix_lengths,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -263,6 +321,13 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs):
+        """As usual; and once the prefix is in the cache, no later step is given it again."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs.pop("prefix_lengths", None)
+        return model_kwargs
 
 
 AutoModel.register(HybridAttnConfig, HybridAttnModel, exist_ok=True)

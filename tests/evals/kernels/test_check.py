@@ -8,7 +8,8 @@ import torch
 
 from hybridattn import cli
 from hybridattn.evals.kernels import check
-from hybridattn.evals.kernels.cases import OPERATORS, make_inputs, sizes_of
+from hybridattn.evals.kernels.cases import DTYPES, OPERATORS, make_inputs, sizes_of
+from hybridattn.kernels.flash_attention.triton.launch import FORWARD, FORWARD_FP32, forward_launch
 from hybridattn.kernels.linear_attention.triton.launch import STEP, step_launch
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 
@@ -99,9 +100,12 @@ def test_every_launch_row_has_cases(on_gpu: bool):
             row
             for name, operator in OPERATORS.items()
             for sizes in sizes_of(name, on_gpu)
-            for row in (operator.rows(architecture, sizes) if operator.rows else [])
+            for dtype in DTYPES
+            for row in (operator.rows(architecture, sizes, dtype) if operator.rows else [])
         }
-        assert rows == {step_launch(architecture, key_dim).name for key_dim in STEP[architecture]}
+        assert rows >= {step_launch(architecture, key_dim).name for key_dim in STEP[architecture]}
+        assert rows >= {forward_launch(architecture, dim, dim, 16).name for dim in FORWARD[architecture]}
+        assert rows >= {forward_launch(architecture, dim, dim, 32).name for dim in FORWARD_FP32}
 
 
 def test_realistic_sizes_on_a_gpu():
@@ -135,6 +139,8 @@ def test_gates_are_signed_down_to_minus_60_and_exact_in_16_bits():
 def test_rows_are_verified_where_all_their_cases_passed(tmp_path: Path):
     folder = tmp_path / "linear_attention" / "triton"
     folder.mkdir(parents=True)
+    (tmp_path / "flash_attention" / "triton").mkdir(parents=True)
+    (tmp_path / "flash_attention" / "triton" / "verified.json").write_text("{}")
     source = {"architecture": "sm_90", "device": "H"}
     gpu = torch.device("cuda")
     everything = {case.name for case in check.cases(gpu, backends=["triton"])}
@@ -148,5 +154,6 @@ def test_rows_are_verified_where_all_their_cases_passed(tmp_path: Path):
     check.verify(source, everything - {failed}, gpu, tmp_path)
     verified = json.loads((folder / "verified.json").read_text())
     assert verified["sm_80"] == {"row": {}}
-    assert set(verified["sm_90"]) == {step_launch("sm_90", k).name for k in STEP["sm_90"]} - {k16}
+    steps = {step_launch("sm_90", k).name for k in STEP["sm_90"]}
+    assert steps & set(verified["sm_90"]) == steps - {k16}
     assert verified["sm_90"][step_launch("sm_90", 32).name] == source

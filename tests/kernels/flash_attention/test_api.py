@@ -44,7 +44,11 @@ BAD = {
         {"window": 2, "causal": False},
         r"window: expected a pair \(left, right\) or None without causal=True",
     ),
-    "backend": ({"backend": "triton"}, r"backend: expected one of \['reference', 'torch', None\], got 'triton'"),
+    "backend": (
+        {"backend": "cuda"},
+        r"backend: expected one of \['reference', 'torch', 'triton', None\], got 'cuda'",
+    ),
+    "backend on a CPU": ({"backend": "triton"}, r"q: expected float32, float16 or bfloat16, got torch.float64 with"),
     "offsets of keys alone": ({"cu_seqlens_k": torch.tensor([0, 9])}, "cu_seqlens_q: expected offsets beside"),
     "packed batch": ({"cu_seqlens_q": torch.tensor([0, 9])}, r"cu_seqlens_q: expected one packed row \(batch size 1\)"),
 }

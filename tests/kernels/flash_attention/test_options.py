@@ -331,7 +331,7 @@ def test_double_backward_is_refused():
     q, k, v = (x.requires_grad_() for x in make_inputs(9, 9))
     o, lse = flash_attention(q, k, v, return_lse=True, backend="torch")
     (grad,) = torch.autograd.grad(o.square().sum() + lse.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()
 
 

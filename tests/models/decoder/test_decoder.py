@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
+from hybridattn.layers import decay_slopes
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.decoder.accounting import cache_bytes, cache_elements, cache_spec
 from hybridattn.models.decoder.cache import allocated_bytes
@@ -21,10 +22,28 @@ OPTIONS = {
     "full": {"num_heads": 4, "num_key_value_heads": 2},
     "linear": {"num_heads": 2, "key_dim": 4},
     "taylor": {"num_heads": 2, "key_dim": 4},
+    "prefix": {"num_heads": 2, "key_dim": 4},
+    "retention": {"num_heads": 2, "norm_eps": 0.1},  # fp32's rounding of a q.k near 0 grows in the norm
+    "lightning": {"num_heads": 2},
 }
 STACKS: dict[str, dict[str, Any]] = {
     **{name: {"mixers": [name, name]} for name in MIXERS},
     "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "conv_size": 4},
+    "prefix hybrid": {"mixers": ["conv", "prefix", "window", "prefix"], "conv_size": 3},
+    "options": {
+        "mixers": ["full", "window", "gla"],
+        "mixer_options": {
+            "gla": {"num_heads": 2, "gate_per": "head"},
+            "full": {"num_heads": 4, "num_key_value_heads": 2, "alibi": True, "rope_theta": None, "softcap": 5.0},
+            "window": {
+                "num_heads": 2,
+                "window": 5,
+                "sinks": True,
+                "qk_norm": True,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+        },
+    },
     "no mlp": {"mixers": ["full", "gla"], "mlp": "none"},
 }
 
@@ -48,6 +67,11 @@ def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
 
 def tokens(batch: int = 3, length: int = TOKENS) -> Tensor:
     return torch.randint(2, VOCAB, (batch, length))
+
+
+def prefix(model: HybridAttnForCausalLM) -> dict[str, Tensor]:
+    """The argument that uses all of a model that reads a prefix (see test_prefix.py), for 3 rows of TOKENS."""
+    return {"prefix_lengths": torch.tensor([9, 0, TOKENS])} if "prefix" in model.config.mixers else {}
 
 
 def pad(rows: Tensor, side: str, width: int = 29) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -217,9 +241,31 @@ def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
     assert 0.1 < loaded.model.layers[0].conv.weight.std() < 1
 
 
+def test_what_mixers_start_from_is_there_after_loading(tmp_path: Path):
+    """Constants, which no file has, and parameters with rules of their own that this file lacks."""
+    model = HybridAttnForCausalLM(make_config("options", mixers=["lightning", "full", "window", "gla"]))
+    own = ("sinks", "A_log", "dt_bias")
+    kept = {k: v for k, v in model.state_dict().items() if not k.endswith(own)}
+    assert len(kept) == len(model.state_dict()) - 3
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    lightning, full, window, gla = (layer.mixer for layer in loaded.model.layers)
+    assert lightning.slopes().tolist() == [2, 4, 6, 8]
+    assert full.alibi().tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    assert not window.sinks.any()
+    assert ((gla.gk_proj.A_log > -0.01) & (gla.gk_proj.A_log < 2.79)).all()
+    assert ((gla.gk_proj.dt_bias > -7) & (gla.gk_proj.dt_bias < -2.2)).all()
+
+
+def test_slopes_know_their_layer():
+    layers = HybridAttnForCausalLM(make_config("lightning", mixers=["lightning", "full", "lightning"])).model.layers
+    assert layers[0].mixer.slopes.numbers == decay_slopes("transnormer", 2, 0, 3)
+    assert layers[2].mixer.slopes.numbers == decay_slopes("transnormer", 2, 2, 3)
+
+
 def test_loss_and_gradients_reach_every_parameter(model: HybridAttnForCausalLM):
     ids = tokens()
-    out = model(ids, labels=ids)
+    out = model(ids, labels=ids, **prefix(model))
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
     out.loss.backward()
@@ -234,9 +280,39 @@ def test_gradient_checkpointing_changes_nothing(model: HybridAttnForCausalLM):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
         model.zero_grad()
-        model(ids, labels=ids).loss.backward()
+        model(ids, labels=ids, **prefix(model)).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_trainer(tmp_path: Path):
+    """transformers' Trainer lowers the loss of a hybrid, saves it, and goes on from what it saved."""
+    model = HybridAttnForCausalLM(make_config("hybrid"))
+    rows = [
+        {"input_ids": row, "labels": row} for row in torch.arange(2, 18).repeat(8, 2).unfold(1, 16, 5).flatten(0, 1)
+    ]
+    options = {
+        "output_dir": tmp_path,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 4,
+        "save_steps": 6,
+        "logging_steps": 6,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    first = Trainer(model, TrainingArguments(max_steps=12, **options), train_dataset=rows)
+    first.train()
+    losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
+    assert losses[1] < 0.8 * losses[0]
+    again = Trainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6"),
+        TrainingArguments(max_steps=12, **options),
+        train_dataset=rows,
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_backends_agree(model: HybridAttnForCausalLM):

@@ -23,7 +23,7 @@ from triton.runtime import JITFunction
 
 from ....kernels.runtime.launch import SHARED_MEMORY, CompileRow
 
-FAMILIES = ("linear_attention",)  # whose triton folder has a module ``rows`` with ``compile_rows``
+FAMILIES = ("linear_attention", "flash_attention")  # whose triton folder has a module ``rows`` with ``compile_rows``
 CEILINGS = Path(__file__).with_name("ceilings.json")
 HELD = ("registers", "spill_instructions", "spilled_bytes", "shared_memory")  # may not rise
 PRESENT = ("matrix", "tma")  # counts of instructions that may not vanish

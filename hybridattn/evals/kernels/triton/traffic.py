@@ -70,11 +70,11 @@ class _Elements:
 
     def __init__(self, kernel: str, arguments: dict[str, Any]):
         self.kernel = kernel
-        tensors = {name: x for name, value in arguments.items() for x in _tensors(value)}
-        self.names = list(tensors)
-        addresses = [_addresses(x) for x in tensors.values()]
-        owners = [np.full(len(x), n) for n, x in enumerate(addresses)]
-        sizes = [np.full(len(a), x.element_size()) for a, x in zip(addresses, tensors.values(), strict=True)]
+        tensors = [(name, x) for name, value in arguments.items() for x in _tensors(value)]
+        self.names = list(dict(tensors))
+        addresses = [_addresses(x) for _, x in tensors]
+        owners = [np.full(len(a), self.names.index(name)) for a, (name, _) in zip(addresses, tensors, strict=True)]
+        sizes = [np.full(len(a), x.element_size()) for a, (_, x) in zip(addresses, tensors, strict=True)]
         joined = np.concatenate([np.empty(0, np.uint64), *addresses])
         self.starts, first = np.unique(joined, return_index=True)  # the first of several owners
         self.owners = np.concatenate([np.empty(0, int), *owners])[first]

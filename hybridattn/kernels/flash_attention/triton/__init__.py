@@ -1,0 +1,1 @@
+"""Triton kernels of softmax attention: ``launch`` says with what they are launched, ``rows`` what they are held to."""

@@ -1,0 +1,100 @@
+"""What linear attention layers with decay have in common."""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, is_step, normalize, positive, store
+from .rotary import apply_rotary, token_positions
+
+
+class DecayedLinearAttention(TokenMixer):
+    """``W_o (gate(W_g x) * norm(o))``, o being linear attention with decay of q, k and v = act(W x).
+
+    A subclass says what the decay is (``log_decay``) and which ``gate``, ``activation`` and norm (``g_norm``, of a
+    head's values [V] or of all [H,V]) it has.
+
+    The cache holds the fp32 state [N,H,K,V] and, with rotary positions, the number of tokens [N] in it.
+    """
+
+    gate: Callable[[Tensor], Tensor] = staticmethod(F.silu)
+    g_norm: nn.RMSNorm | nn.LayerNorm
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        rope_theta: float | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        self.num_heads, self.backend, self.rope_theta = positive("num_heads", num_heads), backend, rope_theta
+        self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
+        if rope_theta is not None and key_dim % 2:
+            raise ValueError(f"key_dim: expected an even number for rotary positions, got {key_dim}")
+        keys, values = num_heads * key_dim, num_heads * value_dim
+        self.q_proj = nn.Linear(hidden_size, keys, bias=False)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(hidden_size, values, bias=False)
+        self.g_proj = nn.Linear(hidden_size, values, bias=False)
+        self.o_proj = nn.Linear(values, hidden_size, bias=False)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        """Natural log <= 0 of the decay: [H], [B,T,H] or [B,T,H,K]."""
+        raise NotImplementedError
+
+    def activation(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q, k, v
+
+    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
+        spec: CacheSpec = {"state": ((batch_size, self.num_heads, self.key_dim, self.value_dim), torch.float32)}
+        return spec if self.rope_theta is None else {**spec, "lengths": ((batch_size,), torch.int64)}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
+        q, k, v = self.activation(*(p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)))
+        q, k, v = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (q, k, v))
+        if self.rope_theta is not None:
+            if position_ids is None:
+                position_ids = token_positions(hidden_states, cu_seqlens, cache)
+            q, k = (apply_rotary(x, position_ids, self.rope_theta) for x in (q, k))
+        g = self.log_decay(hidden_states)
+        state = cache.get("state") if cache is not None else None
+        if state is not None and is_step(hidden_states, cu_seqlens):
+            o = gated_linear_attention_step(q, k, v, g, state, backend=self.backend)
+        else:
+            o, state = gated_linear_attention(
+                q,
+                k,
+                v,
+                g,
+                initial_state=state,
+                output_final_state=cache is not None,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+            )
+            if cache is not None and state is not None:
+                store(cache, "state", state)
+        if cache is not None and self.rope_theta is not None:
+            _count(cache, hidden_states, cu_seqlens)
+        o = rearrange(normalize(self.g_norm, o), "b t h d -> b t (h d)")
+        return self.o_proj(o * self.gate(self.g_proj(hidden_states)))
+
+
+def _count(cache: Cache, hidden_states: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Add the new tokens of every sequence to ``lengths``."""
+    batch, tokens = hidden_states.shape[:2]
+    added = torch.full((batch,), tokens, device=hidden_states.device) if cu_seqlens is None else cu_seqlens.diff()
+    store(cache, "lengths", added.long() + cache.get("lengths", 0))

@@ -1,0 +1,64 @@
+"""The token mixer of TransNormerLLM and Lightning Attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .decayed_linear_attention import DecayedLinearAttention
+from .mixer import head_size
+from .slopes import Slopes, decay_slopes
+
+
+class LightningAttention(DecayedLinearAttention):
+    """Linear attention of activated q, k and v with a constant decay per head and layer; norm and sigmoid gate.
+
+    Qin et al., "TransNormerLLM" (2023), section 3, with the activations and the gate of Lightning Attention as in
+    "MiniMax-01" (2025), section 2.2: silu on q, k and v, RMSNorm without affine parameters over all heads together,
+    sigmoid on the output gate. The operator's scale of K^-0.5 is absorbed by the norm.
+
+    Args:
+        hidden_size: model dimension.
+        num_heads: H.
+        key_dim: K, per head; hidden_size / num_heads by default.
+        value_dim: V, per head; hidden_size / num_heads by default.
+        slopes: the head's log-decay is minus this: a convention of ``decay_slopes``, or H numbers of at least 0.
+        layer_idx, num_layers: which layer this is of how many, 0 first, for slopes that depend on it.
+        activate_values: silu on v too; TransNormerLLM's paper has it on q and k alone.
+        rope_theta: base of rotary positions (LRPE-d, which TransNormerLLM has in its first layer); none by default.
+        norm_eps: of the output norm.
+        backend: of the operator.
+
+    The cache holds the fp32 state [N,H,K,V] and, with rotary positions, the number of tokens [N] in it.
+    """
+
+    gate = staticmethod(torch.sigmoid)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        slopes: str | Sequence[float] = "transnormer",
+        layer_idx: int = 0,
+        num_layers: int = 1,
+        activate_values: bool = True,
+        rope_theta: float | None = None,
+        norm_eps: float = 1e-6,
+        backend: str | None = None,
+    ):
+        key_dim = head_size(hidden_size, num_heads) if key_dim is None else key_dim
+        value_dim = head_size(hidden_size, num_heads) if value_dim is None else value_dim
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, rope_theta, backend)
+        named = isinstance(slopes, str)
+        self.slopes = Slopes(decay_slopes(slopes, num_heads, layer_idx, num_layers) if named else slopes, num_heads)
+        self.activate_values = activate_values
+        self.g_norm = nn.RMSNorm([num_heads, value_dim], eps=norm_eps, elementwise_affine=False)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        return -self.slopes()
+
+    def activation(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return F.silu(q), F.silu(k), F.silu(v) if self.activate_values else v

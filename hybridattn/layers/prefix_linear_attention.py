@@ -1,0 +1,100 @@
+"""JRT's linear attention, which reads a prefix both ways."""
+
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels.linear_attention import prefix_linear_attention
+from ..kernels.runtime.checks import check_shape, reads_values
+from ..kernels.runtime.sequences import check_cu_seqlens
+from .mixer import Cache
+from .taylor_linear_attention import TaylorLinearAttention
+
+
+class PrefixLinearAttention(TaylorLinearAttention):
+    """BASED's linear attention in which every token also sees the whole prefix, through keys and values of its own.
+
+    Arora et al., "Just read twice: closing the recall gap for recurrent language models" (JRT-RNN, 2024), section 4.
+    Tokens of the prefix see each other both ways; those behind it are causal, and without a prefix all are. Once the
+    prefix is in the state, later tokens continue as in ``TaylorLinearAttention``.
+
+    Args:
+        hidden_size, num_heads, key_dim, value_dim, backend: as in ``TaylorLinearAttention``.
+        tie_prefix: the prefix's keys and values are the tokens' own: no further parameters, and what follows is exactly
+            reading the prefix twice.
+
+    The cache is that of ``TaylorLinearAttention``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 1,
+        key_dim: int = 16,
+        value_dim: int | None = None,
+        tie_prefix: bool = False,
+        backend: str | None = None,
+    ):
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend)
+        own = not tie_prefix
+        self.k_prefix_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False) if own else None
+        self.v_prefix_proj = nn.Linear(hidden_size, num_heads * self.value_dim, bias=False) if own else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        prefix_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """As ``TokenMixer``, and with a prefix.
+
+        Args:
+            prefix_lengths: integers [N]: the prefix of sequence n is its first so many tokens, all given in this call,
+                its first; none by default.
+
+        Raises:
+            ValueError: prefix_lengths of another shape or dtype, longer than a sequence, or given with a cache that
+                already holds tokens.
+        """
+        if prefix_lengths is None:
+            return self._mix(hidden_states, cu_seqlens, cache, self.attend)
+        if cache is not None and "state" in cache:
+            raise ValueError("prefix_lengths: expected None after the first call with a cache, got lengths")
+        prefix = _prefix(hidden_states, cu_seqlens, prefix_lengths)
+        k = (self.k_prefix_proj or self.k_proj)(prefix)
+        v = (self.v_prefix_proj or self.v_proj)(prefix)
+        k, v = (rearrange(x, "n m (h d) -> n m h d", h=self.num_heads) for x in (k, v))
+        attend = partial(prefix_linear_attention, k_prefix=k, v_prefix=v, prefix_lengths=prefix_lengths)
+        return self._mix(hidden_states, cu_seqlens, cache, attend)
+
+
+def _prefix(hidden_states: Tensor, cu_seqlens: Tensor | None, prefix_lengths: Tensor) -> Tensor:
+    """The first tokens [N,M,hidden_size] of every sequence, at least its prefix; the operator leaves the rest out."""
+    batch, tokens = hidden_states.shape[:2]
+    if cu_seqlens is not None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, batch, tokens, False)
+    lengths = torch.full((batch,), tokens, device=hidden_states.device) if cu_seqlens is None else cu_seqlens.diff()
+    check_shape({"N": len(lengths)}, "prefix_lengths", prefix_lengths, "N")
+    if prefix_lengths.dtype not in (torch.int32, torch.int64) or prefix_lengths.device != hidden_states.device:
+        raise ValueError(
+            f"prefix_lengths: expected int32 or int64 on {hidden_states.device}, "
+            f"got {prefix_lengths.dtype} on {prefix_lengths.device}"
+        )
+    outside = (prefix_lengths < 0) | (prefix_lengths > lengths)
+    if reads_values(prefix_lengths, False) and bool(outside.any()):
+        raise ValueError(
+            f"prefix_lengths: expected 0 to the tokens given of each sequence, {lengths.tolist()}, "
+            f"got {prefix_lengths.tolist()}"
+        )
+    if cu_seqlens is None:
+        return hidden_states  # nothing of it depends on the lengths' values: no synchronisation, and traceable
+    if torch.compiler.is_compiling():
+        longest = tokens  # a graph has no values to be shorter by
+    else:
+        longest = int(prefix_lengths.max()) if prefix_lengths.numel() else 0
+    places = cu_seqlens[:-1, None].long() + torch.arange(longest, device=hidden_states.device)
+    return hidden_states[0, places.clamp(max=max(tokens - 1, 0))]

@@ -1,0 +1,62 @@
+"""Constant slopes, one per head: the decay of RetNet and TransNormerLLM, the bias of ALiBi."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .mixer import positive
+
+CONVENTIONS = ("alibi", "retnet", "transnormer")
+
+
+def decay_slopes(convention: str, num_heads: int, layer_idx: int = 0, num_layers: int = 1) -> list[float]:
+    """The slopes of heads h = 1 .. H, all positive: a head's natural-log decay per token is ``-slope``.
+
+    - ``"retnet"``: decay 1 - 2^(-4-h). Sun et al., "Retentive Network" (2023), section 2.2, equation 8.
+    - ``"transnormer"``: decay exp(-(8h / H) (1 - l / L)) in layer l = 0 .. L-1 of L, so that later layers see further.
+      Qin et al., "TransNormerLLM" (2023), section 3.1, which leaves open where h and l start; so counted every head
+      decays. (The published code of Lightning Attention scales ALiBi's slopes by the layer instead: give these as
+      numbers.)
+    - ``"alibi"``: slope 2^(-8h / H). Press et al., "Train Short, Test Long" (ALiBi, 2022), section 3, for any H (their
+      code interpolates between powers of two).
+
+    Raises:
+        ValueError: another convention, no heads, or a layer that is not one of ``num_layers``.
+    """
+    heads = range(1, positive("num_heads", num_heads) + 1)
+    if not 0 <= layer_idx < positive("num_layers", num_layers):
+        raise ValueError(f"layer_idx: expected 0 to {num_layers - 1}, one of {num_layers} layers, got {layer_idx!r}")
+    if convention == "retnet":
+        return [-math.log1p(-(2.0 ** (-4 - h))) for h in heads]
+    if convention == "transnormer":
+        return [8 * h / num_heads * (1 - layer_idx / num_layers) for h in heads]
+    if convention == "alibi":
+        return [2.0 ** (-8 * h / num_heads) for h in heads]
+    raise ValueError(f"slopes: expected numbers or one of {list(CONVENTIONS)}, got {convention!r}")
+
+
+class Slopes(nn.Module):
+    """Constants [H] where the model is: neither trained nor saved, and fp32 whatever the model is cast to."""
+
+    values: Tensor
+
+    def __init__(self, numbers: Sequence[float], num_heads: int):
+        super().__init__()
+        if len(numbers) != num_heads or not all(0 <= x < math.inf for x in numbers):
+            raise ValueError(f"slopes: expected {num_heads} numbers of at least 0, one per head, got {numbers!r}")
+        self.numbers = [float(x) for x in numbers]
+        self.register_buffer("values", torch.tensor(self.numbers, dtype=torch.float32), persistent=False)
+
+    def fresh(self) -> Tensor:
+        """The values anew: those of a buffer that was made without memory are not to be relied on."""
+        return torch.tensor(self.numbers, dtype=torch.float32, device=self.values.device)
+
+    def _apply(self, fn, recurse: bool = True) -> "Slopes":
+        super()._apply(fn, recurse)  # a cast would round the decays of long-lived heads
+        self.values = self.fresh()
+        return self
+
+    def forward(self) -> Tensor:
+        return self.values
