@@ -1,7 +1,7 @@
 """Backward of chunked linear attention: the states of all chunks once more, then one sweep backwards over the keys.
 
     states        h, the state before every chunk, in the operands' dtype; and which channels are hot
-    sweep_keys    gradients of q, k, g and the initial state, a program for 64 keys
+    sweep_keys    gradients of q, k, g and the initial state, a program for some keys
     sweep_values  the gradient of v, a program for some values: ``forward`` says how
 
 Notation as in ``forward``; do is the gradient of o, dS that of the state after the chunk, dA = tril(do v^T). With
@@ -29,12 +29,13 @@ from .primitives import (
     LOG2E,
     bounded,
     find_sequence,
+    gate_sums,
     load_gates,
     load_tile,
     operand,
     product,
+    store_gates,
     store_tile,
-    sums_of_parts,
     sums_of_rows,
 )
 
@@ -46,7 +47,7 @@ def states(
     g,  # [B,T,*,K], or [B,T,*,1] as a tuple, or None
     h,  # [slots,V,HEADS,K]
     first,  # initial state, fp32 [N,*,K,V], or None for zeros
-    hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others
+    hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others; or None
     cu_seqlens,  # [N+1] or None
     T,
     K: tl.constexpr,
@@ -85,8 +86,8 @@ def states(
         vt = load_tile(v, batch, row, head // V_SHARE, value, end, V, 64, TMA)
         if GATE == "channel":
             gt = bounded(load_tile(g, batch, row, head // G_SHARE, key, end, K, BLOCK_K, TMA))
-            e = sums_of_rows(later, gt, TERMS)
-            bits = tl.sum(tl.where(t[:, None] == 0, e + gt.to(tl.float32) * LOG2E, 0.0), 0)
+            e = gate_sums(later, gt, TERMS)
+            bits = tl.min(e + gt.to(tl.float32) * LOG2E, 0)
             if value == 0:
                 flags = hot + ((slot + c) * HEADS + head) * K + channel
                 tl.store(flags, tl.where(bits < COOL, n + 1, 0), mask=channel < K)
@@ -94,7 +95,7 @@ def states(
             S *= tl.exp2(bits)[None, :]
         elif GATE == "head":
             gates = load_gates(g, batch, row, head // G_SHARE, end)
-            leaving = tl.max(sums_of_rows(later, gates[:, None] + tl.zeros([64, 16], gates.dtype), TERMS), 1)
+            leaving = tl.max(gate_sums(later, gates[:, None] + tl.zeros([64, 16], gates.dtype), TERMS), 1)
             kt = operand(kt * tl.exp2(leaving)[:, None], PRECISION)
             S *= tl.exp2(tl.sum(gates.to(tl.float32)) * LOG2E)
         S = product(tl.trans(vt), kt, S, PRECISION)
@@ -135,13 +136,14 @@ def sweep_keys(
     blocks_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     blocks_v: tl.constexpr = (V + 63) // 64
     exact: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
+    parts: tl.constexpr = 3 if exact else 2
     key = tl.program_id(0) % blocks_k * BLOCK_K
     n, head = tl.program_id(0) // blocks_k // HEADS, tl.program_id(0) // blocks_k % HEADS
     batch, start, end, slot = find_sequence(cu_seqlens, n, T)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
-    upto, later = t[:, None] >= t[None, :], t[:, None] < t[None, :]
-    earlier = t[:, None] > t[None, :]
+    earlier, upto = t[:, None] > t[None, :], t[:, None] >= t[None, :]  # gates of a column, of those before the row
+    later, since = t[:, None] < t[None, :], t[:, None] <= t[None, :]
     channel = key + tl.arange(0, BLOCK_K)
 
     places = channel[None, :] * V + t[:, None]
@@ -153,88 +155,91 @@ def sweep_keys(
     for step in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - step
         row = start + c * 64
+        dA, dA_turned = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
+        for j in tl.static_range(blocks_v):
+            dot = load_tile(do, batch, row, head, j * 64, end, V, 64, TMA)
+            vt = load_tile(v, batch, row, head // V_SHARE, j * 64, end, V, 64, TMA)
+            dA = product(dot, tl.trans(vt), dA, PRECISION)
+            dA_turned = product(vt, tl.trans(dot), dA_turned, PRECISION)
+        diagonal = tl.sum(tl.where(t[:, None] == t[None, :], dA, 0.0), 1)[:, None]
         kt = load_tile(k, batch, row, head // K_SHARE, key, end, K, BLOCK_K, TMA)
         qt = load_tile(q, batch, row, head // Q_SHARE, key, end, K, BLOCK_K, TMA).to(tl.float32) * scale
         if GATE == "channel":
             gt = bounded(load_tile(g, batch, row, head // G_SHARE, key, end, K, BLOCK_K, TMA))
-            e = sums_of_rows(upto, gt, TERMS)
-            bits = tl.sum(tl.where(t[:, None] == 63, e, 0.0), 0)
-            flags = hot + ((slot + c) * HEADS + head) * K + channel
-            is_hot = tl.load(flags, mask=channel < K, other=0) > 0
+            e = gate_sums(upto, gt, TERMS)
+            bits = tl.min(e, 0)
+            is_hot = tl.load(hot + ((slot + c) * HEADS + head) * K + channel, mask=channel < K, other=0) > 0
             if exact:
-                shift = tl.where(is_hot[None, :], sums_of_rows(later, gt, TERMS), -e)
+                shift = tl.where(is_hot[None, :], gate_sums(later, gt, TERMS), -e)
             else:
                 shift = tl.where(is_hot, bits, 0.0)[None, :] - e
-            entry, leave, decay = tl.exp2(e), tl.exp2(shift), tl.exp2(bits)
-            qt *= entry
-            kt = kt * leave
+            decay = tl.exp2(bits)
+            qt *= tl.exp2(e)
+            kt = kt * tl.exp2(shift)
         qb, kn = operand(qt, PRECISION), operand(kt, PRECISION)
         if GATE == "head":
             gates = load_gates(g, batch, row, head // G_SHARE, end)
             repeated = gates[:, None] + tl.zeros([64, 16], gates.dtype)
-            entering = tl.max(sums_of_rows(upto, repeated, TERMS), 1)
-            leaving = tl.max(sums_of_rows(later, repeated, TERMS), 1)
-            if exact:
-                past = tl.where(upto, tl.zeros([64, 64], gates.dtype), gates[None, :])
-                gaps = sums_of_rows(later, tl.trans(past), TERMS)
-                gaps_to = sums_of_rows(upto, tl.where(tl.trans(upto), tl.zeros([64, 64], gates.dtype), gates[:, None]), TERMS)
-            else:
-                gaps = tl.minimum(entering[None, :] - entering[:, None], 0.0)
-                gaps_to = tl.minimum(entering[:, None] - entering[None, :], 0.0)
+            entering = tl.max(gate_sums(upto, repeated, TERMS), 1)
+            leaving = tl.max(gate_sums(later, repeated, TERMS), 1)
             decay = tl.exp2(tl.sum(gates.to(tl.float32)) * LOG2E)
+            qs = operand(qt * tl.exp2(entering)[:, None], PRECISION)
+            if exact:
+                past = tl.where(earlier, gates[:, None], tl.zeros([64, 64], gates.dtype))
+                gaps = gate_sums(upto, past, TERMS)
+            else:
+                gaps = tl.minimum(entering[:, None] - entering[None, :], 0.0)
+            dA *= tl.exp2(gaps)
+            dA_turned *= tl.exp2(tl.trans(gaps))
+        else:
+            qs = qb
+        aq, ak = tl.zeros([64, BLOCK_K], tl.float32), tl.zeros([64, BLOCK_K], tl.float32)
+        aq = product(operand(tl.where(earlier, dA, 0.0), PRECISION), kn, aq, PRECISION)
+        ak = product(operand(tl.where(later, dA_turned, 0.0), PRECISION), qb, ak, PRECISION)
 
-        dA, dA_turned = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
-        aq, ik = tl.zeros([64, BLOCK_K], tl.float32), tl.zeros([64, BLOCK_K], tl.float32)
+        past_q, ik = tl.zeros([64, BLOCK_K], tl.float32), tl.zeros([64, BLOCK_K], tl.float32)
         own = tl.zeros([BLOCK_K], tl.float32)
         stepped = ()
         for j in tl.static_range(blocks_v):
-            dot_ = load_tile(do, batch, row, head, j * 64, end, V, 64, TMA)
+            dot = load_tile(do, batch, row, head, j * 64, end, V, 64, TMA)
             vt = load_tile(v, batch, row, head // V_SHARE, j * 64, end, V, 64, TMA)
             ht = load_tile(h, slot + c, j * 64, head, key, V, K, BLOCK_K, TMA)
-            dA = product(dot_, tl.trans(vt), dA, PRECISION)
-            dA_turned = product(vt, tl.trans(dot_), dA_turned, PRECISION)
-            aq = product(dot_, ht, aq, PRECISION)
+            if GATE == "head":
+                past_q = product(dot, ht, past_q, PRECISION)
+            else:
+                aq = product(dot, ht, aq, PRECISION)
             ik = product(vt, operand(dS[j], PRECISION), ik, PRECISION)
             own += tl.sum(ht * dS[j], 0)
+            s = dS[j]
             if GATE == "channel":
-                s = product(tl.trans(dot_), qb, dS[j] * decay[None, :], PRECISION)
+                s *= decay[None, :]
             elif GATE == "head":
-                s = product(tl.trans(dot_), operand(qt * tl.exp2(entering)[:, None], PRECISION), dS[j] * decay, PRECISION)
-            else:
-                s = product(tl.trans(dot_), qb, dS[j], PRECISION)
-            stepped = stepped + (s,)
-        diagonal = tl.sum(tl.where(t[:, None] == t[None, :], dA, 0.0), 1)[:, None]
+                s *= decay
+            stepped = stepped + (product(tl.trans(dot), qs, s, PRECISION),)
+        dS = stepped
         if GATE == "channel":
             ik *= tl.where(is_hot, 1.0, decay)[None, :]
-        if GATE == "head":
-            aq *= tl.exp2(entering)[:, None]
+        elif GATE == "head":
+            aq += past_q * tl.exp2(entering)[:, None]
             ik *= tl.exp2(leaving)[:, None]
-            dA *= tl.exp2(gaps_to)
-            dA_turned *= tl.exp2(gaps)
-        aq = product(operand(tl.where(earlier, dA, 0.0), PRECISION), kn, aq, PRECISION)
-        ak = tl.zeros([64, BLOCK_K], tl.float32)
-        ak = product(operand(tl.where(later, dA_turned, 0.0), PRECISION), qb, ak, PRECISION)
-        if GATE == "channel":
-            P, R = qb.to(tl.float32) * aq - kn.to(tl.float32) * ak, kn.to(tl.float32) * ik
-            dgt = sums_of_parts(upto == 0, R, PRECISION) if False else tl.zeros([64, BLOCK_K], tl.float32)
-            dgt = sums_of_parts(earlier, R, dgt, PRECISION)
-            dgt = sums_of_parts(t[:, None] <= t[None, :], P, dgt, PRECISION) + (decay * own)[None, :]
-            store_tile(dg, dgt, batch, row, head, key, end, K, BLOCK_K, TMA)
-        if GATE == "head":
-            P = tl.sum(qb.to(tl.float32) * aq - kn.to(tl.float32) * ak, 1)
-            R = tl.sum(kn.to(tl.float32) * ik, 1)
-            dgt = tl.sum(tl.where(earlier, R[None, :], tl.where(upto, 0.0, 0.0)), 1)
-            dgt += tl.sum(tl.where(t[:, None] <= t[None, :], P[None, :], 0.0), 1) + decay * tl.sum(own, 0)
-            corner = dg[0] + tl.cast(batch, tl.int64) * dg[1] + tl.cast(row, tl.int64) * dg[2] + head * dg[3]
-            tl.store(corner + t * dg[2] + key // BLOCK_K, dgt, mask=row + t < end)
+        pairs = qb.to(tl.float32) * aq - kn.to(tl.float32) * ak
+        past_keys = kn.to(tl.float32) * ik
         aq += diagonal * kn.to(tl.float32)
         ak += ik + diagonal * qb.to(tl.float32)
         if GATE == "channel":
-            aq *= entry
-            ak *= leave
+            dgt = (decay * own)[None, :] + tl.zeros([64, BLOCK_K], tl.float32)
+            dgt = sums_of_rows(earlier, past_keys, dgt, parts)
+            dgt = sums_of_rows(since, pairs, dgt, parts)
+            store_tile(dg, dgt, batch, row, head, key, end, K, BLOCK_K, TMA)
+        elif GATE == "head":
+            pair, past_key = tl.sum(pairs, 1), tl.sum(past_keys, 1)
+            dgt = tl.sum(tl.where(later, past_key[:, None], 0.0) + tl.where(upto, pair[:, None], 0.0), 0)
+            store_gates(dg, dgt + decay * tl.sum(own), batch, row, head, key // BLOCK_K, end)
+        if GATE == "channel":
+            aq *= tl.exp2(e)
+            ak *= tl.exp2(shift)
         store_tile(dq, aq * scale, batch, row, head, key, end, K, BLOCK_K, TMA)
         store_tile(dk, ak, batch, row, head, key, end, K, BLOCK_K, TMA)
-        dS = stepped
     places += (n * HEADS + head).to(tl.int64) * K * V
     for j in tl.static_range(blocks_v):
         inside = (channel < K)[None, :] & (j * 64 + t < V)[:, None]

@@ -35,7 +35,7 @@ from .primitives import (
     operand,
     product,
     store_tile,
-    sums_of_rows,
+    gate_sums,
 )
 
 
@@ -89,6 +89,8 @@ def sweep_values(
             S = S + (tl.zeros([BLOCK_V, BLOCK_K], tl.float32),)
         else:
             inside = (i * BLOCK_K + keys < K) & (columns < V)
+            if REVERSE:  # a gradient of all heads that share the state: one is given it
+                inside &= head % STATE_SHARE == 0
             S = S + (tl.load(first + state + i * BLOCK_K * V, mask=inside, other=0.0),)
     for step in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - step if REVERSE else step
@@ -99,8 +101,8 @@ def sweep_values(
         if GATE == "head":
             gates = load_gates(g, batch, row, head // G_SHARE, end)
             repeated = gates[:, None] + tl.zeros([64, 16], gates.dtype)
-            entering = tl.max(sums_of_rows(reach, repeated, TERMS), 1)
-            leaving = tl.max(sums_of_rows(reach == 0, repeated, TERMS), 1)
+            entering = tl.max(gate_sums(reach, repeated, TERMS), 1)
+            leaving = tl.max(gate_sums(reach == 0, repeated, TERMS), 1)
             decay = tl.exp2(tl.sum(gates.to(tl.float32)) * LOG2E)
         stepped = ()
         for i in tl.static_range(blocks_k):
@@ -109,10 +111,9 @@ def sweep_values(
             s = S[i]
             if GATE == "channel":
                 gt = bounded(load_tile(g, batch, row, head // G_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA))
-                e = sums_of_rows(reach, gt, TERMS)
-                bits = tl.sum(tl.where(t[:, None] == (0 if REVERSE else 63), e, 0.0), 0)
-                if REVERSE:
-                    bits += tl.sum(tl.where(t[:, None] == 0, gt.to(tl.float32), 0.0), 0) * LOG2E
+                e = gate_sums(reach, gt, TERMS)
+                # The sum of all of them is the least of the running sums, for no gate is positive.
+                bits = tl.min(e + gt.to(tl.float32) * LOG2E if REVERSE else e, 0)
                 channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
                 flags = hot + ((slot + c) * HEADS + head) * K + channel
                 if REVERSE:
@@ -122,7 +123,7 @@ def sweep_values(
                     if column == 0:
                         tl.store(flags, tl.where(is_hot, n + 1, 0), mask=channel < K)
                 if exact:
-                    shift = tl.where(is_hot[None, :], sums_of_rows(reach == 0, gt, TERMS), -e)
+                    shift = tl.where(is_hot[None, :], gate_sums(reach == 0, gt, TERMS), -e)
                 else:  # a difference of running sums is as good as 16-bit operands are
                     shift = tl.where(is_hot, bits, 0.0)[None, :] - e
                 at = operand(at * tl.exp2(e), PRECISION)
@@ -148,7 +149,7 @@ def sweep_values(
             yt *= tl.exp2(entering)[:, None]
             if exact:
                 past = tl.where(tl.trans(reach), tl.zeros([64, 64], gates.dtype), gates[:, None])
-                gaps = sums_of_rows(reach, past, TERMS)
+                gaps = gate_sums(reach, past, TERMS)
             else:
                 gaps = tl.minimum(entering[:, None] - entering[None, :], 0.0)
             scores *= tl.exp2(gaps)

@@ -69,20 +69,29 @@ def step_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor)
 MOST_CHUNK_KEY_DIM = 256  # a program holds all keys of some value columns of the state
 MOST_CHUNK_VALUE_DIM = 512
 
-# (block_v, num_warps, num_stages) by K at most, operands in bf16 and in fp32.
-CHUNK = {
-    "sm_80": {64: ((64, 4, 2), (32, 8, 1)), 128: ((64, 8, 2), (32, 8, 1)), 256: ((32, 8, 1), (16, 8, 1))},
+# (columns, num_warps, num_stages), operands in bf16 and in fp32. Of ``sweep_values``: columns of values, by K at most.
+VALUES = {
+    "sm_80": {64: ((64, 4, 2), (32, 4, 1)), 128: ((64, 8, 2), (16, 4, 1)), 256: ((32, 8, 1), (16, 4, 1))},
     "sm_90": {64: ((64, 4, 2), (64, 8, 1)), 128: ((64, 4, 2), (64, 8, 1)), 256: ((64, 8, 2), (32, 8, 1))},
-    "sm_100": {64: ((64, 4, 2), (64, 8, 1)), 128: ((64, 8, 2), (64, 8, 1)), 256: ((64, 8, 2), (32, 8, 1))},
+    "sm_100": {64: ((64, 4, 2), (32, 4, 1)), 128: ((64, 8, 2), (32, 4, 1)), 256: ((32, 8, 2), (16, 4, 1))},
     "gfx942": {64: ((64, 4, 1), (32, 4, 1)), 128: ((64, 4, 1), (32, 4, 1)), 256: ((32, 4, 1), (16, 4, 1))},
 }
+# Of ``sweep_keys``: columns of keys, by V at most.
+KEYS = {
+    "sm_80": {128: ((16, 4, 2), (16, 4, 1)), 256: ((16, 4, 1), (16, 4, 1)), 512: ((16, 8, 1), (16, 8, 1))},
+    "sm_90": {128: ((32, 4, 2), (16, 4, 1)), 256: ((16, 4, 2), (16, 4, 1)), 512: ((16, 4, 1), (16, 4, 1))},
+    "sm_100": {128: ((32, 4, 2), (16, 4, 1)), 256: ((16, 4, 2), (16, 4, 1)), 512: ((16, 4, 1), (16, 4, 1))},
+    "gfx942": {128: ((32, 4, 1), (16, 4, 1)), 256: ((16, 4, 1), (16, 4, 1)), 512: ((16, 4, 1), (16, 4, 1))},
+}
+STATES = (4, 2)  # num_warps, num_stages
 
 
 @dataclass(frozen=True)
 class ChunkLaunch:
-    """How ``sweep_values`` is launched: one program per sequence, head and ``block_v`` value columns."""
+    """How a sweep over chunks is launched: one program per sequence, head and some of the columns."""
 
-    key_dim: int  # the most that the row serves
+    kernel: str
+    most: int  # of the dim that a program holds all of: of keys for ``sweep_values``, of values for ``sweep_keys``
     block_k: int
     block_v: int
     num_warps: int
@@ -93,27 +102,34 @@ class ChunkLaunch:
 
     @property
     def name(self) -> str:
-        dtype = "fp32" if self.wide else "bf16"
-        return f"linear_attention_sweep K{self.key_dim} V{self.block_v} {dtype} warps{self.num_warps}"
+        dims = f"K{self.most} V{self.block_v}" if self.kernel == "sweep_values" else f"K{self.block_k} V{self.most}"
+        return f"linear_attention_{self.kernel} {dims} {'fp32' if self.wide else 'bf16'} warps{self.num_warps}"
 
 
-def chunk_launch(architecture: str, key_dim: int, value_dim: int, wide: bool) -> ChunkLaunch:
-    """Launch parameters of the chunked sweeps.
+def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, wide: bool) -> ChunkLaunch:
+    """Launch parameters of a sweep.
 
     Args:
+        kernel: "sweep_values", "sweep_keys" or "states".
         architecture: such as "sm_90"; one without rows takes those of ``nearest_architecture``.
-        key_dim, value_dim: K, 1 to 256, and V.
+        key_dim, value_dim: K, 1 to 256, and V, 1 to 512.
         wide: operands are fp32, or fp16, which is computed as such.
     """
-    name = nearest_architecture(architecture)
-    most = next(most for most in CHUNK[name] if key_dim <= most)
-    block_v, num_warps, num_stages = CHUNK[name][most][wide]
-    tma = name in ("sm_90", "sm_100")
-    row = ChunkLaunch(
-        most, tile_columns(key_dim), min(block_v, tile_columns(value_dim)), num_warps, num_stages, tma, wide, False
-    )
-    verified = row.name in read_verified(Path(__file__).parent).get(architecture, {})
-    return replace(row, verified=verified)
+    served = nearest_architecture(architecture)
+    block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
+    if kernel == "states":
+        most, (num_warps, num_stages) = block_k, STATES
+    elif kernel == "sweep_keys":
+        most = next(most for most in KEYS[served] if value_dim <= most)
+        columns, num_warps, num_stages = KEYS[served][most][wide]
+        block_k = min(block_k, columns)
+    else:
+        most = next(most for most in VALUES[served] if key_dim <= most)
+        columns, num_warps, num_stages = VALUES[served][most][wide]
+        block_v = min(block_v, columns)
+    tma = served in ("sm_90", "sm_100")
+    row = ChunkLaunch(kernel, most, block_k, block_v, num_warps, num_stages, tma, wide, False)
+    return replace(row, verified=row.name in read_verified(Path(__file__).parent).get(architecture, {}))
 
 
 def tile_columns(dim: int) -> int:

@@ -14,10 +14,10 @@ from torch.library import custom_op
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...runtime.launch import architecture, warn_of_launch
-from .. import chunked
+from .backward import states, sweep_keys
 from .forward import sweep_values
 from .launch import ChunkLaunch, chunk_launch, tile_columns
-from .repair import repair_values
+from .repair import repair_keys, repair_values
 
 FAR = 1 << 24  # elements from a token to the next, of which 32 bits still reach 64
 
@@ -34,9 +34,9 @@ def forward(
     g = None if g is None else _dense(g)
     hot = _flags(o, k, g, cu_seqlens)
     first = None if state is None else state.contiguous()
-    _sweep(q, k, v, g, o, first, last, hot, cu_seqlens, scale, _precision(q, k, v), reverse=False)
+    _sweep_values(q, k, v, g, o, first, last, hot, cu_seqlens, scale, _precision(q, k, v), reverse=False)
     if hot is not None:
-        _repair(q, k, v, g, o, hot, cu_seqlens, scale)
+        _repair_values(q, k, v, g, o, hot, cu_seqlens, scale, reverse=False)
     return o, last
 
 
@@ -57,26 +57,26 @@ def backward(
     do: Tensor,
     dlast: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g (empty without gates) and the initial state, from those of outputs and final states.
-
-    The matrix products of the torch backend: there is no kernel yet.
-    """
-    heads = do.shape[2]
+    """Gradients of q, k, v, g (empty without gates) and the initial state, from those of outputs and final states."""
     given = (q, k, v, q.new_empty(0) if g is None else g)
     if not do.numel() or not dlast.numel():
         zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in given]
         return zeros[0], zeros[1], zeros[2], zeros[3], dlast.clone()
-    repeated = [None if x is None else x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k, v, g)]
-    share = heads // dlast.shape[1]
-    first = torch.zeros_like(dlast) if state is None else state
-    after = dlast.new_zeros(dlast.shape[0], heads, *dlast.shape[2:])
-    after[:, ::share] = dlast  # one of the heads that share a state is given its gradient: all are added up
-    _, _, starts = chunked.forward(*repeated, scale, None, first.repeat_interleave(share, 1), cu_seqlens)
-    *grads, dfirst = chunked.backward(*repeated, scale, None, starts, cu_seqlens, do, after)
-    summed = [
-        y if y.shape == x.shape else y.unflatten(2, (x.shape[2], -1)).sum(3) for x, y in zip(given, grads, strict=True)
-    ]
-    return (*summed, dfirst.unflatten(1, (-1, share)).sum(2))
+    q, k, v, do = map(_dense, (q, k, v, do))
+    g = None if g is None else _dense(g)
+    dlast, first = dlast.contiguous(), None if state is None else state.contiguous()
+    hot, precision = _flags(do, k, g, cu_seqlens), _precision(q, k, v)
+    dq, dk, dv, dg = (_gradients_of(x, do, cu_seqlens) for x in given)
+    dfirst = dlast.new_empty(dlast.shape[0], do.shape[2], *dlast.shape[2:])
+
+    h = _states(k, v, g, do, first, hot, cu_seqlens, precision)
+    dg = _sweep_keys(q, k, v, g, do, h, dq, dk, dg, dlast, dfirst, hot, cu_seqlens, scale, precision)
+    _sweep_values(k, q, do, g, dv, dlast, None, hot, cu_seqlens, scale, precision, reverse=True)
+    if hot is not None:
+        _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale)
+        _repair_values(q, k, do, g, dv, hot, cu_seqlens, scale, reverse=True)
+    grads = [_summed(y, x) for y, x in zip((dq, dk, dv, dg), given, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3], dfirst.unflatten(1, (dlast.shape[1], -1)).sum(2)
 
 
 @backward.register_fake
@@ -114,25 +114,129 @@ def _flags(o: Tensor, k: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) ->
     """Room for the flags of hot channels, [slots,heads,K]; None where gates, per head or none at all, have none."""
     if g is None or g.shape[3] == 1:
         return None
+    new = torch.empty if cu_seqlens is None else torch.zeros  # of a packed row, not all slots have a chunk
+    return new(_slots(o, cu_seqlens)[0], o.shape[2], k.shape[3], dtype=torch.int32, device=o.device)
+
+
+def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """Slots for the chunks of all sequences, see ``find_sequence``, and sequences."""
     if cu_seqlens is None:
-        slots, new = o.shape[0] * -(-o.shape[1] // 64), torch.empty
-    else:
-        slots, new = o.shape[1] // 64 + len(cu_seqlens) - 1, torch.zeros
-    return new(slots, o.shape[2], k.shape[3], dtype=torch.int32, device=o.device)
+        return x.shape[0] * -(-x.shape[1] // 64), x.shape[0]
+    sequences = len(cu_seqlens) - 1
+    return x.shape[1] // 64 + sequences, sequences
+
+
+def _gradients_of(x: Tensor, y: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for the gradients of x, for every head of y: in fp32 where some of these will be summed."""
+    new = x.new_empty if cu_seqlens is None else x.new_zeros
+    if not x.numel():
+        return new(0)
+    shared = x.shape[2] < y.shape[2]
+    return new(*x.shape[:2], y.shape[2], x.shape[3], dtype=torch.float32 if shared else x.dtype)
+
+
+def _summed(grads: Tensor, x: Tensor) -> Tensor:
+    """Gradients of x, from those of the heads that share it."""
+    if grads.shape == x.shape:
+        return grads
+    return grads.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
-def _sweep(a, w, u, g, y, first, last, hot, cu_seqlens, scale, precision, *, reverse) -> None:
-    (batch, tokens, heads, value_dim), key_dim = y.shape, a.shape[3]
-    launch = _launch(a.device, key_dim, value_dim, precision)
-    gate = _gate(g)
-    tiles = [a, w, u, y, *([g] if gate == "channel" else [])]
+def _states(k, v, g, do, first, hot, cu_seqlens, precision) -> Tensor:
+    """The states before all chunks, [slots,V,heads,K]."""
+    (batch, tokens, heads, value_dim), key_dim = do.shape, k.shape[3]
+    slots, sequences = _slots(do, cu_seqlens)
+    h = k.new_empty(
+        slots, value_dim, heads, key_dim, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    launch, gate = _launch("states", k.device, key_dim, value_dim, precision), _gate(g)
+    tma = launch.tma and cu_seqlens is None and all(map(_describable, (k, v, h, *([g] if gate == "channel" else []))))
+    kernel: Any = states
+    with torch.cuda.device_of(k):  # Triton launches on the current device
+        kernel[(sequences * heads * triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64),)](
+            _tile(k, launch.block_k, tma),
+            _tile(v, 64, tma),
+            None if g is None else _tile(g, launch.block_k, tma and gate == "channel"),
+            _tile(h, launch.block_k, tma),
+            first,
+            hot,
+            cu_seqlens,
+            tokens,
+            K=key_dim,
+            V=value_dim,
+            HEADS=heads,
+            K_SHARE=heads // k.shape[2],
+            V_SHARE=heads // v.shape[2],
+            G_SHARE=1 if g is None else heads // g.shape[2],
+            STATE_SHARE=1 if first is None else heads // first.shape[1],
+            GATE=gate,
+            TERMS=_terms(g, precision),
+            PRECISION=precision,
+            TMA=tma,
+            BLOCK_K=launch.block_k,
+            STAGES=launch.num_stages,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return h
+
+
+def _sweep_keys(q, k, v, g, do, h, dq, dk, dg, dlast, dfirst, hot, cu_seqlens, scale, precision) -> Tensor:
+    """Gradients of q, k and the initial state where they belong; returns those of g."""
+    (_, tokens, heads, value_dim), key_dim = do.shape, k.shape[3]
+    launch, gate = _launch("sweep_keys", k.device, key_dim, value_dim, precision), _gate(g)
+    blocks = triton.cdiv(key_dim, launch.block_k)
+    if gate == "head":  # every program has a part
+        dg = dg.new_zeros(*do.shape[:3], blocks, dtype=torch.float32)
+    tiles = [q, k, v, do, h, dq, dk, *([g, dg] if gate == "channel" else [])]
     tma = launch.tma and cu_seqlens is None and all(map(_describable, tiles))
-    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    states = heads if last is None else last.shape[1]
+    kernel: Any = sweep_keys
+    with torch.cuda.device_of(k):
+        kernel[(dfirst.shape[0] * heads * blocks,)](
+            _tile(q, launch.block_k, tma),
+            _tile(k, launch.block_k, tma),
+            _tile(v, 64, tma),
+            None if g is None else _tile(g, launch.block_k, tma and gate == "channel"),
+            _tile(do, 64, tma),
+            _tile(h, launch.block_k, tma),
+            _tile(dq, launch.block_k, tma),
+            _tile(dk, launch.block_k, tma),
+            None if g is None else _tile(dg, launch.block_k, tma and gate == "channel"),
+            dlast,
+            dfirst,
+            hot,
+            cu_seqlens,
+            float(scale),
+            tokens,
+            K=key_dim,
+            V=value_dim,
+            HEADS=heads,
+            Q_SHARE=heads // q.shape[2],
+            K_SHARE=heads // k.shape[2],
+            V_SHARE=heads // v.shape[2],
+            G_SHARE=1 if g is None else heads // g.shape[2],
+            STATE_SHARE=heads // dlast.shape[1],
+            GATE=gate,
+            TERMS=_terms(g, precision),
+            PRECISION=precision,
+            TMA=tma,
+            BLOCK_K=launch.block_k,
+            STAGES=launch.num_stages,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return dg.sum(3, keepdim=True) if gate == "head" else dg
+
+
+def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, precision, *, reverse) -> None:
+    (_, tokens, heads, value_dim), key_dim = y.shape, a.shape[3]
+    launch, gate = _launch("sweep_values", a.device, key_dim, value_dim, precision), _gate(g)
+    tma = launch.tma and cu_seqlens is None and all(map(_describable, (a, w, u, y, *([g] if gate == "channel" else []))))
+    carried = first if last is None else last
     kernel: Any = sweep_values
-    with torch.cuda.device_of(y):  # Triton launches on the current device
-        kernel[(sequences * heads * triton.cdiv(value_dim, launch.block_v),)](
+    with torch.cuda.device_of(y):
+        kernel[(_slots(y, cu_seqlens)[1] * heads * triton.cdiv(value_dim, launch.block_v),)](
             *(_tile(x, launch.block_k, tma) for x in (a, w)),
             _tile(u, launch.block_v, tma),
             None if g is None else _tile(g, launch.block_k, tma and gate == "channel"),
@@ -150,7 +254,7 @@ def _sweep(a, w, u, g, y, first, last, hot, cu_seqlens, scale, precision, *, rev
             W_SHARE=heads // w.shape[2],
             U_SHARE=heads // u.shape[2],
             G_SHARE=1 if g is None else heads // g.shape[2],
-            STATE_SHARE=heads // states,
+            STATE_SHARE=heads // carried.shape[1],
             GATE=gate,
             TERMS=_terms(g, precision),
             PRECISION=precision,
@@ -164,30 +268,36 @@ def _sweep(a, w, u, g, y, first, last, hot, cu_seqlens, scale, precision, *, rev
         )
 
 
-def _repair(q, k, v, g, o, hot, cu_seqlens, scale) -> None:
-    (_, tokens, heads, value_dim), key_dim = o.shape, k.shape[3]
-    precision = _precision(q, k, v)
-    block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
-    kernel: Any = repair_values
-    with torch.cuda.device_of(o):
-        kernel[(hot.shape[0] * heads,)](
-            *((x, *x.stride()[:3]) for x in (q, k, v, g, o)),
+def _repair_values(q, k, u, g, y, hot, cu_seqlens, scale, *, reverse) -> None:
+    tensors = (q, k, u, g, y)
+    shares = {f"{name}_SHARE": y.shape[2] // x.shape[2] for name, x in zip("QKUG", tensors, strict=False)}
+    _repair(repair_values, tensors, hot, cu_seqlens, scale, y, _precision(q, k, u), {**shares, "REVERSE": reverse})
+
+
+def _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale) -> None:
+    tensors = (q, k, v, g, do, dq, dk, dg)
+    shares = {f"{name}_SHARE": do.shape[2] // x.shape[2] for name, x in zip("QKVG", tensors, strict=False)}
+    _repair(repair_keys, tensors, hot, cu_seqlens, scale, do, _precision(q, k, v), shares)
+
+
+def _repair(kernel: Any, tensors, hot, cu_seqlens, scale, y, precision, constexprs) -> None:
+    key_dim, value_dim = hot.shape[2], y.shape[3]
+    with torch.cuda.device_of(y):
+        kernel[(hot.shape[0] * hot.shape[1],)](
+            *((x, *x.stride()[:3]) for x in tensors),
             hot,
             cu_seqlens,
             float(scale),
-            tokens,
+            y.shape[1],
             K=key_dim,
             V=value_dim,
-            HEADS=heads,
-            Q_SHARE=heads // q.shape[2],
-            K_SHARE=heads // k.shape[2],
-            V_SHARE=heads // v.shape[2],
-            G_SHARE=heads // g.shape[2],
-            TERMS=_terms(g, precision),
+            HEADS=hot.shape[1],
+            **constexprs,
+            TERMS=_terms(tensors[3], precision),
             PRECISION=precision,
             KEYS=triton.next_power_of_2(key_dim),
-            BLOCK_K=block_k,
-            BLOCK_V=block_v,
+            BLOCK_K=tile_columns(key_dim),
+            BLOCK_V=tile_columns(value_dim),
             num_warps=4,
             num_stages=1,
         )
@@ -196,7 +306,8 @@ def _repair(q, k, v, g, o, hot, cu_seqlens, scale) -> None:
 def _tile(x: Tensor, block: int, tma: bool) -> Any:
     """x as the kernels take it: see ``primitives``."""
     if tma:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, block])
+        x = x.transpose(1, 2)  # only leading ones of a loaded block are dropped without passing through registers
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 64, block])
     return (x, *x.stride()[:3])
 
 
@@ -229,10 +340,10 @@ def _precision(*tensors: Tensor) -> str:
 
 
 @cache
-def _launch(device: torch.device, key_dim: int, value_dim: int, precision: str) -> ChunkLaunch:
+def _launch(kernel: str, device: torch.device, key_dim: int, value_dim: int, precision: str) -> ChunkLaunch:
     """The launch row, with what has to be said about it said."""
     name = architecture(device)
-    launch = chunk_launch(name, key_dim, value_dim, precision != "bf16")
+    launch = chunk_launch(kernel, name, key_dim, value_dim, precision != "bf16")
     if device.type != "cpu":
         warn_of_launch(name, launch.name, launch.verified)
     return launch

@@ -39,7 +39,7 @@ def load_tile(x, batch, row, head, column, end, D, BLOCK: tl.constexpr, TMA: tl.
     A descriptor ends where its tensor does: ``end`` has to be T.
     """
     if TMA:
-        tile = x.load([batch, row, head, column]).reshape(64, BLOCK)
+        tile = x.load([batch, head, row, column]).reshape(64, BLOCK)
     else:
         addresses, inside = _addresses(x, batch, row, head, column, end, D, BLOCK)
         tile = tl.load(addresses, mask=inside, other=0.0)
@@ -50,7 +50,7 @@ def load_tile(x, batch, row, head, column, end, D, BLOCK: tl.constexpr, TMA: tl.
 def store_tile(x, value, batch, row, head, column, end, D, BLOCK: tl.constexpr, TMA: tl.constexpr):
     """Tile to the place that ``load_tile`` would load it from, in the tensor's dtype."""
     if TMA:
-        x.store([batch, row, head, column], value.to(x.dtype).reshape(1, 64, 1, BLOCK))
+        x.store([batch, head, row, column], value.to(x.dtype).reshape(1, 1, 64, BLOCK))
     else:
         addresses, inside = _addresses(x, batch, row, head, column, end, D, BLOCK)
         tl.store(addresses, value.to(x[0].dtype.element_ty), mask=inside)
@@ -72,26 +72,39 @@ def load_gates(g, batch, row, head, end):
 
 
 @triton.jit
+def store_gates(g, value, batch, row, head, column, end):
+    """[64] to a column of g, a tuple, up to token ``end``."""
+    t = tl.arange(0, 64)
+    corner = g[0] + tl.cast(batch, tl.int64) * g[1] + tl.cast(row, tl.int64) * g[2] + tl.cast(head, tl.int64) * g[3]
+    tl.store(corner + t * g[2] + column, value, mask=row + t < end)
+
+
+@triton.jit
 def bounded(g):
     """Gates without -inf, which times zero would be NaN."""
     return tl.maximum(g, FLOOR).to(g.dtype)
 
 
 @triton.jit
-def sums_of_rows(matrix, g, TERMS: tl.constexpr):
-    """matrix @ g in bits, [64,BLOCK] fp32; the matrix holds zeros and ones.
+def sums_of_rows(matrix, x, total, TERMS: tl.constexpr):
+    """total + matrix @ x, [64,BLOCK] in fp32; the matrix holds zeros and ones.
 
-    Gates in 16 bits are operands as they are; those in fp32 are split into TERMS parts in bf16, 8 bits each.
+    What has 16 bits is an operand as it is; what is in fp32 is split into TERMS parts in bf16, 8 bits each.
     """
     if TERMS == 1:
-        total = tl.dot(matrix.to(g.dtype), g, input_precision="ieee")
+        total = tl.dot(matrix.to(x.dtype), x, total, input_precision="ieee")
     else:
-        total = tl.zeros(g.shape, tl.float32)
         for _ in tl.static_range(TERMS):
-            part = g.to(tl.bfloat16)
+            part = x.to(tl.bfloat16)
             total = tl.dot(matrix.to(tl.bfloat16), part, total, input_precision="ieee")
-            g -= part.to(tl.float32)
-    return total * LOG2E
+            x -= part.to(tl.float32)
+    return total
+
+
+@triton.jit
+def gate_sums(matrix, g, TERMS: tl.constexpr):
+    """matrix @ g in bits: sums of gates that the matrix picks."""
+    return sums_of_rows(matrix, g, tl.zeros(g.shape, tl.float32), TERMS) * LOG2E
 
 
 @triton.jit

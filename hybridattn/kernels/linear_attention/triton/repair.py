@@ -12,7 +12,7 @@ matrix, as everywhere. One program per chunk and head, which ends at once where 
 import triton
 import triton.language as tl
 
-from .primitives import bounded, find_sequence, load_tile, operand, product, store_tile, sums_of_rows
+from .primitives import bounded, find_sequence, gate_sums, load_tile, operand, product, store_tile, sums_of_rows
 
 
 @triton.jit
@@ -27,21 +27,23 @@ def find_chunk(hot, cu_seqlens, T, K: tl.constexpr, HEADS: tl.constexpr, KEYS: t
 
 @triton.jit
 def halves(LEVEL: tl.constexpr):
-    """For blocks of 2^(LEVEL + 1) tokens: [64] right half or not, [64,64] gates from the middle to the row, pairs."""
+    """For blocks of 2^(LEVEL + 1) tokens: [64] right half or not, [64,64] gates from the middle to the row, [64,64]
+    pairs of tokens in sibling halves."""
     t = tl.arange(0, 64)
     block, middle = t >> (LEVEL + 1), ((t >> (LEVEL + 1)) << (LEVEL + 1)) + 2**LEVEL - 1
     right = t > middle
     before, after = tl.minimum(t, middle)[:, None], tl.maximum(t, middle)[:, None]
-    return right, (t[None, :] > before) & (t[None, :] <= after), block[:, None] == block[None, :]
+    siblings = (block[:, None] == block[None, :]) & (right[:, None] != right[None, :])
+    return right, (t[None, :] > before) & (t[None, :] <= after), siblings
 
 
 @triton.jit(do_not_specialize=["scale"])
 def repair_values(
-    q,  # [B,T,*,K], like k, v and g a tuple: see ``primitives``
+    q,  # [B,T,*,K], like what follows a tuple: see ``primitives``
     k,  # [B,T,*,K]
-    v,  # [B,T,*,V]
+    u,  # v [B,T,*,V]; with REVERSE the gradient of o
     g,  # [B,T,*,K]
-    o,  # [B,T,HEADS,V], added to
+    y,  # o [B,T,HEADS,V], added to; with REVERSE the gradient of v
     hot,  # int32 [slots,HEADS,K]
     cu_seqlens,
     scale,
@@ -51,10 +53,11 @@ def repair_values(
     HEADS: tl.constexpr,
     Q_SHARE: tl.constexpr,
     K_SHARE: tl.constexpr,
-    V_SHARE: tl.constexpr,
+    U_SHARE: tl.constexpr,
     G_SHARE: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
     KEYS: tl.constexpr,  # the power of two that holds K
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -72,14 +75,83 @@ def repair_values(
         qt = load_tile(q, batch, row, head // Q_SHARE, i, end, K, BLOCK_K, False).to(tl.float32) * scale
         scores += tl.where(t[:, None] == t[None, :], tl.sum(qt * kt, 1)[:, None], 0.0)
         for level in tl.static_range(6):
-            right, reach, same = halves(level)
-            x = tl.where(right[:, None], tl.where(is_hot, qt, 0.0), kt) * tl.exp2(sums_of_rows(reach, gt, TERMS))
+            right, reach, siblings = halves(level)
+            x = tl.where(right[:, None], tl.where(is_hot, qt, 0.0), kt) * tl.exp2(gate_sums(reach, gt, TERMS))
             x = operand(x, PRECISION)
             pairs = product(x, tl.trans(x), tl.zeros([64, 64], tl.float32), PRECISION)
-            scores += tl.where(same & right[:, None] & (right == 0)[None, :], pairs, 0.0)
+            later = tl.where(REVERSE, t[None, :] > t[:, None], t[:, None] > t[None, :])
+            scores += tl.where(siblings & later, pairs, 0.0)
     scores = operand(scores, PRECISION)
     for j in range(0, V, BLOCK_V):
+        ut = load_tile(u, batch, row, head // U_SHARE, j, end, V, BLOCK_V, False)
+        yt = load_tile(y, batch, row, head, j, end, V, BLOCK_V, False).to(tl.float32)
+        yt = product(scores, ut, yt, PRECISION)
+        store_tile(y, yt, batch, row, head, j, end, V, BLOCK_V, False)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def repair_keys(
+    q,  # [B,T,*,K], like what follows a tuple: see ``primitives``
+    k,  # [B,T,*,K]
+    v,  # [B,T,*,V]
+    g,  # [B,T,*,K]
+    do,  # [B,T,HEADS,V]
+    dq,  # [B,T,HEADS,K], like dk and dg added to
+    dk,
+    dg,
+    hot,  # int32 [slots,HEADS,K]
+    cu_seqlens,
+    scale,
+    T,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    HEADS: tl.constexpr,
+    Q_SHARE: tl.constexpr,
+    K_SHARE: tl.constexpr,
+    V_SHARE: tl.constexpr,
+    G_SHARE: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Of a pair's two rows x, the one gets the score's gradient times the other, and all gates between them their
+    product; so with the matrix of a level's gradients made symmetric, one product serves both halves."""
+    n, batch, row, end, head, flags = find_chunk(hot, cu_seqlens, T, K, HEADS, KEYS)
+    if n < 0:
+        return
+    parts: tl.constexpr = 3 if PRECISION == "tf32x3" or PRECISION == "ieee" else 2
+    t = tl.arange(0, 64)
+    dA, dA_turned = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
+    for j in range(0, V, BLOCK_V):
         vt = load_tile(v, batch, row, head // V_SHARE, j, end, V, BLOCK_V, False)
-        ot = load_tile(o, batch, row, head, j, end, V, BLOCK_V, False).to(tl.float32)
-        ot = product(scores, vt, ot, PRECISION)
-        store_tile(o, ot, batch, row, head, j, end, V, BLOCK_V, False)
+        dot = load_tile(do, batch, row, head, j, end, V, BLOCK_V, False)
+        dA = product(dot, tl.trans(vt), dA, PRECISION)
+        dA_turned = product(vt, tl.trans(dot), dA_turned, PRECISION)
+    later = t[:, None] > t[None, :]
+    dA = tl.where(later, dA, tl.where(t[:, None] == t[None, :], dA, dA_turned)) * scale
+    diagonal = tl.sum(tl.where(t[:, None] == t[None, :], dA, 0.0), 1)[:, None]
+    for i in range(0, K, BLOCK_K):
+        channel = i + tl.arange(0, BLOCK_K)
+        is_hot = tl.load(flags + channel, mask=channel < K, other=0)[None, :] > 0
+        gt = bounded(load_tile(g, batch, row, head // G_SHARE, i, end, K, BLOCK_K, False))
+        kt = load_tile(k, batch, row, head // K_SHARE, i, end, K, BLOCK_K, False).to(tl.float32)
+        qt = load_tile(q, batch, row, head // Q_SHARE, i, end, K, BLOCK_K, False).to(tl.float32)
+        dqt, dkt, dgt = diagonal * kt, diagonal * qt, tl.zeros([64, BLOCK_K], tl.float32)
+        for level in tl.static_range(6):
+            right, reach, siblings = halves(level)
+            factor = tl.exp2(gate_sums(reach, gt, TERMS))
+            x = tl.where(right[:, None], qt, kt) * factor
+            dx = operand(tl.where(siblings, dA, 0.0), PRECISION)
+            dx = product(dx, operand(x, PRECISION), tl.zeros([64, BLOCK_K], tl.float32), PRECISION)
+            dgt = sums_of_rows(tl.trans(reach), x * dx, dgt, parts)
+            dx *= factor
+            dqt += tl.where(right[:, None], dx, 0.0)
+            dkt += tl.where(right[:, None], 0.0, dx)
+        dqt = tl.where(is_hot, dqt, 0.0) + load_tile(dq, batch, row, head, i, end, K, BLOCK_K, False).to(tl.float32)
+        dkt = tl.where(is_hot, dkt, 0.0) + load_tile(dk, batch, row, head, i, end, K, BLOCK_K, False).to(tl.float32)
+        dgt = tl.where(is_hot, dgt, 0.0) + load_tile(dg, batch, row, head, i, end, K, BLOCK_K, False).to(tl.float32)
+        store_tile(dq, dqt, batch, row, head, i, end, K, BLOCK_K, False)
+        store_tile(dk, dkt, batch, row, head, i, end, K, BLOCK_K, False)
+        store_tile(dg, dgt, batch, row, head, i, end, K, BLOCK_K, False)
