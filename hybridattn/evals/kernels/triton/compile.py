@@ -1,8 +1,8 @@
 """The compile gate: every shipped launch row compiled for every architecture, without a GPU, and held to ceilings.
 
 What is read from the machine code: registers per thread, spill instructions (local loads and stores), spilled bytes
-per thread, shared memory per program, matrix and TMA instructions. ``ceilings.json`` has the figures of one version of
-Triton, whose compiler they depend on.
+per thread, shared memory per program, columns of tensor memory (sm_100), matrix and TMA instructions. ``ceilings.json``
+has the figures of one version of Triton, whose compiler they depend on.
 """
 
 import json
@@ -26,6 +26,7 @@ from ....kernels.runtime.launch import SHARED_MEMORY, CompileRow
 FAMILIES = ("linear_attention", "flash_attention")  # whose triton folder has a module ``rows`` with ``compile_rows``
 CEILINGS = Path(__file__).with_name("ceilings.json")
 HELD = ("registers", "spill_instructions", "spilled_bytes", "shared_memory")  # may not rise
+TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100; Triton has no such memory to give elsewhere
 PRESENT = ("matrix", "tma")  # counts of instructions that may not vanish
 NVIDIA_TOOLS = Path(triton.__file__).with_name("backends") / "nvidia" / "bin"
 
@@ -79,7 +80,9 @@ def measure(row: CompileRow, architecture: str) -> Figures:
         compiled = triton.compile(_source(row), target=target, options=options)
         seconds = time.perf_counter() - start
         figures = _of_cubin(compiled, Path(folder)) if target.backend == "cuda" else _of_amdgcn(compiled.asm["amdgcn"])
-    return {**figures, "shared_memory": compiled.metadata.shared, "seconds": round(seconds, 2)}
+    metadata = compiled.metadata
+    memory = {"shared_memory": metadata.shared, "tensor_memory": getattr(metadata, "tmem_size", None) or 0}
+    return {**figures, **memory, "seconds": round(seconds, 2)}
 
 
 def _source(row: CompileRow) -> ASTSource:
@@ -157,6 +160,8 @@ def complaints(architecture: str, figures: Figures, ceiling: Figures | None) -> 
     limit = SHARED_MEMORY[architecture]
     if figures["shared_memory"] > limit:
         found.append(f"shared memory {figures['shared_memory']} is over the architecture's {limit}")
+    if figures["tensor_memory"] > TENSOR_MEMORY:
+        found.append(f"tensor memory {figures['tensor_memory']} is over the architecture's {TENSOR_MEMORY}")
     if ceiling is None:
         return [*found, "no ceiling recorded (--record does)"]
     found += [f"{name} {figures[name]} is over {ceiling[name]}" for name in HELD if figures[name] > ceiling[name]]
@@ -199,7 +204,7 @@ def run(
         print(f"ceilings are of Triton {ceilings['triton']}, this is {triton.__version__}")
         if record and not (may_rise and not architectures and not kernels):
             raise ValueError("record: another version of Triton needs all rows anew, with --may-rise")
-    names = (*HELD, *PRESENT, "seconds")
+    names = (*HELD, "tensor_memory", *PRESENT, "seconds")
     print(f"{'':<52}" + "".join(f"{name.replace('_', ' '):>20}" for name in names))
     for architecture, each in rows.items():
         held = ceilings["rows"].setdefault(architecture, {})

@@ -30,12 +30,12 @@ from .primitives import (
     LOG2E,
     bounded,
     find_sequence,
+    gate_sums,
     load_gates,
     load_tile,
     operand,
     product,
     store_tile,
-    gate_sums,
 )
 
 

@@ -1,12 +1,13 @@
 """Launch parameters of the linear-attention kernels, by architecture and dims. Pure: needs neither Triton nor a GPU."""
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...runtime.launch import nearest_architecture, read_verified
+from ...runtime.launch import architecture, nearest_architecture, read_verified
 
 MOST_TOKENS = 8  # of one step: beyond, a chunk's matrix products are the faster way
 MOST_KEY_DIM = 1024  # a program holds all keys of some value columns of the state
@@ -69,19 +70,34 @@ def step_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor)
 MOST_CHUNK_KEY_DIM = 256  # a program holds all keys of some value columns of the state
 MOST_CHUNK_VALUE_DIM = 512
 
-# (columns, num_warps, num_stages), operands in bf16 and in fp32. Of ``sweep_values``: columns of values, by K at most.
+# (columns, num_warps, num_stages) by what operands of products are. Of ``sweep_values``: columns of values, by K at
+# most. A state in fp32 and three products for one leave fp32 without a row where registers or tensor memory are short.
 VALUES = {
-    "sm_80": {64: ((64, 4, 2), (32, 4, 1)), 128: ((64, 8, 2), (16, 4, 1)), 256: ((32, 8, 1), (16, 4, 1))},
-    "sm_90": {64: ((64, 4, 2), (64, 8, 1)), 128: ((64, 4, 2), (64, 8, 1)), 256: ((64, 8, 2), (32, 8, 1))},
-    "sm_100": {64: ((64, 4, 2), (32, 4, 1)), 128: ((64, 8, 2), (32, 4, 1)), 256: ((32, 8, 2), (16, 4, 1))},
-    "gfx942": {64: ((64, 4, 1), (32, 4, 1)), 128: ((64, 4, 1), (32, 4, 1)), 256: ((32, 4, 1), (16, 4, 1))},
+    "sm_80": {
+        "bf16": {64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 8, 1)},
+        "fp16": {64: (64, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1)},
+    },
+    "sm_90": {
+        "bf16": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 2)},
+        "fp16": {64: (64, 4, 1), 128: (32, 4, 2), 256: (32, 4, 1)},
+        "fp32": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
+    },
+    "sm_100": {
+        "bf16": {64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 4, 1)},
+        "fp16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 4, 1)},
+    },
+    "gfx942": {
+        "bf16": {64: (64, 4, 1), 128: (64, 4, 1), 256: (32, 4, 1)},
+        "fp16": {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
+        "fp32": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
+    },
 }
-# Of ``sweep_keys``: columns of keys, by V at most.
+# Of ``sweep_keys``: columns of keys, by V at most; more values than the table has go in several launches.
 KEYS = {
-    "sm_80": {128: ((16, 4, 2), (16, 4, 1)), 256: ((16, 4, 1), (16, 4, 1)), 512: ((16, 8, 1), (16, 8, 1))},
-    "sm_90": {128: ((32, 4, 2), (16, 4, 1)), 256: ((16, 4, 2), (16, 4, 1)), 512: ((16, 4, 1), (16, 4, 1))},
-    "sm_100": {128: ((32, 4, 2), (16, 4, 1)), 256: ((16, 4, 2), (16, 4, 1)), 512: ((16, 4, 1), (16, 4, 1))},
-    "gfx942": {128: ((32, 4, 1), (16, 4, 1)), 256: ((16, 4, 1), (16, 4, 1)), 512: ((16, 4, 1), (16, 4, 1))},
+    "sm_80": {"bf16": {128: (16, 4, 2)}, "fp16": {128: (16, 4, 1)}},
+    "sm_90": {"bf16": {128: (32, 4, 2), 256: (16, 4, 2)}, "fp16": {128: (16, 4, 1)}, "fp32": {128: (16, 4, 1)}},
+    "sm_100": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}},
+    "gfx942": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}, "fp32": {128: (16, 4, 1)}},
 }
 STATES = (4, 2)  # num_warps, num_stages
 
@@ -91,45 +107,53 @@ class ChunkLaunch:
     """How a sweep over chunks is launched: one program per sequence, head and some of the columns."""
 
     kernel: str
+    operands: str  # "bf16", "fp16" or "fp32"
     most: int  # of the dim that a program holds all of: of keys for ``sweep_values``, of values for ``sweep_keys``
     block_k: int
     block_v: int
     num_warps: int
     num_stages: int
     tma: bool
-    wide: bool  # operands of products in fp32
     verified: bool
 
     @property
     def name(self) -> str:
         dims = f"K{self.most} V{self.block_v}" if self.kernel == "sweep_values" else f"K{self.block_k} V{self.most}"
-        return f"linear_attention_{self.kernel} {dims} {'fp32' if self.wide else 'bf16'} warps{self.num_warps}"
+        return f"linear_attention_{self.kernel} {dims} {self.operands} warps{self.num_warps}"
 
 
-def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, wide: bool) -> ChunkLaunch:
+def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, operands: str) -> ChunkLaunch:
     """Launch parameters of a sweep.
 
     Args:
         kernel: "sweep_values", "sweep_keys" or "states".
         architecture: such as "sm_90"; one without rows takes those of ``nearest_architecture``.
-        key_dim, value_dim: K, 1 to 256, and V, 1 to 512.
-        wide: operands are fp32, or fp16, which is computed as such.
+        key_dim, value_dim: K, 1 to 256, and V, 1 to 512. A row of ``sweep_keys`` may serve fewer values at a time.
+        operands: "bf16", "fp16" or "fp32", for which ``chunk_lacks`` found nothing.
     """
     served = nearest_architecture(architecture)
     block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
     if kernel == "states":
-        most, (num_warps, num_stages) = block_k, STATES
+        most, (num_warps, num_stages) = 64, STATES
     elif kernel == "sweep_keys":
-        most = next(most for most in KEYS[served] if value_dim <= most)
-        columns, num_warps, num_stages = KEYS[served][most][wide]
+        rows = KEYS[served][operands]
+        most = min((most for most in rows if value_dim <= most), default=max(rows))
+        columns, num_warps, num_stages = rows[most]
         block_k = min(block_k, columns)
     else:
-        most = next(most for most in VALUES[served] if key_dim <= most)
-        columns, num_warps, num_stages = VALUES[served][most][wide]
+        rows = VALUES[served][operands]
+        most = min(most for most in rows if key_dim <= most)
+        columns, num_warps, num_stages = rows[most]
         block_v = min(block_v, columns)
     tma = served in ("sm_90", "sm_100")
-    row = ChunkLaunch(kernel, most, block_k, block_v, num_warps, num_stages, tma, wide, False)
+    row = ChunkLaunch(kernel, operands, most, block_k, block_v, num_warps, num_stages, tma, False)
     return replace(row, verified=row.name in read_verified(Path(__file__).parent).get(architecture, {}))
+
+
+def operand_name(*tensors: Tensor) -> str:
+    """What operands of these tensors' products are: "bf16", "fp16" or "fp32"."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
 
 
 def tile_columns(dim: int) -> int:
@@ -148,4 +172,7 @@ def chunk_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
         return f"k: expected a key dim of at most {MOST_CHUNK_KEY_DIM}, got {k.shape[3]}"
     if v.shape[3] > MOST_CHUNK_VALUE_DIM:
         return f"v: expected a value dim of at most {MOST_CHUNK_VALUE_DIM}, got {v.shape[3]}"
+    name = nearest_architecture(architecture(q.device))
+    if (operands := operand_name(q, k, v)) not in VALUES[name]:
+        return f"q: expected 16-bit operands on {name}, got {operands}"
     return None

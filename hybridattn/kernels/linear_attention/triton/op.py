@@ -4,7 +4,10 @@ B batch, T time, N sequences; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hv,V], g [B,T,Hg
 [N,Hs,K,V]. Heads that are fewer than those of o are shared by neighbours: read where they are, not repeated.
 """
 
-from functools import cache, reduce
+# pyright: reportCallIssue=false, reportArgumentType=false
+# It takes a launch for a call of the function as it is written.
+
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...runtime.launch import architecture, warn_of_launch
 from .backward import states, sweep_keys
 from .forward import sweep_values
-from .launch import ChunkLaunch, chunk_launch, tile_columns
+from .launch import ChunkLaunch, chunk_launch, operand_name, tile_columns
 from .repair import repair_keys, repair_values
 
 FAR = 1 << 24  # elements from a token to the next, of which 32 bits still reach 64
@@ -34,9 +37,10 @@ def forward(
     g = None if g is None else _dense(g)
     hot = _flags(o, k, g, cu_seqlens)
     first = None if state is None else state.contiguous()
-    _sweep_values(q, k, v, g, o, first, last, hot, cu_seqlens, scale, _precision(q, k, v), reverse=False)
+    operands = operand_name(q, k, v)
+    _sweep_values(q, k, v, g, o, first, last, hot, cu_seqlens, scale, operands, reverse=False)
     if hot is not None:
-        _repair_values(q, k, v, g, o, hot, cu_seqlens, scale, reverse=False)
+        _repair_values(q, k, v, g, o, hot, cu_seqlens, scale, operands, reverse=False)
     return o, last
 
 
@@ -65,16 +69,15 @@ def backward(
     q, k, v, do = map(_dense, (q, k, v, do))
     g = None if g is None else _dense(g)
     dlast, first = dlast.contiguous(), None if state is None else state.contiguous()
-    hot, precision = _flags(do, k, g, cu_seqlens), _precision(q, k, v)
-    dq, dk, dv, dg = (_gradients_of(x, do, cu_seqlens) for x in given)
-    dfirst = dlast.new_empty(dlast.shape[0], do.shape[2], *dlast.shape[2:])
+    hot, operands = _flags(do, k, g, cu_seqlens), operand_name(q, k, v)
 
-    h = _states(k, v, g, do, first, hot, cu_seqlens, precision)
-    dg = _sweep_keys(q, k, v, g, do, h, dq, dk, dg, dlast, dfirst, hot, cu_seqlens, scale, precision)
-    _sweep_values(k, q, do, g, dv, dlast, None, hot, cu_seqlens, scale, precision, reverse=True)
+    h = _states(k, v, g, do, first, hot, cu_seqlens, operands)
+    dq, dk, dg, dfirst = _key_gradients(q, k, v, g, do, h, dlast, hot, cu_seqlens, scale, operands)
+    dv = _gradients_of(v, do, cu_seqlens)
+    _sweep_values(k, q, do, g, dv, dlast, None, hot, cu_seqlens, scale, operands, reverse=True)
     if hot is not None:
-        _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale)
-        _repair_values(q, k, do, g, dv, hot, cu_seqlens, scale, reverse=True)
+        _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale, operands)
+        _repair_values(q, k, do, g, dv, hot, cu_seqlens, scale, operands, reverse=True)
     grads = [_summed(y, x) for y, x in zip((dq, dk, dv, dg), given, strict=True)]
     return grads[0], grads[1], grads[2], grads[3], dfirst.unflatten(1, (dlast.shape[1], -1)).sum(2)
 
@@ -126,120 +129,108 @@ def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return x.shape[1] // 64 + sequences, sequences
 
 
-def _gradients_of(x: Tensor, y: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Room for the gradients of x, for every head of y: in fp32 where some of these will be summed."""
-    new = x.new_empty if cu_seqlens is None else x.new_zeros
-    if not x.numel():
-        return new(0)
-    shared = x.shape[2] < y.shape[2]
-    return new(*x.shape[:2], y.shape[2], x.shape[3], dtype=torch.float32 if shared else x.dtype)
+def _gradients_of(x: Tensor, y: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for the gradients of x for every head of y, in fp32 where those of heads are to be summed."""
+    new = x.new_empty if cu_seqlens is None else x.new_zeros  # no program has tokens past the last offset
+    dtype = dtype or (torch.float32 if x.shape[2] < y.shape[2] else x.dtype)
+    return new(*x.shape[:2], y.shape[2], x.shape[3], dtype=dtype)
 
 
 def _summed(grads: Tensor, x: Tensor) -> Tensor:
-    """Gradients of x, from those of the heads that share it."""
-    if grads.shape == x.shape:
-        return grads
-    return grads.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
+    """Gradients of x in its dtype, from those of the heads that share it."""
+    if grads.shape != x.shape:
+        grads = grads.unflatten(2, (x.shape[2], -1)).sum(3)
+    return grads.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
-def _states(k, v, g, do, first, hot, cu_seqlens, precision) -> Tensor:
+def _states(k, v, g, do, first, hot, cu_seqlens, operands) -> Tensor:
     """The states before all chunks, [slots,V,heads,K]."""
-    (batch, tokens, heads, value_dim), key_dim = do.shape, k.shape[3]
+    (_, tokens, heads, value_dim), key_dim = do.shape, k.shape[3]
     slots, sequences = _slots(do, cu_seqlens)
-    h = k.new_empty(
-        slots, value_dim, heads, key_dim, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
-    )
-    launch, gate = _launch("states", k.device, key_dim, value_dim, precision), _gate(g)
-    tma = launch.tma and cu_seqlens is None and all(map(_describable, (k, v, h, *([g] if gate == "channel" else []))))
-    kernel: Any = states
+    h = k.new_empty(slots, value_dim, heads, key_dim, dtype=torch.bfloat16 if operands == "bf16" else torch.float32)
+    launch = _launch("states", k.device, key_dim, value_dim, operands)
+    blocks = triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64)
+    tma = _describable(launch, cu_seqlens, k, v, h, g)
     with torch.cuda.device_of(k):  # Triton launches on the current device
-        kernel[(sequences * heads * triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64),)](
+        states[(sequences * heads * blocks,)](
             _tile(k, launch.block_k, tma),
             _tile(v, 64, tma),
-            None if g is None else _tile(g, launch.block_k, tma and gate == "channel"),
+            _gates(g, launch.block_k, tma),
             _tile(h, launch.block_k, tma),
             first,
             hot,
             cu_seqlens,
             tokens,
-            K=key_dim,
-            V=value_dim,
-            HEADS=heads,
-            K_SHARE=heads // k.shape[2],
-            V_SHARE=heads // v.shape[2],
-            G_SHARE=1 if g is None else heads // g.shape[2],
+            **_constexprs(launch, heads, key_dim, value_dim, g, operands),
+            **_shares(heads, K=k, V=v, G=g),
             STATE_SHARE=1 if first is None else heads // first.shape[1],
-            GATE=gate,
-            TERMS=_terms(g, precision),
-            PRECISION=precision,
             TMA=tma,
-            BLOCK_K=launch.block_k,
-            STAGES=launch.num_stages,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
         )
     return h
 
 
-def _sweep_keys(q, k, v, g, do, h, dq, dk, dg, dlast, dfirst, hot, cu_seqlens, scale, precision) -> Tensor:
-    """Gradients of q, k and the initial state where they belong; returns those of g."""
-    (_, tokens, heads, value_dim), key_dim = do.shape, k.shape[3]
-    launch, gate = _launch("sweep_keys", k.device, key_dim, value_dim, precision), _gate(g)
+def _key_gradients(q, k, v, g, do, h, dlast, hot, cu_seqlens, scale, operands) -> tuple[Tensor, ...]:
+    """Gradients of q, k, g (empty without gates) and the initial state: sums over groups of as many values as a launch
+    takes, of most shapes one."""
+    launch = _launch("sweep_keys", k.device, k.shape[3], v.shape[3], operands)
+    groups = zip(*(x.split(launch.most, dim) for x, dim in ((v, 3), (do, 3), (h, 1), (dlast, 3))), strict=True)
+    dtype = torch.float32 if launch.most < v.shape[3] else None
+    sums: list[Tensor] = []
+    dfirst: list[Tensor] = []
+    for values in groups:
+        *grads, columns = _sweep_keys(launch, q, k, g, *values, hot, cu_seqlens, scale, operands, dtype)
+        sums = [x.add_(y) for x, y in zip(sums, grads, strict=True)] if sums else grads
+        dfirst.append(columns)
+    return (*sums, torch.cat(dfirst, 3))
+
+
+def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operands, dtype) -> list[Tensor]:
+    (_, tokens, heads, value_dim), key_dim, gate = do.shape, k.shape[3], _gate(g)
     blocks = triton.cdiv(key_dim, launch.block_k)
-    if gate == "head":  # every program has a part
-        dg = dg.new_zeros(*do.shape[:3], blocks, dtype=torch.float32)
-    tiles = [q, k, v, do, h, dq, dk, *([g, dg] if gate == "channel" else [])]
-    tma = launch.tma and cu_seqlens is None and all(map(_describable, tiles))
-    kernel: Any = sweep_keys
+    dq, dk = (_gradients_of(x, do, cu_seqlens, dtype) for x in (q, k))
+    dfirst = dlast.new_empty(dlast.shape[0], heads, *dlast.shape[2:])
+    if g is None:
+        dg = None
+    elif gate == "head":  # every program has a part
+        dg = q.new_zeros(*do.shape[:3], blocks, dtype=torch.float32)
+    else:
+        dg = _gradients_of(g, do, cu_seqlens, dtype)
+    tma = _describable(launch, cu_seqlens, q, k, v, do, h, dq, dk, g)
     with torch.cuda.device_of(k):
-        kernel[(dfirst.shape[0] * heads * blocks,)](
-            _tile(q, launch.block_k, tma),
-            _tile(k, launch.block_k, tma),
+        sweep_keys[(dfirst.shape[0] * heads * blocks,)](
+            *(_tile(x, launch.block_k, tma) for x in (q, k)),
             _tile(v, 64, tma),
-            None if g is None else _tile(g, launch.block_k, tma and gate == "channel"),
+            _gates(g, launch.block_k, tma),
             _tile(do, 64, tma),
-            _tile(h, launch.block_k, tma),
-            _tile(dq, launch.block_k, tma),
-            _tile(dk, launch.block_k, tma),
-            None if g is None else _tile(dg, launch.block_k, tma and gate == "channel"),
-            dlast,
+            *(_tile(x, launch.block_k, tma) for x in (h, dq, dk)),
+            _tile(dg, launch.block_k, tma) if gate == "channel" else _gates(dg, blocks, False),
+            dlast.contiguous(),
             dfirst,
             hot,
             cu_seqlens,
             float(scale),
             tokens,
-            K=key_dim,
-            V=value_dim,
-            HEADS=heads,
-            Q_SHARE=heads // q.shape[2],
-            K_SHARE=heads // k.shape[2],
-            V_SHARE=heads // v.shape[2],
-            G_SHARE=1 if g is None else heads // g.shape[2],
+            **_constexprs(launch, heads, key_dim, value_dim, g, operands),
+            **_shares(heads, Q=q, K=k, V=v, G=g),
             STATE_SHARE=heads // dlast.shape[1],
-            GATE=gate,
-            TERMS=_terms(g, precision),
-            PRECISION=precision,
             TMA=tma,
-            BLOCK_K=launch.block_k,
-            STAGES=launch.num_stages,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
         )
-    return dg.sum(3, keepdim=True) if gate == "head" else dg
+    if dg is None:
+        dg = q.new_empty(0)
+    return [dq, dk, dg.sum(3, keepdim=True) if gate == "head" else dg, dfirst]
 
 
-def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, precision, *, reverse) -> None:
+def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, operands, *, reverse) -> None:
     (_, tokens, heads, value_dim), key_dim = y.shape, a.shape[3]
-    launch, gate = _launch("sweep_values", a.device, key_dim, value_dim, precision), _gate(g)
-    tma = launch.tma and cu_seqlens is None and all(map(_describable, (a, w, u, y, *([g] if gate == "channel" else []))))
-    carried = first if last is None else last
-    kernel: Any = sweep_values
+    launch = _launch("sweep_values", a.device, key_dim, value_dim, operands)
+    blocks = triton.cdiv(value_dim, launch.block_v)
+    tma = _describable(launch, cu_seqlens, a, w, u, y, g)
     with torch.cuda.device_of(y):
-        kernel[(_slots(y, cu_seqlens)[1] * heads * triton.cdiv(value_dim, launch.block_v),)](
+        sweep_values[(_slots(y, cu_seqlens)[1] * heads * blocks,)](
             *(_tile(x, launch.block_k, tma) for x in (a, w)),
             _tile(u, launch.block_v, tma),
-            None if g is None else _tile(g, launch.block_k, tma and gate == "channel"),
+            _gates(g, launch.block_k, tma),
             _tile(y, launch.block_v, tma),
             first,
             last,
@@ -247,60 +238,67 @@ def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, precision,
             cu_seqlens,
             float(scale),
             tokens,
-            K=key_dim,
-            V=value_dim,
-            HEADS=heads,
-            A_SHARE=heads // a.shape[2],
-            W_SHARE=heads // w.shape[2],
-            U_SHARE=heads // u.shape[2],
-            G_SHARE=1 if g is None else heads // g.shape[2],
-            STATE_SHARE=heads // carried.shape[1],
-            GATE=gate,
-            TERMS=_terms(g, precision),
-            PRECISION=precision,
+            **_constexprs(launch, heads, key_dim, value_dim, g, operands),
+            **_shares(heads, A=a, W=w, U=u, G=g),
+            STATE_SHARE=heads // (first if last is None else last).shape[1],
             REVERSE=reverse,
             TMA=tma,
-            BLOCK_K=launch.block_k,
             BLOCK_V=launch.block_v,
-            STAGES=launch.num_stages,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
         )
 
 
-def _repair_values(q, k, u, g, y, hot, cu_seqlens, scale, *, reverse) -> None:
-    tensors = (q, k, u, g, y)
-    shares = {f"{name}_SHARE": y.shape[2] // x.shape[2] for name, x in zip("QKUG", tensors, strict=False)}
-    _repair(repair_values, tensors, hot, cu_seqlens, scale, y, _precision(q, k, u), {**shares, "REVERSE": reverse})
+def _repair_values(q, k, u, g, y, hot, cu_seqlens, scale, operands, *, reverse) -> None:
+    shares = _shares(y.shape[2], Q=q, K=k, U=u, G=g)
+    _repair(repair_values, (q, k, u, g, y), hot, cu_seqlens, scale, operands, y, {**shares, "REVERSE": reverse})
 
 
-def _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale) -> None:
-    tensors = (q, k, v, g, do, dq, dk, dg)
-    shares = {f"{name}_SHARE": do.shape[2] // x.shape[2] for name, x in zip("QKVG", tensors, strict=False)}
-    _repair(repair_keys, tensors, hot, cu_seqlens, scale, do, _precision(q, k, v), shares)
+def _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale, operands) -> None:
+    shares = _shares(do.shape[2], Q=q, K=k, V=v, G=g)
+    _repair(repair_keys, (q, k, v, g, do, dq, dk, dg), hot, cu_seqlens, scale, operands, do, shares)
 
 
-def _repair(kernel: Any, tensors, hot, cu_seqlens, scale, y, precision, constexprs) -> None:
-    key_dim, value_dim = hot.shape[2], y.shape[3]
+def _repair(kernel: Any, tensors, hot, cu_seqlens, scale, operands, y, constexprs) -> None:
+    (slots, heads, key_dim), value_dim = hot.shape, y.shape[3]
     with torch.cuda.device_of(y):
-        kernel[(hot.shape[0] * hot.shape[1],)](
+        kernel[(slots * heads,)](
             *((x, *x.stride()[:3]) for x in tensors),
             hot,
             cu_seqlens,
             float(scale),
             y.shape[1],
+            **constexprs,
             K=key_dim,
             V=value_dim,
-            HEADS=hot.shape[1],
-            **constexprs,
-            TERMS=_terms(tensors[3], precision),
-            PRECISION=precision,
+            HEADS=heads,
+            TERMS=_terms(tensors[3], operands),
+            PRECISION=_precision(operands),
             KEYS=triton.next_power_of_2(key_dim),
             BLOCK_K=tile_columns(key_dim),
             BLOCK_V=tile_columns(value_dim),
             num_warps=4,
             num_stages=1,
         )
+
+
+def _constexprs(launch: ChunkLaunch, heads: int, key_dim: int, value_dim: int, g: Tensor | None, operands: str) -> Any:
+    """What all sweeps know before they are compiled."""
+    return {
+        "K": key_dim,
+        "V": value_dim,
+        "HEADS": heads,
+        "GATE": _gate(g),
+        "TERMS": _terms(g, operands),
+        "PRECISION": _precision(operands),
+        "BLOCK_K": launch.block_k,
+        "STAGES": launch.num_stages,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
+def _shares(heads: int, **tensors: Tensor | None) -> Any:
+    """How many heads share one of each tensor's."""
+    return {f"{name}_SHARE": 1 if x is None else heads // x.shape[2] for name, x in tensors.items()}
 
 
 def _tile(x: Tensor, block: int, tma: bool) -> Any:
@@ -311,10 +309,23 @@ def _tile(x: Tensor, block: int, tma: bool) -> Any:
     return (x, *x.stride()[:3])
 
 
-def _describable(x: Tensor) -> bool:
-    """Whether TMA can load x: addresses of rows are divisible by 16 bytes."""
-    steps = [stride * x.element_size() for stride in x.stride()[:3]]
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+def _gates(g: Tensor | None, block: int, tma: bool) -> Any:
+    """g as the kernels take it; that of a head is no tile."""
+    return None if g is None else _tile(g, block, tma and _gate(g) == "channel")
+
+
+def _describable(launch: ChunkLaunch, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether a launch takes descriptors: TMA there is, addresses of rows are divisible by 16 bytes, and no sequence
+    ends before its tensor does."""
+    if not launch.tma or cu_seqlens is not None:
+        return False
+    for x in tensors:
+        if x is None or _gate(x) == "head":
+            continue
+        steps = [stride * x.element_size() for stride in x.stride()[:3]]
+        if x.stride(3) != 1 or x.data_ptr() % 16 or not all(step > 0 and step % 16 == 0 for step in steps):
+            return False
+    return True
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -326,24 +337,22 @@ def _gate(g: Tensor | None) -> str:
     return "" if g is None else "head" if g.shape[3] == 1 else "channel"
 
 
-def _terms(g: Tensor | None, precision: str) -> int:
+def _terms(g: Tensor | None, operands: str) -> int:
     """Parts in bf16 that gates in fp32 are split into."""
-    return 1 if g is None or g.dtype != torch.float32 else 2 if precision == "bf16" else 3
+    return 1 if g is None or g.dtype != torch.float32 else 2 if operands == "bf16" else 3
 
 
-def _precision(*tensors: Tensor) -> str:
+def _precision(operands: str) -> str:
     """How products are computed: scaled operands outgrow fp16, whose 11 bits tf32 has too."""
-    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
-    if dtype != torch.float32:
-        return "bf16" if dtype == torch.bfloat16 else "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    exact = "ieee" if torch.version.hip else "tf32x3"
+    return {"bf16": "bf16", "fp16": "tf32", "fp32": exact}[operands]
 
 
 @cache
-def _launch(kernel: str, device: torch.device, key_dim: int, value_dim: int, precision: str) -> ChunkLaunch:
+def _launch(kernel: str, device: torch.device, key_dim: int, value_dim: int, operands: str) -> ChunkLaunch:
     """The launch row, with what has to be said about it said."""
     name = architecture(device)
-    launch = chunk_launch(kernel, name, key_dim, value_dim, precision != "bf16")
+    launch = chunk_launch(kernel, name, key_dim, value_dim, operands)
     if device.type != "cpu":
         warn_of_launch(name, launch.name, launch.verified)
     return launch

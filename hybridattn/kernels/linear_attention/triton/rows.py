@@ -1,15 +1,16 @@
 """What the kernels of linear attention are held to: the rows that are compiled, and what a launch may move."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from ...runtime.launch import CompileRow, Traffic
+from .backward import states, sweep_keys
 from .decode import step_kernel
 from .forward import sweep_values
-from .launch import CHUNK, STEP, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
-from .repair import repair_values
+from .launch import KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
+from .repair import repair_keys, repair_values
 
 Kind = str | tuple[str, ...]
 
@@ -24,13 +25,10 @@ STEP_KINDS = {
     "odd": ("bf16", "channel", 1, 129, False),
 }
 
-# Kinds of a sweep beside the usual one: what differs from the arguments of ``_sweep_row``.
+# Kinds of a sweep beside the usual one (bf16, a gate per channel): what differs in the arguments of ``_sweep_row``.
 SWEEP_KINDS = {
-    "reverse": {"reverse": True},
-    "fp16": {"dtype": "fp16", "gates": "fp16"},
     "fp32-gates": {"gates": "fp32"},
     "per-head": {"gate": "head"},
-    "per-head reverse": {"gate": "head", "reverse": True},
     "no-gate": {"gate": ""},
     "packed": {"packed": True},
 }
@@ -42,12 +40,20 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
         yield _step_row(step_launch(architecture, key_dim), "", "bf16", "channel", 1, 128, True)
     for kind, values in STEP_KINDS.items():
         yield _step_row(step_launch(architecture, 128), f" {kind}", *values)
-    for key_dim in CHUNK[architecture]:
-        for dtype in ("bf16", "fp32"):
-            yield _sweep_row(architecture, key_dim, "", dtype=dtype, gates=dtype)
+    for dtype in VALUES[architecture]:
+        for key_dim in VALUES[architecture][dtype]:
+            yield _sweep_row(architecture, sweep_values, key_dim, 128, "", dtype=dtype, gates=dtype)
+        for value_dim in KEYS[architecture][dtype]:
+            yield _sweep_row(architecture, sweep_keys, 128, value_dim, "", dtype=dtype, gates=dtype)
+        yield _sweep_row(architecture, states, 128, 128, "", dtype=dtype, gates=dtype)
     for kind, values in SWEEP_KINDS.items():
-        yield _sweep_row(architecture, 128, f" {kind}", **values)
-    yield _repair_row(architecture, repair_values, ("q", "k", "v", "o"))
+        yield _sweep_row(architecture, sweep_values, 128, 128, f" {kind}", **values)
+        yield _sweep_row(architecture, sweep_keys, 128, 128, f" {kind}", **values)
+    for kind in ("", "per-head", "no-gate"):
+        values = {**SWEEP_KINDS.get(kind, {}), "REVERSE": True}
+        yield _sweep_row(architecture, sweep_values, 128, 128, f" {kind} reverse".replace("  ", " "), **values)
+    for kernel, constexprs in ((repair_values, {"REVERSE": False}), (repair_keys, {})):
+        yield _repair_row(architecture, kernel, constexprs)
 
 
 def _step_row(
@@ -98,7 +104,7 @@ def step_traffic(launch: StepLaunch, q: Tensor, k: Tensor, v: Tensor, g: Tensor 
 
 # ------------------------------------------------------------------------------------------------------- chunked sweeps
 def _tile_type(dtype: str, block: int, tma: bool) -> Kind:
-    return f"tensordesc<{dtype}[1,64,1,{block}]>" if tma else (f"*{dtype}:16", *["i32:16"] * 3)
+    return f"tensordesc<{dtype}[1,1,64,{block}]>" if tma else (f"*{dtype}:16", *["i32:16"] * 3)
 
 
 def _products(architecture: str, dtype: str, gates: str) -> dict[str, int | str]:
@@ -109,71 +115,110 @@ def _products(architecture: str, dtype: str, gates: str) -> dict[str, int | str]
 
 def _sweep_row(
     architecture: str,
+    kernel: Any,
     key_dim: int,
+    value_dim: int,
     kind: str,
     dtype: str = "bf16",
     gates: str = "bf16",
     gate: str = "channel",
-    reverse: bool = False,
     packed: bool = False,
+    **constexprs: bool,
 ) -> CompileRow:
-    launch = chunk_launch(architecture, key_dim, 512, dtype != "bf16")
+    launch = chunk_launch(kernel.fn.__name__, architecture, key_dim, value_dim, dtype)
     tma = launch.tma and not packed
-    keys, values = (_tile_type(dtype, block, tma) for block in (launch.block_k, launch.block_v))
-    signature: dict[str, Kind] = {
-        **dict.fromkeys(("a", "w"), keys),
-        **dict.fromkeys(("u", "y"), values),
-        "g": _tile_type(gates, launch.block_k, tma)
-        if gate == "channel"
-        else (f"*{gates}:16", "i32:16", "i32:16", "i32:1"),
-        **dict.fromkeys(("first", "last"), "*fp32:16"),
-        "hot": "*i32:16",
-        "cu_seqlens": "*i64:16",
+    keys = _tile_type(dtype, launch.block_k, tma)
+    values = _tile_type(dtype, launch.block_v if kernel is sweep_values else 64, tma)
+    channels = _tile_type(gates, launch.block_k, tma)
+    arguments: dict[str, Kind | None] = {
+        **dict.fromkeys(("a", "w", "q", "k", "dq", "dk"), keys),
+        **dict.fromkeys(("u", "y", "v", "do"), values),
+        **{"channel": {"g": channels, "dg": channels}, "head": _HEAD_GATES, "": {"g": None, "dg": None}}[gate],
+        "h": _tile_type("bf16" if dtype == "bf16" else "fp32", launch.block_k, tma),
+        **dict.fromkeys(("first", "last", "dlast", "dfirst"), "*fp32:16"),
+        "hot": "*i32:16" if gate == "channel" else None,
+        "cu_seqlens": "*i64:16" if packed else None,
         "scale": "fp32",
         "T": "i32:16",
     }
-    constexprs = {
-        **({} if gate else {"g": None}),
-        **({} if gate == "channel" else {"hot": None}),
-        **({} if packed else {"cu_seqlens": None}),
+    known = {
         "K": key_dim,
-        "V": 128,
+        "V": value_dim,
         "HEADS": 16,
-        **dict.fromkeys(("A_SHARE", "W_SHARE", "U_SHARE", "G_SHARE", "STATE_SHARE"), 1),
+        **{name: 1 for name in kernel.arg_names if name.endswith("_SHARE")},
         "GATE": gate,
-        **_products(architecture, dtype, gates),
-        "REVERSE": reverse,
         "TMA": tma,
+        "REVERSE": False,
+        **constexprs,
+        **_products(architecture, dtype, gates),
         "BLOCK_K": launch.block_k,
         "BLOCK_V": launch.block_v,
         "STAGES": launch.num_stages,
     }
-    return CompileRow(launch.name + kind, sweep_values, signature, constexprs, launch.num_warps, launch.num_stages)
+    return _row(launch.name + kind, kernel, arguments, known, launch.num_warps, launch.num_stages)
 
 
-def _repair_row(architecture: str, kernel: Any, values: Sequence[str]) -> CompileRow:
-    name = kernel.fn.__name__
-    signature: dict[str, Kind] = {
-        **dict.fromkeys((*values, "g"), _tile_type("bf16", 64, False)),
+_HEAD_GATES: dict[str, Kind] = {
+    "g": ("*bf16:16", "i32:16", "i32:16", "i32:1"),
+    "dg": ("*fp32:16", "i32:16", "i32:16", "i32:1"),
+}
+
+
+def _repair_row(architecture: str, kernel: Any, constexprs: dict[str, bool]) -> CompileRow:
+    tile = _tile_type("bf16", 64, False)
+    arguments: dict[str, Kind | None] = {
+        **dict.fromkeys(("q", "k", "v", "u", "y", "g", "do", "dq", "dk", "dg"), tile),
         "hot": "*i32:16",
+        "cu_seqlens": None,
         "scale": "fp32",
         "T": "i32:16",
     }
-    constexprs = {
-        "cu_seqlens": None,
+    known = {
         "K": 128,
         "V": 128,
         "HEADS": 16,
-        **dict.fromkeys(("Q_SHARE", "K_SHARE", "V_SHARE", "G_SHARE"), 1),
-        **_products(architecture, "bf16", "bf16"),
         "KEYS": 128,
-        **dict.fromkeys(("BLOCK_K", "BLOCK_V"), tile_columns(128)),
+        **{name: 1 for name in kernel.arg_names if name.endswith("_SHARE")},
+        **_products(architecture, "bf16", "bf16"),
+        "BLOCK_K": tile_columns(128),
+        "BLOCK_V": tile_columns(128),
+        **constexprs,
     }
-    return CompileRow(f"linear_attention_{name}", kernel, signature, constexprs, 4, 1)
+    return _row(f"linear_attention_{kernel.fn.__name__}", kernel, arguments, known, 4, 1)
 
 
-def sweep_traffic(launch: ChunkLaunch, a: Tensor, w: Tensor, u: Tensor, g: Tensor | None, y: Tensor) -> Traffic:
-    """Everything once; but each block of columns reads a, w and g for itself, as does each head that shares them."""
-    blocks, heads = -(-u.shape[3] // launch.block_v), y.shape[2]
-    loads = {name: blocks * heads / x.shape[2] for name, x in {"a": a, "w": w, "g": g}.items() if x is not None}
-    return Traffic(1.0, {**loads, "u": heads / u.shape[2], "first": heads}, {"y": 1.0, "last": 1.0, "hot": 1.0})
+def _row(
+    name: str, kernel: Any, arguments: dict[str, Kind | None], constexprs: dict[str, Any], warps: int, stages: int
+) -> CompileRow:
+    """A row of those arguments that the kernel has; None is a constexpr."""
+    mine = {name: kind for name, kind in arguments.items() if name in kernel.arg_names}
+    signature = {name: kind for name, kind in mine.items() if kind is not None}
+    known = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+    return CompileRow(
+        name, kernel, signature, {**known, **dict.fromkeys(mine.keys() - signature.keys())}, warps, stages
+    )
+
+
+def sweep_traffic(launch: ChunkLaunch, x: dict[str, Tensor], heads: int) -> Traffic:
+    """Everything once; but what a program has all columns of is read by every block of the others, and by every head.
+
+    Args:
+        x: the kernel's tensors by name.
+        heads: that programs are for.
+    """
+    if launch.kernel == "sweep_values":
+        blocks = -(-x["u"].shape[3] // launch.block_v)
+        read = {"u": 1, **dict.fromkeys(("a", "w", "g", "hot"), blocks)}
+        stored = ("y", "last", "hot")
+    else:
+        blocks, blocks_v = -(-x["k"].shape[3] // launch.block_k), -(-x["v"].shape[3] // 64)
+        if launch.kernel == "states":
+            read, stored = {"v": blocks, "k": blocks_v, "g": blocks_v}, ("h", "hot")
+        else:  # the compiler keeps the second reading of v and do out of memory, the interpreter does not
+            read = {**dict.fromkeys(("v", "do"), 2 * blocks), **dict.fromkeys(("q", "k", "g", "h", "hot"), 1)}
+            stored = ("dq", "dk", "dg", "dfirst")
+    loads = {
+        name: times * heads / x[name].shape[2 if name != "hot" else 1] for name, times in read.items() if name in x
+    }
+    carried = {name: heads / x[name].shape[1] for name in ("first", "dlast") if name in x}
+    return Traffic(1.0, {**loads, **carried}, dict.fromkeys(stored, 1.0))
