@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridattn.evals.kernels.triton.traffic import count_traffic, over_target
 from hybridattn.kernels.linear_attention import gated_linear_attention, linear_attention
 from hybridattn.kernels.linear_attention.triton import op
+from hybridattn.kernels.linear_attention.triton.launch import chunk_launch
 from hybridattn.kernels.linear_attention.triton.primitives import COOL
+from hybridattn.kernels.linear_attention.triton.rows import sweep_traffic
 
 LENGTHS = [0, 1, 7, 64, 65, 150]
 CHANNEL_GATES: dict[str, Callable[[Any], Tensor]] = {
@@ -116,6 +119,32 @@ def test_sixteen_bits_cost_no_more_than_rounding_the_operands(case: tuple[str, s
     assert [y.dtype for y in actual] == [dtype, torch.float32]
     for result, formula, truth in zip(actual, of_rounded, exact, strict=True):
         assert error(result, truth) <= 1.5 * error(formula, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "constant"], ids=", ".join)
+def test_gradients_of_sixteen_bits(case: tuple[str, str], dtype: torch.dtype):
+    """Within twice the error of rounding operands, gradients of results among them, and the gradients themselves.
+
+    The gradient of a constant gate is a single number, the sum of what is one per head: its error is luck.
+    """
+    x = make(150, (24, 16), case)
+    grads = [torch.randn_like(y) for y in run(x, "reference")]
+    exact = with_gradients(x, "reference", grads)[2:]
+    actual = with_gradients(to(x, dtype), "triton", grads)[2:]
+    rounded = [y.to(z.dtype).double() for y, z in zip(x, actual, strict=True)]
+    formula = with_gradients(rounded, "reference", [grads[0].to(dtype).double(), grads[1].float().double()])[2:]
+    for result, truth, of_rounded in zip(actual, exact, formula, strict=True):
+        assert error(result, truth) <= 2 * error(of_rounded.to(result.dtype), truth)
+
+
+def test_more_values_than_a_launch_takes():
+    x = make(70, (16, 160), ("per channel", "resets"))
+    grads = [torch.randn_like(y) for y in run(x, "reference")]
+    with count_traffic() as launches:
+        actual = with_gradients(to(x, torch.float32), "triton", grads)
+    assert [launch.kernel for launch in launches].count("sweep_keys") == 2
+    assert max(map(error, actual, with_gradients(x, "reference", grads))) <= 1e-5
 
 
 @pytest.mark.parametrize("case", [("per channel", "resets"), ("per head", "strong"), ("none", "none")], ids=", ".join)
@@ -258,3 +287,69 @@ def test_asked_for_by_name_it_runs_or_raises(message: str):
         run(x, "triton")
     q, k, v, state, g = x
     gated_linear_attention(q, k, v, g, initial_state=state)  # not asked for, another one serves the case
+
+
+PER_SEQUENCE = {"first", "last", "dlast", "dfirst"}  # tensors that do not grow with the tokens
+
+
+def test_bytes_of_a_token_and_head():
+    """Distinct ones: what q, k, v, g, o and their gradients take is 1280 forward, 2304 backward."""
+    tokens = 256
+    q, k, v, state, g = to(make(tokens, (128, 128), ("per channel", "mild")), torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k, v, g)]
+    moved = []
+    with count_traffic() as launches:
+        o, _ = gated_linear_attention(*leaves, initial_state=state, backend="triton")
+        forward = len(launches)
+        o.backward(torch.randn_like(o))
+    for part in (launches[:forward], launches[forward:]):
+        names = [{**x.loads, **x.stores} for x in part]
+        moved.append(
+            sum(
+                bytes_.unique
+                for x in part
+                for kind in (x.loads, x.stores)
+                for name, bytes_ in kind.items()
+                if name not in PER_SEQUENCE
+            )
+            / tokens
+        )
+        assert any(name in PER_SEQUENCE for each in names for name in each)
+    assert moved[0] <= 1.3 * 1280
+    assert moved[1] <= 2.5 * 2304
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 1), (4, 2, 2), (1, 1, 2)])
+@pytest.mark.parametrize("dims", [(72, 72), (16, 160)])
+def test_sweeps_move_no_more_than_declared(dims: tuple[int, int], heads: tuple[int, int, int], monkeypatch):
+    x = to(make(70, dims, ("per channel", "resets"), heads), torch.bfloat16)
+    declared, told = [], []
+    for name in ("states", "sweep_keys", "sweep_values"):
+        monkeypatch.setattr(op, name, _Noting(getattr(op, name), declared))
+    with count_traffic() as launches:
+        with_gradients(x, "triton", [torch.randn_like(y) for y in run(x, "reference")])
+    swept = [launch for launch in launches if not launch.kernel.startswith("repair")]
+    assert [launch.kernel for launch in swept] == [kernel for kernel, _ in declared]
+    for launch, (kernel, tensors) in zip(swept, declared, strict=True):
+        row = chunk_launch(kernel, "sm_90", dims[0], dims[1], "bf16")
+        told += over_target(launch, sweep_traffic(row, tensors, max(heads)), tensors)
+    assert told == []
+
+
+class _Noting:
+    """A kernel that notes its tensors, by name, at every launch."""
+
+    def __init__(self, kernel: Any, noted: list[tuple[str, dict[str, Tensor]]]):
+        self.kernel, self.noted = kernel, noted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            tensors = {}
+            for name, x in zip(self.kernel.arg_names, arguments, strict=False):
+                x = x[0] if isinstance(x, tuple) else x.base.transpose(1, 2) if hasattr(x, "base") else x
+                if torch.is_tensor(x):
+                    tensors[name] = x
+            self.noted.append((self.kernel.fn.__name__, tensors))
+            self.kernel[grid](*arguments, **options)
+
+        return launch

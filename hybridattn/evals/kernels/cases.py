@@ -21,7 +21,7 @@ from ...kernels.linear_attention import (
     prefix_linear_attention,
     taylor_linear_attention,
 )
-from ...kernels.linear_attention.triton.launch import STEP, step_launch
+from ...kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,18 +100,31 @@ def _step_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]
     return [step_launch(architecture, sizes.key_dim).name]
 
 
+def _chunk_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
+    operands = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    if operands not in VALUES[architecture]:
+        return []
+    return [
+        chunk_launch(kernel, architecture, sizes.key_dim, sizes.value_dim, operands).name
+        for kernel in ("sweep_values", "states", "sweep_keys")
+    ]
+
+
 def _softmax_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
     return [forward_launch(architecture, sizes.key_dim, sizes.value_dim, 8 * dtype.itemsize).name]
 
 
+_chunked = partial(Operator, rows=_chunk_rows)
 _one_step = partial(Operator, backward=False, long=False, rows=_step_rows)
 _softmax = partial(Operator, state=False, family="flash_attention")
 
 OPERATORS = {
-    "linear_attention": Operator(partial(_sequence, linear_attention)),
-    "gated_linear_attention per-channel": Operator(partial(_sequence, gated_linear_attention), "BTHK"),
-    "gated_linear_attention per-head": Operator(partial(_sequence, gated_linear_attention), "BTH"),
-    "gated_linear_attention constant": Operator(partial(_sequence, gated_linear_attention), "H"),
+    "linear_attention": _chunked(partial(_sequence, linear_attention)),
+    "gated_linear_attention per-channel": _chunked(
+        partial(_sequence, gated_linear_attention), "BTHK", dims=tuple(VALUES["sm_90"]["bf16"])
+    ),
+    "gated_linear_attention per-head": _chunked(partial(_sequence, gated_linear_attention), "BTH"),
+    "gated_linear_attention constant": _chunked(partial(_sequence, gated_linear_attention), "H"),
     "taylor_linear_attention": Operator(partial(_stateless, taylor_linear_attention), state=False, key_dim=16),
     "prefix_linear_attention": Operator(_prefix, state=False, key_dim=16),
     "flash_attention causal": _softmax(
@@ -138,7 +151,7 @@ def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
             for tokens in lengths:
                 yield Sizes(batch, tokens, 4, dim, dim, gates=kind)
         yield Sizes(batch, lengths[0], 2, dim, dim, query_group=4, gates=gates[0])
-        for other in operator.dims:
+        for other in operator.dims if on_gpu else operator.dims[:2]:
             yield Sizes(1, lengths[0] + 1, 2, other, other - 3, gates=gates[0])
         if on_gpu:
             # The reference of softmax keeps all scores in fp64: 16k tokens of one head are 2 GB.

@@ -10,7 +10,7 @@ from hybridattn import cli
 from hybridattn.evals.kernels import check
 from hybridattn.evals.kernels.cases import DTYPES, OPERATORS, make_inputs, sizes_of
 from hybridattn.kernels.flash_attention.triton.launch import FORWARD, FORWARD_FP32, forward_launch
-from hybridattn.kernels.linear_attention.triton.launch import STEP, step_launch
+from hybridattn.kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 
 CPU = torch.device("cpu")
@@ -93,17 +93,22 @@ def test_planted_faults_of_a_backend_are_told(spoil, told: str, tmp_path: Path, 
     assert told in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_every_launch_row_has_cases(on_gpu: bool):
+def test_every_launch_row_has_cases():
     for architecture in SHARED_MEMORY:
         rows = {
             row
             for name, operator in OPERATORS.items()
-            for sizes in sizes_of(name, on_gpu)
+            for sizes in sizes_of(name, on_gpu=True)
             for dtype in DTYPES
             for row in (operator.rows(architecture, sizes, dtype) if operator.rows else [])
         }
         assert rows >= {step_launch(architecture, key_dim).name for key_dim in STEP[architecture]}
+        assert rows >= {
+            chunk_launch(kernel, architecture, dim, dim, operands).name
+            for kernel in ("sweep_values", "sweep_keys", "states")
+            for operands, dims in VALUES[architecture].items()
+            for dim in dims
+        }
         assert rows >= {forward_launch(architecture, dim, dim, 16).name for dim in FORWARD[architecture]}
         assert rows >= {forward_launch(architecture, dim, dim, 32).name for dim in FORWARD_FP32}
 

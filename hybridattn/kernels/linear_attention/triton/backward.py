@@ -18,7 +18,7 @@ sum over a sequence collects errors. The diagonal of dA has no gate and stays ou
 The gradients' own accumulators are used, before they are rounded.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 # It takes jit functions for ones that never return.
 
 import triton

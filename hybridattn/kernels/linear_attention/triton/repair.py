@@ -26,11 +26,12 @@ def find_chunk(hot, cu_seqlens, T, K: tl.constexpr, HEADS: tl.constexpr, KEYS: t
 
 
 @triton.jit
-def halves(LEVEL: tl.constexpr):
-    """For blocks of 2^(LEVEL + 1) tokens: [64] right half or not, [64,64] gates from the middle to the row, [64,64]
+def halves(level):
+    """For blocks of 2^(level + 1) tokens: [64] right half or not, [64,64] gates from the middle to the row, [64,64]
     pairs of tokens in sibling halves."""
     t = tl.arange(0, 64)
-    block, middle = t >> (LEVEL + 1), ((t >> (LEVEL + 1)) << (LEVEL + 1)) + 2**LEVEL - 1
+    block = t >> (level + 1)
+    middle = (block << (level + 1)) + (1 << level) - 1
     right = t > middle
     before, after = tl.minimum(t, middle)[:, None], tl.maximum(t, middle)[:, None]
     siblings = (block[:, None] == block[None, :]) & (right[:, None] != right[None, :])
@@ -74,7 +75,7 @@ def repair_values(
         kt = tl.where(is_hot, load_tile(k, batch, row, head // K_SHARE, i, end, K, BLOCK_K, False).to(tl.float32), 0.0)
         qt = load_tile(q, batch, row, head // Q_SHARE, i, end, K, BLOCK_K, False).to(tl.float32) * scale
         scores += tl.where(t[:, None] == t[None, :], tl.sum(qt * kt, 1)[:, None], 0.0)
-        for level in tl.static_range(6):
+        for level in range(6):
             right, reach, siblings = halves(level)
             x = tl.where(right[:, None], tl.where(is_hot, qt, 0.0), kt) * tl.exp2(gate_sums(reach, gt, TERMS))
             x = operand(x, PRECISION)
@@ -139,7 +140,7 @@ def repair_keys(
         kt = load_tile(k, batch, row, head // K_SHARE, i, end, K, BLOCK_K, False).to(tl.float32)
         qt = load_tile(q, batch, row, head // Q_SHARE, i, end, K, BLOCK_K, False).to(tl.float32)
         dqt, dkt, dgt = diagonal * kt, diagonal * qt, tl.zeros([64, BLOCK_K], tl.float32)
-        for level in tl.static_range(6):
+        for level in range(6):
             right, reach, siblings = halves(level)
             factor = tl.exp2(gate_sums(reach, gt, TERMS))
             x = tl.where(right[:, None], qt, kt) * factor

@@ -221,4 +221,4 @@ def sweep_traffic(launch: ChunkLaunch, x: dict[str, Tensor], heads: int) -> Traf
         name: times * heads / x[name].shape[2 if name != "hot" else 1] for name, times in read.items() if name in x
     }
     carried = {name: heads / x[name].shape[1] for name in ("first", "dlast") if name in x}
-    return Traffic(1.0, {**loads, **carried}, dict.fromkeys(stored, 1.0))
+    return Traffic(1.0, {**loads, **carried}, {name: 1.0 for name in stored if name in x})
