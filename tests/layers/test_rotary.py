@@ -85,8 +85,8 @@ def test_the_factor_scales_what_is_rotated():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"factor": 2.0}, r"rope_scaling: expected a rope_type of \['linear', 'llama3', 'yarn'\], got None"),
-        ({"rope_type": "longrope"}, "expected a rope_type of .*, got 'longrope'"),
+        ({"factor": 2.0}, r"expected a dict with a rope_type of \['linear', 'llama3', 'yarn'\], got None"),
+        ({"rope_type": "longrope"}, "expected a dict with a rope_type of .*, got 'longrope'"),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_scaling of type 'llama3': .*missing 3 required"),
         ({"rope_type": "linear", "factor": 8.0, "beta": 1}, "type 'linear': .*unexpected keyword argument 'beta'"),
     ],
