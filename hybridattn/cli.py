@@ -164,6 +164,14 @@ def env() -> None:
         print(f"{name:<13}{value}")
 
 
+def _device(wanted: str | None) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 kernels = typer.Typer(help="Judge the operators.")
 app.add_typer(kernels, name="kernels")
 
@@ -177,11 +185,9 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON lines of a GPU or of --peers.")] = None,
 ) -> None:
     """Time the operators: on a CPU beside the reference and SDPA, on a GPU against its ceilings."""
-    import torch
-
     from hybridattn.evals.kernels import bench, contest
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     if device == "cpu" and not peers:
         bench.run(tokens=tokens, samples=samples)
     else:
@@ -199,12 +205,9 @@ def check(
     record: Annotated[bool, typer.Option(help="Mark launch rows that passed as verified on this GPU.")] = False,
 ) -> None:
     """Compare every operator and launch row with the fp64 reference on this machine."""
-    import torch
-
     from hybridattn.evals.kernels.check import run
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not run(device, out, kernel or (), backend or (), record):
+    if not run(_device(device), out, kernel or (), backend or (), record):
         raise typer.Exit(1)
 
 

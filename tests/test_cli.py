@@ -107,3 +107,10 @@ def test_info_on_a_saved_model(run, tmp_path: Path) -> None:
     assert full_at_2k == f"{2 * 2**11 * 16:,}"  # keys and values
     assert full_at_1m == f"{2 * 2**20 * 16:,}"
     assert rows["model"][0] == f"{hybridattn.HybridAttnForCausalLM(config).num_parameters():,}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("verb", ["bench", "check"])
+def test_a_gpu_that_is_not_there_is_named(run, verb: str, tmp_path: Path) -> None:
+    code, _, err = run("kernels", verb, "--device", "cuda", "--out", str(tmp_path / "out.jsonl"))
+    assert (code, err) == (2, "hybridattn: device: expected 'cpu' without a GPU, got 'cuda'\n")

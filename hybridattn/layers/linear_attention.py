@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import NormalizedState, linear_attention, linear_attention_step
-from .mixer import Cache, CacheSpec, TokenMixer, head_size, is_step, positive, store
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, positive, store
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 
@@ -76,6 +76,7 @@ class LinearAttention(TokenMixer):
         self, hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, attend: Callable[..., Any]
     ) -> Tensor:
         """The layer on the operator ``attend``, or its step where there is a state and one new token."""
+        check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
         phi = FEATURE_MAPS[self.feature_map]
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (phi(q), phi(k), v))

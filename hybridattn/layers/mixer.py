@@ -9,6 +9,8 @@ CacheSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dty
 class Cache(dict[str, Tensor]):
     """What a mixer keeps of earlier tokens: tensors by name, with one row per sequence; empty at the start.
 
+    It belongs to one layer: another one of the same kind would take it and be wrong.
+
     Attributes:
         capacity: tokens per sequence that tensors which grow have room for at once, for good; None: they grow.
         tokens: where they grow, the most tokens that a sequence has had, known without reading a tensor.

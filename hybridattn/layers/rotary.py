@@ -34,16 +34,22 @@ def rotary_frequencies(
             which are transformers' names.
 
     Raises:
-        ValueError: another type, or an option that it does not have or that is missing.
+        ValueError: theta is not above 1; another type, or an option that it does not have, that is missing or no
+            positive number.
     """
+    if not theta > 1:
+        raise ValueError(f"rope_theta: expected more than 1, got {theta!r}")
     half = dim // 2
     frequencies = theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
     if scaling is None:
         return frequencies, 1.0
-    options = dict(scaling)
-    kind = options.pop("rope_type", None)
-    if kind not in SCALINGS:
-        raise ValueError(f"rope_scaling: expected a rope_type of {sorted(SCALINGS)}, got {kind!r}")
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else scaling
+    if not isinstance(scaling, dict) or kind not in SCALINGS:
+        raise ValueError(f"rope_scaling: expected a dict with a rope_type of {sorted(SCALINGS)}, got {kind!r}")
+    options = {name: value for name, value in scaling.items() if name != "rope_type"}
+    for name, value in options.items():
+        if value is not None and not value > 0 and not isinstance(value, bool):
+            raise ValueError(f"rope_scaling: expected a positive {name}, got {value!r}")
     try:
         return SCALINGS[kind](frequencies, theta, **options)
     except TypeError as error:

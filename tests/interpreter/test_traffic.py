@@ -12,6 +12,7 @@ from hybridattn.evals.kernels.triton.traffic import Launch, Moved, count_traffic
 from hybridattn.kernels.linear_attention.triton import decode
 from hybridattn.kernels.linear_attention.triton.launch import StepLaunch, step_launch
 from hybridattn.kernels.linear_attention.triton.rows import step_traffic
+from hybridattn.kernels.runtime.launch import Traffic
 
 B, T = 2, 3
 
@@ -55,6 +56,34 @@ def test_a_launch_that_reads_more_is_told(monkeypatch: pytest.MonkeyPatch):
     x = make(16, 64)
     lines = told(*count(x), x)
     assert [line.partition(",")[0] for line in lines] == [f"loads {8 * x[n].numel()} bytes of {n}" for n in "qkg"]
+
+
+@pytest.mark.parametrize(
+    ("loads", "stores", "unique", "lines"),
+    [
+        ({"x": Moved(16, 16)}, {"o": Moved(16, 16)}, 1.0, []),
+        ({"x": Moved(16, 16)}, {"o": Moved(16, 32)}, 1.0, ["stores 32 bytes of o, over 1 times 16"]),
+        ({"o": Moved(16, 16)}, {"o": Moved(16, 16)}, 1.0, ["loads 16 bytes of o, over 0 times 16"]),
+        ({}, {"x": Moved(16, 16)}, 1.0, ["stores 16 bytes of x, over 0 times 16"]),
+        ({"x": Moved(16, 16)}, {"o": Moved(16, 16)}, 0.5, ["32 distinct bytes are over 0.5 times 32"]),
+    ],
+)
+def test_what_is_over_a_target(loads: dict, stores: dict, unique: float, lines: list[str]):
+    target = Traffic(unique, {"x": 1.0}, {"o": 1.0})
+    assert over_target(Launch("k", loads, stores), target, {"x": torch.empty(4), "o": torch.empty(4)}) == lines
+
+
+@triton.jit
+def swap_if(x, N: tl.constexpr):
+    tl.atomic_cas(x + tl.arange(0, N), tl.zeros([N], tl.int32), tl.full([N], 7, tl.int32))
+
+
+def test_compare_and_swap_counts():
+    x = torch.tensor([0, 1, 0, 2], dtype=torch.int32)
+    with count_traffic() as launches:
+        swap_if[(1,)](x, 4)
+    assert x.tolist() == [7, 1, 7, 2]
+    assert launches[0].loads == launches[0].stores == {"x": Moved(16, 16)}
 
 
 @pytest.mark.parametrize("name", ["K", "V"])

@@ -34,6 +34,11 @@ RULES: dict[str, dict[str, Any]] = {
         "beta_slow": 2.0,
         "attention_factor": 1.5,
     },
+    "yarn, a ramp beyond the last frequency": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 131072,
+    },
     "yarn, mscale": {
         "rope_type": "yarn",
         "factor": 40.0,
@@ -80,8 +85,8 @@ def test_the_factor_scales_what_is_rotated():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"factor": 2.0}, r"rope_scaling: expected a rope_type of \['linear', 'llama3', 'yarn'\], got None"),
-        ({"rope_type": "longrope"}, "expected a rope_type of .*, got 'longrope'"),
+        ({"factor": 2.0}, r"expected a dict with a rope_type of \['linear', 'llama3', 'yarn'\], got None"),
+        ({"rope_type": "longrope"}, "expected a dict with a rope_type of .*, got 'longrope'"),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_scaling of type 'llama3': .*missing 3 required"),
         ({"rope_type": "linear", "factor": 8.0, "beta": 1}, "type 'linear': .*unexpected keyword argument 'beta'"),
     ],
@@ -89,3 +94,17 @@ def test_the_factor_scales_what_is_rotated():
 def test_what_is_not_supported_is_named(rule: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         rotary_frequencies(8, 1e4, rule)
+
+
+@pytest.mark.parametrize(
+    ("theta", "scaling", "message"),
+    [
+        (0.0, None, "rope_theta: expected more than 1, got 0.0"),
+        (1.0, {"rope_type": "yarn"}, "rope_theta: expected more than 1, got 1.0"),
+        (10.0, "linear", "rope_scaling: expected a dict with a rope_type of .*, got 'linear'"),
+        (10.0, {"rope_type": "linear", "factor": 0.0}, "rope_scaling: expected a positive factor, got 0.0"),
+    ],
+)
+def test_what_makes_no_angles_is_named(theta: float, scaling: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        rotary_frequencies(8, theta, scaling)

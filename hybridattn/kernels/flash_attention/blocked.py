@@ -76,8 +76,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
     if causal and queries > keys:  # queries before the first key
         seen = _fused(q[:, queries - keys :], k, v, True, window, scale)
         return F.pad(seen, (0, 0, 0, 0, queries - keys, 0))
-    if q.numel() == 0 or v.numel() == 0:
-        return (q.sum() + k.sum() + v.sum()) + q.new_zeros(*q.shape[:3], v.shape[3])
+    if q.shape[3] == 0:
+        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))  # all scores are 0
+    if q.numel() == 0 or v.numel() == 0:  # nothing is seen, or nothing asked for; gradients are 0
+        return q.new_zeros(*q.shape[:3], v.shape[3]) + sum(x.flatten()[:0].sum() for x in (q, k, v))
     if window is not None and window < keys:
         return _windowed(q, k, v, window, scale)
     if not causal or queries == keys:

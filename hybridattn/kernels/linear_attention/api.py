@@ -225,6 +225,11 @@ def prefix_linear_attention(
     if prefix_lengths is None:
         prefix_lengths = torch.full((sizes["N"],), sizes["M"], device=q.device)
     check_shape(sizes, "prefix_lengths", prefix_lengths, "N")
+    if prefix_lengths.dtype not in (torch.int32, torch.int64) or prefix_lengths.device != q.device:
+        raise ValueError(
+            f"prefix_lengths: expected int32 or int64 on {q.device}, got {prefix_lengths.dtype} on "
+            f"{prefix_lengths.device}"
+        )
     outside = (prefix_lengths < 0) | (prefix_lengths > sizes["M"])
     if reads_values(prefix_lengths, check_values) and bool(outside.any()):
         raise ValueError(f"prefix_lengths: expected 0 to {sizes['M']}, got {prefix_lengths.tolist()}")
@@ -287,6 +292,7 @@ def linear_attention_step(
     if not normalize:
         return _step(sizes, q, k, v, None, state, scale, backend)
     pair = _check_pair("state", state, sizes)
+    check_inference("state", pair.k_sum)  # before any of the two is updated
     dtype, heads = pair.kv.dtype, pair.kv.shape[1]
     sums = pair.k_sum[:, None] + _match(k.to(dtype).cumsum(1), heads, 2)
     o = _step(sizes, q, k, v.to(dtype), None, pair.kv, scale, backend)

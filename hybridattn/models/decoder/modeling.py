@@ -225,6 +225,8 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             packing = Packing.of(attention_mask[:, length - tokens :].bool())
         if packing is not None and cu_seq_lens_q is not None:
             raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != tokens):
+            raise ValueError(f"position_ids: expected shape [{batch}, {tokens}], got {list(position_ids.shape)}")
         if position_ids is not None and packing is None and cu_seq_lens_q is None:
             _check_positions(position_ids)
         if packing is not None and position_ids is not None:

@@ -93,6 +93,31 @@ def test_planted_faults_of_a_backend_are_told(spoil, told: str, tmp_path: Path, 
     assert told in capsys.readouterr().out
 
 
+def test_fresh_memory_is_nan_in_a_process_that_does_not_ask_for_it():
+    """Tests do, for all of their process (tests/conftest.py): the check has to by itself."""
+    torch.use_deterministic_algorithms(False)
+    try:
+        with check.poisoned():
+            assert torch.empty(1000).isnan().all()
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(True)
+
+
+def test_the_limits_are_those_of_the_first_law():
+    assert (check.EXACT, check.EXACT_GRADIENT) == (1e-5, 1e-4)
+    assert (check.ROUNDING, check.ROUNDING_GRADIENT) == (1.5, 2.0)
+
+
+def test_gradients_are_checked():
+    """Of every input of every operator that has a backward pass."""
+    for name, operator in OPERATORS.items():
+        case = next(case for case in check.cases(CPU, [name.partition(" ")[0]]) if case.operator == name)
+        inputs = make_inputs(operator, case.sizes, CPU, 0)
+        found = check.evaluate(case, inputs, case.backend, torch.float32)
+        assert {f"d{x}" for x in inputs} <= set(found) or not operator.backward
+
+
 def test_every_launch_row_has_cases():
     for architecture in SHARED_MEMORY:
         rows = {
@@ -129,6 +154,22 @@ def test_rows_more_than_32_bits_apart(monkeypatch: pytest.MonkeyPatch):
     apart = check.far_apart(x)
     assert torch.equal(apart, x)
     assert apart.stride(0) == 1000
+
+
+def test_what_is_far_apart_is_given_so_to_the_backend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(check, "FAR", 100_000)
+    name, strides = "linear_attention_step", {}
+    right = OPERATORS[name]
+
+    def noted(x, backend):
+        strides[backend] = {which: value.stride(0) for which, value in x.items()}
+        return right.call(x, backend)
+
+    monkeypatch.setitem(OPERATORS, name, right._replace(call=noted))
+    (sizes,) = (sizes for sizes in sizes_of(name, on_gpu=True) if sizes.far == "k")
+    assert check.run_case(check.Case(name, "torch", torch.float32, sizes), CPU)["passed"]
+    assert [which for which, stride in strides["torch"].items() if stride == check.FAR] == ["k"]
+    assert check.FAR not in strides["reference"].values()
 
 
 def test_gates_are_signed_down_to_minus_60_and_exact_in_16_bits():

@@ -37,6 +37,35 @@ def test_queries_before_the_first_key_get_zeros(backend: str, window: int | None
     torch.testing.assert_close(o[:, 3:], flash_attention(q[:, 3:], k, v, window=window, backend="reference"))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_queries_without_any_keys_get_zeros(backend: str, causal: bool):
+    """No keys at all, a packed sequence without keys, and tokens past the last offset; with gradients of zero."""
+    q, k, v = (x.requires_grad_() for x in inputs())
+    alone = flash_attention(q, k[:, :0], v[:, :0], causal=causal, backend=backend)
+    packed = flash_attention(
+        *(x[:1] for x in (q, k, v)),
+        causal=causal,
+        cu_seqlens_q=torch.tensor([0, 3, 7]),
+        cu_seqlens_k=torch.tensor([0, 0, 4]),
+        backend=backend,
+    )
+    assert not alone.any()
+    assert not packed[:, :3].any()
+    assert not packed[:, 7:].any()
+    unseen = alone.sum() + packed[:, :3].sum() + packed[:, 7:].sum()
+    grads = torch.autograd.grad(unseen, (q, k, v), allow_unused=True, materialize_grads=True)
+    assert not any(dx.any() for dx in grads)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_without_dims_see_all_keys_alike(causal: bool):
+    _, _, v = inputs()
+    q = v[..., :0]
+    o = flash_attention(q, q, v, causal=causal)
+    torch.testing.assert_close(o, flash_attention(q, q, v, causal=causal, backend="reference"))
+
+
 BAD = {
     "window zero": ({"window": 0}, "window: expected a positive integer, a pair .* got 0"),
     "window float": ({"window": 2.5}, "window: expected a positive integer, a pair .* got 2.5"),

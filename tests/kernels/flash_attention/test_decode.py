@@ -117,6 +117,15 @@ def test_no_rows_and_no_slots(backend: str):
     assert not flash_decode(q, k, v, cache_lengths=torch.tensor([0, 0]), backend=backend).any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
+def test_the_output_is_of_the_queries_dtype(options: dict[str, Any], backend: str):
+    """Whatever that of the cache is."""
+    q, k = torch.randn(2, 1, QUERY_HEADS, KEY).bfloat16(), torch.randn(2, 10, HEADS, KEY)
+    o = flash_decode(q, k, k, cache_lengths=torch.tensor([9, 9]), backend=backend, **options)
+    assert o.dtype == torch.bfloat16
+
+
 LENGTHS = torch.tensor([9, 9])
 BAD = {
     "no token": (0, {}, "q: expected 1 to 16 new tokens, got 0"),

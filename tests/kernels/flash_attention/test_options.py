@@ -318,6 +318,24 @@ def test_steep_slopes(slope: float):
     assert error(flash_attention(*(x.float() for x in inputs), alibi_slopes=slopes), expected) <= 1e-5
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(2, 10), (66, 90), (130, 140)])
+@pytest.mark.parametrize("left", [3, 7, 65])
+def test_two_queries_in_the_last_block(queries: int, keys: int, left: int):
+    """The first key that the block sees is one before the first that both its queries see."""
+    inputs, options = make_inputs(queries, keys), {"causal": False, "window": (left, 3)}
+    expected = flash_attention(*inputs, **options, backend="reference")
+    assert error(flash_attention(*inputs, **options), expected) <= 1e-12
+
+
+def test_many_small_weights_are_no_small_sum():
+    q, k = torch.ones(1, 1, 1, 1), torch.full((1, 1 << 16, 1, 1), -18.0)
+    k[:, 0] = 0
+    o, lse = flash_attention(q, k, k, scale=1.0, return_lse=True)
+    expected = flash_attention(q.double(), k.double(), k.double(), scale=1.0, return_lse=True, backend="reference")
+    assert error(o, expected[0]) <= 1e-5
+    assert error(lse.exp(), expected[1].exp()) <= 1e-5
+
+
 def test_large_scores():
     """The maximum is taken off before any exponential."""
     inputs = [30 * x for x in make_inputs(150, 150)]
@@ -378,6 +396,10 @@ BAD = {
     ),
     "mask, order": (
         {"block_mask": BlockMask(torch.tensor([0, 1, 3]), torch.tensor([1, 1, 0]), 5)},
+        "block_mask: expected key_blocks from 0 to 1, ascending",
+    ),
+    "mask, a block twice": (
+        {"block_mask": BlockMask(torch.tensor([0, 2, 3]), torch.tensor([0, 0, 1]), 5)},
         "block_mask: expected key_blocks from 0 to 1, ascending",
     ),
 }

@@ -85,7 +85,7 @@ BAD = {
     "backend": (
         lambda *x: x,
         {"backend": "cuda"},
-        r"backend: expected one of \['reference', 'torch', None\], got 'cuda'",
+        r"backend: expected one of \['reference', 'torch', 'triton', None\], got 'cuda'",
     ),
     "state": (
         lambda *x: x,
@@ -104,6 +104,12 @@ def test_bad_input_is_named(name: str):
     change, options, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         gated_linear_attention(*change(*inputs(), -torch.rand(B, T, H, K)), **options)
+
+
+def test_queries_and_values_are_not_grouped_both():
+    q, k, v = torch.randn(B, T, 4, K), torch.randn(B, T, 2, K), torch.randn(B, T, 4, V)
+    with pytest.raises(ValueError, match="q: expected k's 2 heads, or a multiple of those of k and v, got 4"):
+        linear_attention(q, k, v)
 
 
 @pytest.mark.parametrize("offsets", [[1, 9], [0, 5, 3, 9], [0, 10], [0, -1]])
@@ -128,3 +134,14 @@ def test_step_refuses_gradients():
 def test_step_refuses_a_narrow_state():
     with pytest.raises(ValueError, match=r"state: expected float32 or float64, got torch.bfloat16"):
         linear_attention_step(*inputs(1), torch.zeros(B, H, K, V).bfloat16())
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_step_has_wide_sums_in_an_autocast_region(tokens: int):
+    x, state = [x.bfloat16().float() for x in inputs(tokens)], torch.randn(B, H, K, V)
+    kept = state.clone()
+    expected = linear_attention_step(*x, kept)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = linear_attention_step(*x, state)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(state, kept)

@@ -162,7 +162,12 @@ def test_bad_input_is_named():
     q, v_prefix = torch.randn(B, 3, H, K), torch.randn(B, 3, H, V)
     with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to 3, got \[1, 4\]"):
         prefix_linear_attention(q, q, v_prefix, q, v_prefix, prefix_lengths=torch.tensor([1, 4]))
+    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to 3, got \[1, -1\]"):
+        prefix_linear_attention(q, q, v_prefix, q, v_prefix, prefix_lengths=torch.tensor([1, -1]))
+    with pytest.raises(ValueError, match=r"prefix_lengths: expected int32 or int64 on cpu, got torch.float32 on cpu"):
+        prefix_linear_attention(q, q, v_prefix, q, v_prefix, prefix_lengths=torch.tensor([1.5, 2.0]))
     with pytest.raises(ValueError, match=r"k_prefix: expected shape \[N=2, M, H=3, K=4\]"):
         prefix_linear_attention(q, q, v_prefix, q[:1], v_prefix)
-    with pytest.raises(ValueError, match="scale: expected a positive number, got -1"):
-        taylor_linear_attention(q, q, v_prefix, scale=-1)
+    for scale in (-1, 0):
+        with pytest.raises(ValueError, match=f"scale: expected a positive number, got {scale}"):
+            taylor_linear_attention(q, q, v_prefix, scale=scale)

@@ -4,7 +4,7 @@
         gated_linear_attention_step(q, k, v, g, state, backend="triton")
     launches[0].loads["state"].total
 
-Every load, store and atomic goes through two methods of the interpreter, those by block pointers and by tensor
+Every load, store and atomic goes through four methods of the interpreter, those by block pointers and by tensor
 descriptors (TMA) too. Only lanes that are not masked count. An address is looked up among the *elements* of the
 launch's tensors, so that a gap of a strided view is outside, and it is looked up before it is used.
 """
