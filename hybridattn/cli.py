@@ -187,11 +187,11 @@ def bench(
     """Time the operators: on a CPU beside the reference and SDPA, on a GPU against its ceilings."""
     from hybridattn.evals.kernels import bench, contest
 
-    device = _device(device)
-    if device == "cpu" and not peers:
+    place = _device(device)
+    if place == "cpu" and not peers:
         bench.run(tokens=tokens, samples=samples)
     else:
-        print(contest.run(device, peers, samples, out))
+        print(contest.run(place, peers, samples, out))
 
 
 @kernels.command()
