@@ -11,7 +11,7 @@ from torch import Tensor
 from hybridattn.evals.kernels.triton.traffic import count_traffic, over_target
 from hybridattn.kernels.linear_attention import gated_linear_attention, linear_attention
 from hybridattn.kernels.linear_attention.triton import op
-from hybridattn.kernels.linear_attention.triton.launch import chunk_launch
+from hybridattn.kernels.linear_attention.triton.launch import chunk_launch, segments
 from hybridattn.kernels.linear_attention.triton.primitives import COOL
 from hybridattn.kernels.linear_attention.triton.rows import sweep_traffic
 
@@ -287,6 +287,42 @@ def test_asked_for_by_name_it_runs_or_raises(message: str):
         run(x, "triton")
     q, k, v, state, g = x
     gated_linear_attention(q, k, v, g, initial_state=state)  # not asked for, another one serves the case
+
+
+@pytest.mark.parametrize("parts", [3, 5])
+@pytest.mark.parametrize("heads", [(1, 1, 1), (4, 2, 2), (1, 1, 2)])
+@pytest.mark.parametrize(
+    "case", [("per channel", "resets"), ("per channel", "hot"), ("per head", "strong"), ("none", "none")], ids=", ".join
+)
+def test_segments_of_a_sequence(case: tuple[str, str], heads: tuple[int, int, int], parts: int, monkeypatch):
+    """More of them than chunks, too."""
+    monkeypatch.setattr(op, "segments", lambda *_: parts)
+    x = make(200, (24, 16), case, heads)
+    grads = [torch.randn_like(y) for y in run(x, "reference")]
+    with count_traffic() as launches:
+        actual = with_gradients(to(x, torch.float32), "triton", grads)
+    assert [launch.kernel for launch in launches].count("scan_states") == 3  # once forward
+    assert max(map(error, actual, with_gradients(x, "reference", grads))) <= 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[200], [3, 0, 150, 64]])
+def test_segments_of_packed_sequences(lengths: list[int], monkeypatch):
+    monkeypatch.setattr(op, "segments", lambda *_: 2)
+    q, k, v, state, g = make(sum(lengths), case=("per channel", "resets"))
+    x = [q, k, v, torch.randn(len(lengths), *state.shape[1:]).double(), g]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    grads = [torch.randn_like(y) for y in run(x, "reference", cu_seqlens=ends)]
+    expected = with_gradients(x, "reference", grads, cu_seqlens=ends)
+    actual = with_gradients(to(x, torch.float32), "triton", grads, cu_seqlens=ends)
+    assert max(map(error, actual, expected)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("programs", "chunks", "processors", "expected"),
+    [(132, 1000, 132, 1), (131, 1000, 132, 3), (1, 1000, 132, 250), (16, 1000, 132, 17), (1, 7, 132, 1), (1, 0, 1, 1)],
+)
+def test_segments_fill_the_device(programs: int, chunks: int, processors: int, expected: int):
+    assert segments(programs, chunks, processors) == expected
 
 
 PER_SEQUENCE = {"first", "last", "dlast", "dfirst"}  # tensors that do not grow with the tokens

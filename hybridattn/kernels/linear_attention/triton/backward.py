@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    COOL,
     LOG2E,
     bounded,
     find_sequence,
@@ -38,67 +37,6 @@ from .primitives import (
     store_tile,
     sums_of_rows,
 )
-
-
-@triton.jit
-def states(
-    k,  # [B,T,*,K], like v a descriptor or a tuple: see ``primitives``
-    v,  # [B,T,*,V]
-    g,  # [B,T,*,K], or [B,T,*,1] as a tuple, or None
-    h,  # [slots,V,HEADS,K]
-    first,  # initial state, fp32 [N,*,K,V], or None for zeros
-    hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others; or None
-    cu_seqlens,  # [N+1] or None
-    T,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    HEADS: tl.constexpr,
-    K_SHARE: tl.constexpr,
-    V_SHARE: tl.constexpr,
-    G_SHARE: tl.constexpr,
-    STATE_SHARE: tl.constexpr,
-    GATE: tl.constexpr,
-    TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    blocks_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    blocks_v: tl.constexpr = (V + 63) // 64
-    key = tl.program_id(0) % blocks_k * BLOCK_K
-    value = tl.program_id(0) // blocks_k % blocks_v * 64
-    n, head = tl.program_id(0) // blocks_k // blocks_v // HEADS, tl.program_id(0) // blocks_k // blocks_v % HEADS
-    batch, start, end, slot = find_sequence(cu_seqlens, n, T)
-    t = tl.arange(0, 64)
-    later = t[:, None] < t[None, :]
-    channel = key + tl.arange(0, BLOCK_K)
-
-    S = tl.zeros([64, BLOCK_K], tl.float32)
-    if first is not None:
-        state = (n * (HEADS // STATE_SHARE) + head // STATE_SHARE).to(tl.int64) * K * V
-        inside = (channel < K)[None, :] & (value + t < V)[:, None]
-        S = tl.load(first + state + channel[None, :] * V + value + t[:, None], mask=inside, other=0.0)
-    for c in tl.range(0, tl.cdiv(end - start, 64), num_stages=STAGES):
-        row = start + c * 64
-        store_tile(h, S, slot + c, value, head, key, V, K, BLOCK_K, TMA)
-        kt = load_tile(k, batch, row, head // K_SHARE, key, end, K, BLOCK_K, TMA)
-        vt = load_tile(v, batch, row, head // V_SHARE, value, end, V, 64, TMA)
-        if GATE == "channel":
-            gt = bounded(load_tile(g, batch, row, head // G_SHARE, key, end, K, BLOCK_K, TMA))
-            e = gate_sums(later, gt, TERMS)
-            bits = tl.min(e + gt.to(tl.float32) * LOG2E, 0)
-            if value == 0:
-                flags = hot + ((slot + c) * HEADS + head) * K + channel
-                tl.store(flags, tl.where(bits < COOL, n + 1, 0), mask=channel < K)
-            kt = operand(kt * tl.exp2(e), PRECISION)
-            S *= tl.exp2(bits)[None, :]
-        elif GATE == "head":
-            gates = load_gates(g, batch, row, head // G_SHARE, end)
-            leaving = tl.max(gate_sums(later, gates[:, None] + tl.zeros([64, 16], gates.dtype), TERMS), 1)
-            kt = operand(kt * tl.exp2(leaving)[:, None], PRECISION)
-            S *= tl.exp2(tl.sum(gates.to(tl.float32)) * LOG2E)
-        S = product(tl.trans(vt), kt, S, PRECISION)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -129,6 +67,7 @@ def sweep_keys(
     GATE: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -139,7 +78,7 @@ def sweep_keys(
     parts: tl.constexpr = 3 if exact else 2
     key = tl.program_id(0) % blocks_k * BLOCK_K
     n, head = tl.program_id(0) // blocks_k // HEADS, tl.program_id(0) // blocks_k % HEADS
-    batch, start, end, slot = find_sequence(cu_seqlens, n, T)
+    batch, start, end, slot = find_sequence(cu_seqlens, n, T, SEGMENTS)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
     earlier, upto = t[:, None] > t[None, :], t[:, None] >= t[None, :]  # gates of a column, of those before the row

@@ -65,6 +65,7 @@ def sweep_values(
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -75,7 +76,7 @@ def sweep_values(
     exact: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     column = tl.program_id(0) % blocks_v * BLOCK_V
     n, head = tl.program_id(0) // blocks_v // HEADS, tl.program_id(0) // blocks_v % HEADS
-    batch, start, end, slot = find_sequence(cu_seqlens, n, T)
+    batch, start, end, slot = find_sequence(cu_seqlens, n, T, SEGMENTS)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
     seen = (t[:, None] <= t[None, :]) if REVERSE else (t[:, None] >= t[None, :])  # by the row of a, of w's
@@ -121,7 +122,7 @@ def sweep_values(
                 else:
                     is_hot = bits < COOL
                     if column == 0:
-                        tl.store(flags, tl.where(is_hot, n + 1, 0), mask=channel < K)
+                        tl.store(flags, tl.where(is_hot, n // SEGMENTS + 1, 0), mask=channel < K)
                 if exact:
                     shift = tl.where(is_hot[None, :], gate_sums(reach == 0, gt, TERMS), -e)
                 else:  # a difference of running sums is as good as 16-bit operands are

@@ -156,6 +156,14 @@ def operand_name(*tensors: Tensor) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
 
 
+def segments(programs: int, chunks: int, processors: int) -> int:
+    """How many segments a sequence is split in: one, unless there are fewer programs than processors.
+
+    Then as many as give each processor two, but segments of 4 chunks at least: their states are work of their own.
+    """
+    return 1 if programs >= processors else max(1, min(-(-2 * processors // programs), chunks // 4))
+
+
 def tile_columns(dim: int) -> int:
     """Columns of a tile: a power of two from 16 to 64."""
     return max(16, min(64, 1 << (dim - 1).bit_length()))

@@ -17,11 +17,13 @@ from torch.library import custom_op
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...runtime.launch import architecture, warn_of_launch
-from .backward import states, sweep_keys
+from .backward import sweep_keys
 from .forward import sweep_values
-from .launch import ChunkLaunch, chunk_launch, operand_name, tile_columns
+from .launch import ChunkLaunch, chunk_launch, operand_name, segments, tile_columns
 from .repair import repair_keys, repair_values
+from .states import scan_states, states
 
+SCAN = 1024  # elements of a state that a program scans
 FAR = 1 << 24  # elements from a token to the next, of which 32 bits still reach 64
 
 
@@ -37,8 +39,12 @@ def forward(
     g = None if g is None else _dense(g)
     hot = _flags(o, k, g, cu_seqlens)
     first = None if state is None else state.contiguous()
-    operands = operand_name(q, k, v)
-    _sweep_values(q, k, v, g, o, first, last, hot, cu_seqlens, scale, operands, reverse=False)
+    operands, parts = operand_name(q, k, v), _segments(o, cu_seqlens)
+    ends = last
+    if parts > 1:
+        first, last = _segment_states(k, v, g, first, last.shape[1], cu_seqlens, scale, operands, parts, reverse=False)
+        ends = None
+    _sweep_values(q, k, v, g, o, first, ends, hot, cu_seqlens, scale, operands, parts, reverse=False)
     if hot is not None:
         _repair_values(q, k, v, g, o, hot, cu_seqlens, scale, operands, reverse=False)
     return o, last
@@ -69,17 +75,22 @@ def backward(
     q, k, v, do = map(_dense, (q, k, v, do))
     g = None if g is None else _dense(g)
     dlast, first = dlast.contiguous(), None if state is None else state.contiguous()
-    hot, operands = _flags(do, k, g, cu_seqlens), operand_name(q, k, v)
+    hot, operands, parts = _flags(do, k, g, cu_seqlens), operand_name(q, k, v), _segments(do, cu_seqlens)
 
-    h = _states(k, v, g, do, first, hot, cu_seqlens, operands)
-    dq, dk, dg, dfirst = _key_gradients(q, k, v, g, do, h, dlast, hot, cu_seqlens, scale, operands)
+    ends = dlast
+    if parts > 1:
+        first, _ = _segment_states(k, v, g, first, dlast.shape[1], cu_seqlens, 1.0, operands, parts, reverse=False)
+        ends, _ = _segment_states(q, do, g, dlast, do.shape[2], cu_seqlens, scale, operands, parts, reverse=True)
+    h = _chunk_states(k, v, g, do, first, hot, cu_seqlens, operands, parts)
+    dq, dk, dg, dfirst = _key_gradients(q, k, v, g, do, h, ends, hot, cu_seqlens, scale, operands, parts)
     dv = _gradients_of(v, do, cu_seqlens)
-    _sweep_values(k, q, do, g, dv, dlast, None, hot, cu_seqlens, scale, operands, reverse=True)
+    _sweep_values(k, q, do, g, dv, ends, None, hot, cu_seqlens, scale, operands, parts, reverse=True)
     if hot is not None:
         _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale, operands)
         _repair_values(q, k, do, g, dv, hot, cu_seqlens, scale, operands, reverse=True)
     grads = [_summed(y, x) for y, x in zip((dq, dk, dv, dg), given, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3], dfirst.unflatten(1, (dlast.shape[1], -1)).sum(2)
+    dfirst = dfirst[::parts].unflatten(1, (dlast.shape[1], -1)).sum(2)
+    return grads[0], grads[1], grads[2], grads[3], dfirst
 
 
 @backward.register_fake
@@ -129,6 +140,20 @@ def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return x.shape[1] // 64 + sequences, sequences
 
 
+def _segments(y: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many segments every sequence is split in."""
+    sequences, (_, tokens, heads, value_dim) = _slots(y, cu_seqlens)[1], y.shape
+    columns = tile_columns(value_dim)
+    return segments(
+        sequences * heads * -(-value_dim // columns), -(-tokens * len(y) // sequences) // 64, _processors(y.device)
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _gradients_of(x: Tensor, y: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """Room for the gradients of x for every head of y, in fp32 where those of heads are to be summed."""
     new = x.new_empty if cu_seqlens is None else x.new_zeros  # no program has tokens past the last offset
@@ -144,33 +169,68 @@ def _summed(grads: Tensor, x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
-def _states(k, v, g, do, first, hot, cu_seqlens, operands) -> Tensor:
+def _chunk_states(k, v, g, do, first, hot, cu_seqlens, operands, parts) -> Tensor:
     """The states before all chunks, [slots,V,heads,K]."""
-    (_, tokens, heads, value_dim), key_dim = do.shape, k.shape[3]
-    slots, sequences = _slots(do, cu_seqlens)
-    h = k.new_empty(slots, value_dim, heads, key_dim, dtype=torch.bfloat16 if operands == "bf16" else torch.float32)
-    launch = _launch("states", k.device, key_dim, value_dim, operands)
-    blocks = triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64)
-    tma = _describable(launch, cu_seqlens, k, v, h, g)
-    with torch.cuda.device_of(k):  # Triton launches on the current device
-        states[(sequences * heads * blocks,)](
-            _tile(k, launch.block_k, tma),
-            _tile(v, 64, tma),
-            _gates(g, launch.block_k, tma),
-            _tile(h, launch.block_k, tma),
-            first,
-            hot,
-            cu_seqlens,
-            tokens,
-            **_constexprs(launch, heads, key_dim, value_dim, g, operands),
-            **_shares(heads, K=k, V=v, G=g),
-            STATE_SHARE=1 if first is None else heads // first.shape[1],
-            TMA=tma,
-        )
+    heads, slots = do.shape[2], _slots(do, cu_seqlens)[0]
+    dtype = torch.bfloat16 if operands == "bf16" else torch.float32
+    h = k.new_empty(slots, v.shape[3], heads, k.shape[3], dtype=dtype)
+    _states(k, v, g, h, first, None, None, hot, cu_seqlens, 1.0, heads, operands, parts, reverse=False)
     return h
 
 
-def _key_gradients(q, k, v, g, do, h, dlast, hot, cu_seqlens, scale, operands) -> tuple[Tensor, ...]:
+def _segment_states(w, u, g, first, heads, cu_seqlens, scale, operands, parts, *, reverse) -> tuple[Tensor, Tensor]:
+    """The states before all segments, fp32 [sequences * parts,heads,K,V], and those after the last ones."""
+    sequences, key_dim, value_dim = _slots(u, cu_seqlens)[1], w.shape[3], u.shape[3]
+    local = w.new_empty(sequences * parts, heads, key_dim, value_dim, dtype=torch.float32)
+    lost = w.new_zeros(sequences * parts, heads, key_dim, dtype=torch.float32)
+    _states(w, u, g, None, None, local, lost, None, cu_seqlens, scale, heads, operands, parts, reverse=reverse)
+    starts, last = torch.empty_like(local), local.new_empty(sequences, *local.shape[1:])
+    with torch.cuda.device_of(w):
+        scan_states[(sequences * heads * triton.cdiv(key_dim * value_dim, SCAN),)](
+            local,
+            lost,
+            first,
+            starts,
+            last,
+            K=key_dim,
+            V=value_dim,
+            HEADS=heads,
+            STATE_SHARE=1 if first is None else heads // first.shape[1],
+            REVERSE=reverse,
+            SEGMENTS=parts,
+            BLOCK=SCAN,
+        )
+    return starts, last
+
+
+def _states(w, u, g, h, first, last, lost, hot, cu_seqlens, scale, heads, operands, parts, *, reverse) -> None:
+    key_dim, value_dim = w.shape[3], u.shape[3]
+    launch = _launch("states", w.device, key_dim, value_dim, operands)
+    blocks = triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64)
+    tma = _describable(launch, cu_seqlens, w, u, h, g)
+    with torch.cuda.device_of(w):  # Triton launches on the current device
+        states[(_slots(u, cu_seqlens)[1] * parts * heads * blocks,)](
+            _tile(w, launch.block_k, tma),
+            _tile(u, 64, tma),
+            _gates(g, launch.block_k, tma),
+            None if h is None else _tile(h, launch.block_k, tma),
+            first,
+            last,
+            lost,
+            hot,
+            cu_seqlens,
+            float(scale),
+            u.shape[1],
+            **_constexprs(launch, heads, key_dim, value_dim, g, operands),
+            **_shares(heads, W=w, U=u, G=g),
+            STATE_SHARE=1 if first is None else heads // first.shape[1],
+            REVERSE=reverse,
+            SEGMENTS=parts,
+            TMA=tma,
+        )
+
+
+def _key_gradients(q, k, v, g, do, h, dlast, hot, cu_seqlens, scale, operands, parts) -> tuple[Tensor, ...]:
     """Gradients of q, k, g (empty without gates) and the initial state: sums over groups of as many values as a launch
     takes, of most shapes one."""
     launch = _launch("sweep_keys", k.device, k.shape[3], v.shape[3], operands)
@@ -179,13 +239,13 @@ def _key_gradients(q, k, v, g, do, h, dlast, hot, cu_seqlens, scale, operands) -
     sums: list[Tensor] = []
     dfirst: list[Tensor] = []
     for values in groups:
-        *grads, columns = _sweep_keys(launch, q, k, g, *values, hot, cu_seqlens, scale, operands, dtype)
+        *grads, columns = _sweep_keys(launch, q, k, g, *values, hot, cu_seqlens, scale, operands, parts, dtype)
         sums = [x.add_(y) for x, y in zip(sums, grads, strict=True)] if sums else grads
         dfirst.append(columns)
     return (*sums, torch.cat(dfirst, 3))
 
 
-def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operands, dtype) -> list[Tensor]:
+def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operands, parts, dtype) -> list[Tensor]:
     (_, tokens, heads, value_dim), key_dim, gate = do.shape, k.shape[3], _gate(g)
     blocks = triton.cdiv(key_dim, launch.block_k)
     dq, dk = (_gradients_of(x, do, cu_seqlens, dtype) for x in (q, k))
@@ -214,6 +274,7 @@ def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operan
             **_constexprs(launch, heads, key_dim, value_dim, g, operands),
             **_shares(heads, Q=q, K=k, V=v, G=g),
             STATE_SHARE=heads // dlast.shape[1],
+            SEGMENTS=parts,
             TMA=tma,
         )
     if dg is None:
@@ -221,13 +282,13 @@ def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operan
     return [dq, dk, dg.sum(3, keepdim=True) if gate == "head" else dg, dfirst]
 
 
-def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, operands, *, reverse) -> None:
+def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, operands, parts, *, reverse) -> None:
     (_, tokens, heads, value_dim), key_dim = y.shape, a.shape[3]
     launch = _launch("sweep_values", a.device, key_dim, value_dim, operands)
     blocks = triton.cdiv(value_dim, launch.block_v)
     tma = _describable(launch, cu_seqlens, a, w, u, y, g)
     with torch.cuda.device_of(y):
-        sweep_values[(_slots(y, cu_seqlens)[1] * heads * blocks,)](
+        sweep_values[(_slots(y, cu_seqlens)[1] * parts * heads * blocks,)](
             *(_tile(x, launch.block_k, tma) for x in (a, w)),
             _tile(u, launch.block_v, tma),
             _gates(g, launch.block_k, tma),
@@ -242,6 +303,7 @@ def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, operands, 
             **_shares(heads, A=a, W=w, U=u, G=g),
             STATE_SHARE=heads // (first if last is None else last).shape[1],
             REVERSE=reverse,
+            SEGMENTS=parts,
             TMA=tma,
             BLOCK_V=launch.block_v,
         )

@@ -19,16 +19,23 @@ COOL = tl.constexpr(-86.0)  # bits that a channel may lose in a chunk before it 
 
 
 @triton.jit
-def find_sequence(cu_seqlens, n, T):
+def find_sequence(cu_seqlens, n, T, SEGMENTS: tl.constexpr = 1):
     """Row of the batch, first token, token past the last, and first slot of sequence n.
 
-    Slots number the chunks of all sequences: N * cdiv(T, 64) of them, or T // 64 + N of a packed row, with gaps.
+    Slots number the chunks of all sequences: N * cdiv(T, 64) of them, or T // 64 + N of a packed row, with gaps. With
+    SEGMENTS, n counts the segments of all sequences: each has so many, equal but for the last ones, of whole chunks.
     """
+    part, n = n % SEGMENTS, n // SEGMENTS
     if cu_seqlens is None:
         batch, first, end, slot = n, 0, T, n * tl.cdiv(T, 64)
     else:
         first = tl.load(cu_seqlens + n).to(tl.int32)
         batch, end, slot = 0, tl.load(cu_seqlens + n + 1).to(tl.int32), first // 64 + n
+    if SEGMENTS > 1:
+        chunks = tl.cdiv(tl.cdiv(end - first, 64), SEGMENTS)
+        slot += part * chunks
+        first = tl.minimum(first + part * chunks * 64, end)
+        end = tl.minimum(first + chunks * 64, end)
     return batch, first, end, slot
 
 

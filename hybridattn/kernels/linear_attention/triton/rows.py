@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from ...runtime.launch import CompileRow, Traffic
-from .backward import states, sweep_keys
+from .backward import sweep_keys
 from .decode import step_kernel
 from .forward import sweep_values
 from .launch import KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
 from .repair import repair_keys, repair_values
+from .states import scan_states, states
 
 Kind = str | tuple[str, ...]
 
@@ -52,6 +53,10 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
     for kind in ("", "per-head", "no-gate"):
         values = {**SWEEP_KINDS.get(kind, {}), "REVERSE": True}
         yield _sweep_row(architecture, sweep_values, 128, 128, f" {kind} reverse".replace("  ", " "), **values)
+    for kernel in (sweep_values, sweep_keys, states):
+        yield _sweep_row(architecture, kernel, 128, 128, " segments", SEGMENTS=8)
+    yield _sweep_row(architecture, states, 128, 128, " segments reverse", SEGMENTS=8, REVERSE=True)
+    yield _scan_row()
     for kernel, constexprs in ((repair_values, {"REVERSE": False}), (repair_keys, {})):
         yield _repair_row(architecture, kernel, constexprs)
 
@@ -123,7 +128,7 @@ def _sweep_row(
     gates: str = "bf16",
     gate: str = "channel",
     packed: bool = False,
-    **constexprs: bool,
+    **constexprs: int,
 ) -> CompileRow:
     launch = chunk_launch(kernel.fn.__name__, architecture, key_dim, value_dim, dtype)
     tma = launch.tma and not packed
@@ -135,7 +140,7 @@ def _sweep_row(
         **dict.fromkeys(("u", "y", "v", "do"), values),
         **{"channel": {"g": channels, "dg": channels}, "head": _HEAD_GATES, "": {"g": None, "dg": None}}[gate],
         "h": _tile_type("bf16" if dtype == "bf16" else "fp32", launch.block_k, tma),
-        **dict.fromkeys(("first", "last", "dlast", "dfirst"), "*fp32:16"),
+        **dict.fromkeys(("first", "last", "lost", "dlast", "dfirst"), "*fp32:16"),
         "hot": "*i32:16" if gate == "channel" else None,
         "cu_seqlens": "*i64:16" if packed else None,
         "scale": "fp32",
@@ -187,6 +192,12 @@ def _repair_row(architecture: str, kernel: Any, constexprs: dict[str, bool]) -> 
     return _row(f"linear_attention_{kernel.fn.__name__}", kernel, arguments, known, 4, 1)
 
 
+def _scan_row() -> CompileRow:
+    arguments: dict[str, Kind | None] = dict.fromkeys(("local", "lost", "first", "starts", "last"), "*fp32:16")
+    known = {**dict.fromkeys(("K", "V"), 128), "HEADS": 16, "STATE_SHARE": 1, "REVERSE": False, "SEGMENTS": 8}
+    return _row("linear_attention_scan_states", scan_states, arguments, {**known, "BLOCK": 1024}, 4, 1)
+
+
 def _row(
     name: str, kernel: Any, arguments: dict[str, Kind | None], constexprs: dict[str, Any], warps: int, stages: int
 ) -> CompileRow:
@@ -211,9 +222,10 @@ def sweep_traffic(launch: ChunkLaunch, x: dict[str, Tensor], heads: int) -> Traf
         read = {"u": 1, **dict.fromkeys(("a", "w", "g", "hot"), blocks)}
         stored = ("y", "last", "hot")
     else:
-        blocks, blocks_v = -(-x["k"].shape[3] // launch.block_k), -(-x["v"].shape[3] // 64)
+        keys, values = (x["w"], x["u"]) if launch.kernel == "states" else (x["k"], x["v"])
+        blocks, blocks_v = -(-keys.shape[3] // launch.block_k), -(-values.shape[3] // 64)
         if launch.kernel == "states":
-            read, stored = {"v": blocks, "k": blocks_v, "g": blocks_v}, ("h", "hot")
+            read, stored = {"u": blocks, "w": blocks_v, "g": blocks_v}, ("h", "hot", "last", "lost")
         else:  # the compiler keeps the second reading of v and do out of memory, the interpreter does not
             read = {**dict.fromkeys(("v", "do"), 2 * blocks), **dict.fromkeys(("q", "k", "g", "h", "hot"), 1)}
             stored = ("dq", "dk", "dg", "dfirst")
