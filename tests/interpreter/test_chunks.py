@@ -238,7 +238,10 @@ def test_empty_dimensions(empty: tuple[int, ...]):
 
 def test_opcheck():
     q, k, v, state, g = to(make(3, heads=HEADS["grouped queries"]), torch.float32)
-    for x in ((q, k, v, g, 0.7, state, None), (q, k, v, None, 0.7, None, torch.tensor([0, 1, 3]))):
+    for x in (
+        (q, k, v, g, 0.7, False, False, state, None),
+        (q, k, v, None, 0.7, True, True, None, torch.tensor([0, 1, 3])),
+    ):
         torch.library.opcheck(
             op.forward,
             tuple(

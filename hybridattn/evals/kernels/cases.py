@@ -4,7 +4,7 @@ B batch, T time, H key heads, K key dim, V value dim; query and value heads are 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels.flash_attention import flash_attention, flash_decode
 from ...kernels.flash_attention.triton.launch import FORWARD, forward_launch
 from ...kernels.linear_attention import (
+    features,
     gated_linear_attention,
     gated_linear_attention_step,
     linear_attention,
@@ -110,11 +111,18 @@ def _chunk_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str
     ]
 
 
+def _taylor_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
+    """The state has a row per feature; gradients of keys take at most 128 values at a time."""
+    state = replace(sizes, key_dim=features.count(sizes.key_dim), value_dim=min(sizes.value_dim, 128))
+    return _chunk_rows(architecture, state, dtype)
+
+
 def _softmax_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
     return [forward_launch(architecture, sizes.key_dim, sizes.value_dim, 8 * dtype.itemsize).name]
 
 
 _chunked = partial(Operator, rows=_chunk_rows)
+_features = partial(Operator, state=False, key_dim=16, rows=_taylor_rows)
 _one_step = partial(Operator, backward=False, long=False, rows=_step_rows)
 _softmax = partial(Operator, state=False, family="flash_attention")
 
@@ -125,8 +133,8 @@ OPERATORS = {
     ),
     "gated_linear_attention per-head": _chunked(partial(_sequence, gated_linear_attention), "BTH"),
     "gated_linear_attention constant": _chunked(partial(_sequence, gated_linear_attention), "H"),
-    "taylor_linear_attention": Operator(partial(_stateless, taylor_linear_attention), state=False, key_dim=16),
-    "prefix_linear_attention": Operator(_prefix, state=False, key_dim=16),
+    "taylor_linear_attention": _features(partial(_stateless, taylor_linear_attention)),
+    "prefix_linear_attention": _features(_prefix),
     "flash_attention causal": _softmax(
         partial(_stateless, flash_attention), dims=tuple(FORWARD["sm_90"]), rows=_softmax_rows
     ),

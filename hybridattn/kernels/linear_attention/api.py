@@ -393,21 +393,20 @@ def _scale(scale: float | None, sizes: dict[str, int]) -> float:
     return max(sizes["K"], 1) ** -0.5 if scale is None else scale
 
 
-def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None) -> tuple[Tensor, Tensor]:
-    """Outputs and final states of one backend; with ``taylor`` the scores are 1 + z + z^2/2, z = taylor * q.k."""
+def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None, wide=False) -> tuple[Tensor, Tensor]:
+    """Outputs, in fp32 or wider if ``wide``, and final states of one backend; with ``taylor`` the scores are
+    1 + z + z^2/2, z = taylor * q.k."""
     if state is not None:
         check_shape(sizes, "initial_state", state, "N Hs K V")
         check_tensors("q", q=q, initial_state=state)
-    if taylor is None:
-        backend = choose_backend(backend, q, chunk_lacks(q, k, v, g, state))
-    else:
-        backend = choose_backend(backend)
+    backend = choose_backend(backend, q, chunk_lacks(q, k, v, g, state, sizes["K"]))
     if backend == "triton":
         from .triton import op  # who has no GPU may have no triton
 
         with no_autocast(q):
-            return op.forward(q, k, v, g, scale, state, cu_seqlens)
+            return op.forward(q, k, v, g, taylor or scale, taylor is not None, wide, state, cu_seqlens)
     dtype = compute_dtype(q, k, v, g)
+    v = v.to(dtype) if wide else v
     if state is None:
         state = q.new_zeros(*(sizes[c] for c in ("N", "Hs", "K", "V")), dtype=dtype)
     with no_autocast(q):
@@ -459,9 +458,9 @@ def _normalized(sizes, q, k, v, scale, state, output_final_state, cu_seqlens, ba
     """The normaliser is one more value column, of ones: its output is the sum of the weights, its state that of k."""
     joined = None if state is None else _join_state(_check_pair("initial_state", state, sizes))
     ones = v.new_ones(*v.shape[:-1], 1)
-    columns = torch.cat((v, ones), -1).to(compute_dtype(v))
+    columns = torch.cat((v, ones), -1)
     sizes = {**sizes, "V": sizes["V"] + 1}
-    o, state = _attend(sizes, q, k, columns, None, scale, joined, cu_seqlens, backend, taylor)
+    o, state = _attend(sizes, q, k, columns, None, scale, joined, cu_seqlens, backend, taylor, wide=True)
     o = (o[..., :-1] / (o[..., -1:] + EPS)).to(v.dtype)
     return o, NormalizedState(state[..., :-1], state[..., -1]) if output_final_state else None
 

@@ -194,7 +194,7 @@ def test_rows_are_verified_where_all_their_cases_passed(tmp_path: Path):
     failed = next(
         case.name
         for case in check.cases(gpu, backends=["triton"])
-        if k16 in [step_launch("sm_90", case.sizes.key_dim).name]
+        if "step" in case.operator and k16 == step_launch("sm_90", case.sizes.key_dim).name
     )
     (folder / "verified.json").write_text(json.dumps({"sm_80": {"row": {}}, "sm_90": {"gone": {}}}))
     check.verify(source, everything - {failed}, gpu, tmp_path)

@@ -37,6 +37,7 @@ from .primitives import (
     product,
     store_tile,
 )
+from .taylor import load_keys, polynomial
 
 
 # ``scale`` is a float that is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 where it becomes 1.
@@ -50,9 +51,11 @@ def sweep_values(
     first,  # state where the sweep begins, fp32 [N,*,K,V], or None for zeros
     last,  # the state where it ends, or None
     hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others; written forwards, read backwards
+    features,  # of a and w, which are [B,T,*,DIM] then, see ``taylor``; ``scale`` is z's; or None
     cu_seqlens,  # [N+1] or None
     scale,
     T,
+    DIM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     HEADS: tl.constexpr,  # of y; the others have as many or a part, which neighbours share
@@ -67,6 +70,7 @@ def sweep_values(
     REVERSE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
@@ -99,6 +103,10 @@ def sweep_values(
         ut = load_tile(u, batch, row, head // U_SHARE, column, end, V, BLOCK_V, TMA)
         scores = tl.zeros([64, 64], tl.float32)
         yt = tl.zeros([64, BLOCK_V], tl.float32)
+        if features is not None:
+            at = load_tile(a, batch, row, head // A_SHARE, 0, end, DIM, BLOCK_D, TMA)
+            wt = load_tile(w, batch, row, head // W_SHARE, 0, end, DIM, BLOCK_D, TMA)
+            _, scores = polynomial(at, wt, scale, PRECISION)
         if GATE == "head":
             gates = load_gates(g, batch, row, head // G_SHARE, end)
             repeated = gates[:, None] + tl.zeros([64, 16], gates.dtype)
@@ -107,8 +115,14 @@ def sweep_values(
             decay = tl.exp2(tl.sum(gates.to(tl.float32)) * LOG2E)
         stepped = ()
         for i in tl.static_range(blocks_k):
-            at = load_tile(a, batch, row, head // A_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA)
-            wt = load_tile(w, batch, row, head // W_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA)
+            at = load_keys(
+                a, features, batch, row, head // A_SHARE, i * BLOCK_K, end, K, DIM, BLOCK_K, BLOCK_D, PRECISION, TMA
+            )
+            wt = load_keys(
+                w, features, batch, row, head // W_SHARE, i * BLOCK_K, end, K, DIM, BLOCK_K, BLOCK_D, PRECISION, TMA
+            )
+            if features is not None:
+                at, wt = operand(at, PRECISION), operand(wt, PRECISION)
             s = S[i]
             if GATE == "channel":
                 gt = bounded(load_tile(g, batch, row, head // G_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA))
@@ -133,13 +147,14 @@ def sweep_values(
                 wt = operand(wt * tl.exp2(shift), PRECISION)
                 decay = tl.exp2(bits)
                 s *= tl.where(is_hot, decay, 1.0)[None, :]
-            scores = product(at, tl.trans(wt), scores, PRECISION)
+            if features is None:
+                scores = product(at, tl.trans(wt), scores, PRECISION)
             yt = product(at, tl.trans(operand(S[i], PRECISION)), yt, PRECISION)
             if GATE == "head":
                 s *= decay
                 wt = wt * (tl.exp2(leaving) * scale if REVERSE else tl.exp2(leaving))[:, None]
                 wt = operand(wt, PRECISION)
-            elif GATE == "" and REVERSE:
+            elif GATE == "" and REVERSE and features is None:
                 wt = operand(wt.to(tl.float32) * scale, PRECISION)
             s = product(tl.trans(ut), wt, s, PRECISION)
             if GATE == "channel":
@@ -154,10 +169,10 @@ def sweep_values(
             else:
                 gaps = tl.minimum(entering[:, None] - entering[None, :], 0.0)
             scores *= tl.exp2(gaps)
-        if REVERSE and GATE != "channel":
+        if REVERSE and GATE != "channel" and features is None:
             scores *= scale
         yt = product(operand(tl.where(seen, scores, 0.0), PRECISION), ut, yt, PRECISION)
-        if not REVERSE:
+        if not REVERSE and features is None:
             yt *= scale
         store_tile(y, yt, batch, row, head, column, end, V, BLOCK_V, TMA)
     if last is not None:

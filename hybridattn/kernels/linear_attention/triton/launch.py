@@ -78,7 +78,7 @@ VALUES = {
         "fp16": {64: (64, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1)},
     },
     "sm_90": {
-        "bf16": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 2)},
+        "bf16": {64: (64, 4, 2), 128: (64, 4, 2), 192: (64, 8, 2), 256: (32, 4, 2)},
         "fp16": {64: (64, 4, 1), 128: (32, 4, 2), 256: (32, 4, 1)},
         "fp32": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
     },
@@ -99,7 +99,7 @@ KEYS = {
     "sm_100": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}},
     "gfx942": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}, "fp32": {64: (16, 4, 1)}},
 }
-STATES = (4, 2)  # num_warps, num_stages
+STATES = {"sm_80": (4, 2), "sm_90": (4, 2), "sm_100": (4, 1), "gfx942": (4, 1)}  # num_warps, num_stages
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
     served = nearest_architecture(architecture)
     block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
     if kernel == "states":
-        most, (num_warps, num_stages) = 64, STATES
+        most, (num_warps, num_stages) = 64, STATES[served]
     elif kernel == "sweep_keys":
         rows = KEYS[served][operands]
         most = min((most for most in rows if value_dim <= most), default=max(rows))
@@ -169,15 +169,20 @@ def tile_columns(dim: int) -> int:
     return max(16, min(64, 1 << (dim - 1).bit_length()))
 
 
-def chunk_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None) -> str | None:
-    """What keeps the kernels from serving a sequence whose shapes are right; None if nothing does."""
+def chunk_lacks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, rows: int | None = None
+) -> str | None:
+    """What keeps the kernels from serving a sequence whose shapes are right; None if nothing does.
+
+    ``rows`` are those of the state, K unless keys have features.
+    """
     for name, x in {"q": q, "k": k, "v": v, "g": g}.items():
         if x is not None and x.dtype not in DTYPES:
             return f"{name}: expected float32, float16 or bfloat16, got {x.dtype}"
     if state is not None and state.dtype != torch.float32:
         return f"initial_state: expected float32, got {state.dtype}"
-    if k.shape[3] > MOST_CHUNK_KEY_DIM:
-        return f"k: expected a key dim of at most {MOST_CHUNK_KEY_DIM}, got {k.shape[3]}"
+    if (rows := rows or k.shape[3]) > MOST_CHUNK_KEY_DIM:
+        return f"k: expected a key dim of at most {MOST_CHUNK_KEY_DIM}, got {rows}"
     if v.shape[3] > MOST_CHUNK_VALUE_DIM:
         return f"v: expected a value dim of at most {MOST_CHUNK_VALUE_DIM}, got {v.shape[3]}"
     name = nearest_architecture(architecture(q.device))

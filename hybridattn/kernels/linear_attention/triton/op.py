@@ -7,7 +7,7 @@ B batch, T time, N sequences; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hv,V], g [B,T,Hg
 # pyright: reportCallIssue=false, reportArgumentType=false
 # It takes a launch for a call of the function as it is written.
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from torch.library import custom_op
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...runtime.launch import architecture, warn_of_launch
+from .. import features
 from .backward import sweep_keys
 from .forward import sweep_values
 from .launch import ChunkLaunch, chunk_launch, operand_name, segments, tile_columns
 from .repair import repair_keys, repair_values
 from .states import scan_states, states
+from .taylor import sweep_features
 
 SCAN = 1024  # elements of a state that a program scans
 FAR = 1 << 24  # elements from a token to the next, of which 32 bits still reach 64
@@ -29,10 +31,21 @@ FAR = 1 << 24  # elements from a token to the next, of which 32 bits still reach
 
 @custom_op("hybridattn::linear_attention_triton", mutates_args=())
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    taylor: bool,
+    wide: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B,T,max(Hq,Hv),V] in v's dtype and final states, fp32 [N,max(H,Hv),K,V]."""
-    o, last = _outputs(q, k, v, cu_seqlens)
+    """Outputs [B,T,max(Hq,Hv),V] in v's dtype, or fp32 if ``wide``, and final states, fp32 [N,max(H,Hv),K,V].
+
+    With ``taylor`` weights are 1 + z + z^2/2 of z = scale * q.k, and the state is that of the features: P for K.
+    """
+    o, last = _outputs(q, k, v, taylor, wide, cu_seqlens)
     if not o.numel() or not last.numel():
         return o.zero_(), last.zero_() if state is None else last.copy_(state)
     q, k, v = map(_dense, (q, k, v))
@@ -40,19 +53,20 @@ def forward(
     hot = _flags(o, k, g, cu_seqlens)
     first = None if state is None else state.contiguous()
     operands, parts = operand_name(q, k, v), _segments(o, cu_seqlens)
+    phi = taylor_tables(k.shape[3], scale, k.device) if taylor else None
     ends = last
     if parts > 1:
-        first, last = _segment_states(k, v, g, first, last.shape[1], cu_seqlens, scale, operands, parts, reverse=False)
+        first, last = _segment_states(k, v, g, first, last.shape[1], phi, cu_seqlens, 1.0, operands, parts, False)
         ends = None
-    _sweep_values(q, k, v, g, o, first, ends, hot, cu_seqlens, scale, operands, parts, reverse=False)
+    _sweep_values(q, k, v, g, o, first, ends, hot, phi, cu_seqlens, scale, operands, parts, reverse=False)
     if hot is not None:
         _repair_values(q, k, v, g, o, hot, cu_seqlens, scale, operands, reverse=False)
     return o, last
 
 
 @forward.register_fake
-def _(q, k, v, g, scale, state, cu_seqlens):
-    return _outputs(q, k, v, cu_seqlens)
+def _(q, k, v, g, scale, taylor, wide, state, cu_seqlens):
+    return _outputs(q, k, v, taylor, wide, cu_seqlens)
 
 
 @custom_op("hybridattn::linear_attention_triton_backward", mutates_args=())
@@ -62,6 +76,7 @@ def backward(
     v: Tensor,
     g: Tensor | None,
     scale: float,
+    taylor: bool,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     do: Tensor,
@@ -77,14 +92,16 @@ def backward(
     dlast, first = dlast.contiguous(), None if state is None else state.contiguous()
     hot, operands, parts = _flags(do, k, g, cu_seqlens), operand_name(q, k, v), _segments(do, cu_seqlens)
 
+    phi = taylor_tables(k.shape[3], scale, k.device) if taylor else None
+
     ends = dlast
     if parts > 1:
-        first, _ = _segment_states(k, v, g, first, dlast.shape[1], cu_seqlens, 1.0, operands, parts, reverse=False)
-        ends, _ = _segment_states(q, do, g, dlast, do.shape[2], cu_seqlens, scale, operands, parts, reverse=True)
-    h = _chunk_states(k, v, g, do, first, hot, cu_seqlens, operands, parts)
-    dq, dk, dg, dfirst = _key_gradients(q, k, v, g, do, h, ends, hot, cu_seqlens, scale, operands, parts)
+        first, _ = _segment_states(k, v, g, first, dlast.shape[1], phi, cu_seqlens, 1.0, operands, parts, False)
+        ends, _ = _segment_states(q, do, g, dlast, do.shape[2], phi, cu_seqlens, scale, operands, parts, True)
+    h = _chunk_states(k, v, g, do, first, hot, phi, cu_seqlens, operands, parts)
+    dq, dk, dg, dfirst = _key_gradients(q, k, v, g, do, h, ends, hot, phi, cu_seqlens, scale, operands, parts)
     dv = _gradients_of(v, do, cu_seqlens)
-    _sweep_values(k, q, do, g, dv, ends, None, hot, cu_seqlens, scale, operands, parts, reverse=True)
+    _sweep_values(k, q, do, g, dv, ends, None, hot, phi, cu_seqlens, scale, operands, parts, reverse=True)
     if hot is not None:
         _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale, operands)
         _repair_values(q, k, do, g, dv, hot, cu_seqlens, scale, operands, reverse=True)
@@ -94,7 +111,7 @@ def backward(
 
 
 @backward.register_fake
-def _(q, k, v, g, scale, state, cu_seqlens, do, dlast):
+def _(q, k, v, g, scale, taylor, state, cu_seqlens, do, dlast):
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, q.new_empty(0) if g is None else g)
@@ -103,25 +120,28 @@ def _(q, k, v, g, scale, state, cu_seqlens, do, dlast):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, g, ctx.scale, state, cu_seqlens = inputs
+    q, k, v, g, ctx.scale, ctx.taylor, _, state, cu_seqlens = inputs
     ctx.save_for_backward(q, k, v, g, state, cu_seqlens)
 
 
 def _backward(ctx, do, dlast):
     q, k, v, g, state, cu_seqlens = ctx.saved_tensors
-    dq, dk, dv, dg, dfirst = backward(q, k, v, g, ctx.scale, state, cu_seqlens, do, dlast)
-    return dq, dk, dv, None if g is None else dg, None, None if state is None else dfirst, None
+    dq, dk, dv, dg, dfirst = backward(q, k, v, g, ctx.scale, ctx.taylor, state, cu_seqlens, do, dlast)
+    return dq, dk, dv, None if g is None else dg, None, None, None, None if state is None else dfirst, None
 
 
 forward.register_autograd(_backward, setup_context=_save)
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, taylor: bool, wide: bool, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (*v.shape[:2], max(q.shape[2], v.shape[2]), v.shape[3])
-    o = v.new_empty(shape) if cu_seqlens is None else v.new_zeros(shape)  # no program has tokens past the last offset
-    states = max(k.shape[2], v.shape[2])
-    return o, v.new_empty(sequences, states, k.shape[3], v.shape[3], dtype=torch.float32)
+    new = v.new_empty if cu_seqlens is None else v.new_zeros  # no program has tokens past the last offset
+    o = new(shape, dtype=torch.float32 if wide else v.dtype)
+    rows = features.count(k.shape[3]) if taylor else k.shape[3]
+    return o, v.new_empty(sequences, max(k.shape[2], v.shape[2]), rows, v.shape[3], dtype=torch.float32)
 
 
 def _flags(o: Tensor, k: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -169,21 +189,22 @@ def _summed(grads: Tensor, x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
-def _chunk_states(k, v, g, do, first, hot, cu_seqlens, operands, parts) -> Tensor:
+def _chunk_states(k, v, g, do, first, hot, phi, cu_seqlens, operands, parts) -> Tensor:
     """The states before all chunks, [slots,V,heads,K]."""
     heads, slots = do.shape[2], _slots(do, cu_seqlens)[0]
     dtype = torch.bfloat16 if operands == "bf16" else torch.float32
-    h = k.new_empty(slots, v.shape[3], heads, k.shape[3], dtype=dtype)
-    _states(k, v, g, h, first, None, None, hot, cu_seqlens, 1.0, heads, operands, parts, reverse=False)
+    rows = _rows(k, phi)
+    h = k.new_empty(slots, v.shape[3], heads, -(-rows // 8) * 8, dtype=dtype)[..., :rows]  # so that TMA can load it
+    _states(k, v, g, h, first, None, None, hot, phi, cu_seqlens, 1.0, heads, operands, parts, reverse=False)
     return h
 
 
-def _segment_states(w, u, g, first, heads, cu_seqlens, scale, operands, parts, *, reverse) -> tuple[Tensor, Tensor]:
+def _segment_states(w, u, g, first, heads, phi, cu_seqlens, scale, operands, parts, reverse) -> tuple[Tensor, Tensor]:
     """The states before all segments, fp32 [sequences * parts,heads,K,V], and those after the last ones."""
-    sequences, key_dim, value_dim = _slots(u, cu_seqlens)[1], w.shape[3], u.shape[3]
+    sequences, key_dim, value_dim = _slots(u, cu_seqlens)[1], _rows(w, phi), u.shape[3]
     local = w.new_empty(sequences * parts, heads, key_dim, value_dim, dtype=torch.float32)
     lost = w.new_zeros(sequences * parts, heads, key_dim, dtype=torch.float32)
-    _states(w, u, g, None, None, local, lost, None, cu_seqlens, scale, heads, operands, parts, reverse=reverse)
+    _states(w, u, g, None, None, local, lost, None, phi, cu_seqlens, scale, heads, operands, parts, reverse=reverse)
     starts, last = torch.empty_like(local), local.new_empty(sequences, *local.shape[1:])
     with torch.cuda.device_of(w):
         scan_states[(sequences * heads * triton.cdiv(key_dim * value_dim, SCAN),)](
@@ -203,14 +224,14 @@ def _segment_states(w, u, g, first, heads, cu_seqlens, scale, operands, parts, *
     return starts, last
 
 
-def _states(w, u, g, h, first, last, lost, hot, cu_seqlens, scale, heads, operands, parts, *, reverse) -> None:
-    key_dim, value_dim = w.shape[3], u.shape[3]
+def _states(w, u, g, h, first, last, lost, hot, phi, cu_seqlens, scale, heads, operands, parts, *, reverse) -> None:
+    key_dim, value_dim = _rows(w, phi), u.shape[3]
     launch = _launch("states", w.device, key_dim, value_dim, operands)
     blocks = triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64)
     tma = _describable(launch, cu_seqlens, w, u, h, g)
     with torch.cuda.device_of(w):  # Triton launches on the current device
         states[(_slots(u, cu_seqlens)[1] * parts * heads * blocks,)](
-            _tile(w, launch.block_k, tma),
+            _tile(w, _columns(launch, w, phi), tma),
             _tile(u, 64, tma),
             _gates(g, launch.block_k, tma),
             None if h is None else _tile(h, launch.block_k, tma),
@@ -218,10 +239,12 @@ def _states(w, u, g, h, first, last, lost, hot, cu_seqlens, scale, heads, operan
             last,
             lost,
             hot,
+            phi,
             cu_seqlens,
             float(scale),
             u.shape[1],
             **_constexprs(launch, heads, key_dim, value_dim, g, operands),
+            **_dims(w),
             **_shares(heads, W=w, U=u, G=g),
             STATE_SHARE=1 if first is None else heads // first.shape[1],
             REVERSE=reverse,
@@ -230,16 +253,20 @@ def _states(w, u, g, h, first, last, lost, hot, cu_seqlens, scale, heads, operan
         )
 
 
-def _key_gradients(q, k, v, g, do, h, dlast, hot, cu_seqlens, scale, operands, parts) -> tuple[Tensor, ...]:
+def _key_gradients(q, k, v, g, do, h, dlast, hot, phi, cu_seqlens, scale, operands, parts) -> tuple[Tensor, ...]:
     """Gradients of q, k, g (empty without gates) and the initial state: sums over groups of as many values as a launch
     takes, of most shapes one."""
-    launch = _launch("sweep_keys", k.device, k.shape[3], v.shape[3], operands)
+    most = min(v.shape[3], 128) if phi else v.shape[3]  # features take the registers of more
+    launch = _launch("sweep_keys", k.device, _rows(k, phi), most, operands)
     groups = zip(*(x.split(launch.most, dim) for x, dim in ((v, 3), (do, 3), (h, 1), (dlast, 3))), strict=True)
     dtype = torch.float32 if launch.most < v.shape[3] else None
     sums: list[Tensor] = []
     dfirst: list[Tensor] = []
     for values in groups:
-        *grads, columns = _sweep_keys(launch, q, k, g, *values, hot, cu_seqlens, scale, operands, parts, dtype)
+        if phi is None:
+            *grads, columns = _sweep_keys(launch, q, k, g, *values, hot, cu_seqlens, scale, operands, parts, dtype)
+        else:
+            *grads, columns = _sweep_features(launch, q, k, *values, phi, cu_seqlens, scale, operands, parts)
         sums = [x.add_(y) for x, y in zip(sums, grads, strict=True)] if sums else grads
         dfirst.append(columns)
     return (*sums, torch.cat(dfirst, 3))
@@ -282,24 +309,56 @@ def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operan
     return [dq, dk, dg.sum(3, keepdim=True) if gate == "head" else dg, dfirst]
 
 
-def _sweep_values(a, w, u, g, y, first, last, hot, cu_seqlens, scale, operands, parts, *, reverse) -> None:
-    (_, tokens, heads, value_dim), key_dim = y.shape, a.shape[3]
+def _sweep_features(launch, q, k, v, do, h, dlast, phi, cu_seqlens, scale, operands, parts) -> list[Tensor]:
+    (batch, tokens, heads, value_dim), (dim, key_dim) = do.shape, (k.shape[3], h.shape[3])
+    blocks = triton.cdiv(key_dim, launch.block_k)
+    new = q.new_empty if cu_seqlens is None else q.new_zeros
+    dq, dk = (new(batch, tokens, heads * blocks, dim, dtype=torch.float32) for _ in "qk")
+    dfirst = dlast.new_empty(dlast.shape[0], heads, *dlast.shape[2:])
+    tma, columns = _describable(launch, cu_seqlens, q, k, v, do, h, dq, dk), tile_columns(dim)
+    constexprs = _constexprs(launch, heads, key_dim, value_dim, None, operands)
+    with torch.cuda.device_of(k):
+        sweep_features[(dfirst.shape[0] * heads * blocks,)](
+            *(_tile(x, columns, tma) for x in (q, k)),
+            *(_tile(x, 64, tma) for x in (v, do)),
+            _tile(h, launch.block_k, tma),
+            *(_tile(x, columns, tma) for x in (dq, dk)),
+            dlast.contiguous(),
+            dfirst,
+            phi,
+            cu_seqlens,
+            float(scale),
+            tokens,
+            **{name: value for name, value in constexprs.items() if name not in ("GATE", "TERMS")},
+            **_dims(k),
+            **_shares(heads, Q=q, K=k, V=v),
+            STATE_SHARE=heads // dlast.shape[1],
+            SEGMENTS=parts,
+            TMA=tma,
+        )
+    return [*(x.unflatten(2, (heads, blocks)).sum(3) for x in (dq, dk)), q.new_empty(0), dfirst]
+
+
+def _sweep_values(a, w, u, g, y, first, last, hot, phi, cu_seqlens, scale, operands, parts, *, reverse) -> None:
+    (_, tokens, heads, value_dim), key_dim = y.shape, _rows(a, phi)
     launch = _launch("sweep_values", a.device, key_dim, value_dim, operands)
     blocks = triton.cdiv(value_dim, launch.block_v)
     tma = _describable(launch, cu_seqlens, a, w, u, y, g)
     with torch.cuda.device_of(y):
         sweep_values[(_slots(y, cu_seqlens)[1] * parts * heads * blocks,)](
-            *(_tile(x, launch.block_k, tma) for x in (a, w)),
+            *(_tile(x, _columns(launch, x, phi), tma) for x in (a, w)),
             _tile(u, launch.block_v, tma),
             _gates(g, launch.block_k, tma),
             _tile(y, launch.block_v, tma),
             first,
             last,
             hot,
+            phi,
             cu_seqlens,
             float(scale),
             tokens,
             **_constexprs(launch, heads, key_dim, value_dim, g, operands),
+            **_dims(a),
             **_shares(heads, A=a, W=w, U=u, G=g),
             STATE_SHARE=heads // (first if last is None else last).shape[1],
             REVERSE=reverse,
@@ -356,6 +415,31 @@ def _constexprs(launch: ChunkLaunch, heads: int, key_dim: int, value_dim: int, g
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
+
+
+def _rows(x: Tensor, phi: Any) -> int:
+    """Rows of the state for keys or queries x."""
+    return x.shape[3] if phi is None else features.count(x.shape[3])
+
+
+def _columns(launch: ChunkLaunch, x: Tensor, phi: Any) -> int:
+    """Columns of a tile of keys or queries x: what is loaded of those with features is the whole of it."""
+    return launch.block_k if phi is None else tile_columns(x.shape[3])
+
+
+def _dims(x: Tensor) -> Any:
+    return {"DIM": x.shape[3], "BLOCK_D": tile_columns(x.shape[3])}
+
+
+@lru_cache(maxsize=64)
+def taylor_tables(dim: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each feature of a vector of ``dim``, in the order of ``features``: the two columns that it is the product of,
+    -1 for a factor of 1, int32, and the weight of that product, so that features of q and k have products in z."""
+    i, j = torch.triu_indices(dim, dim, dtype=torch.int32)
+    none, each = torch.full((dim + 1,), -1, dtype=torch.int32), torch.arange(dim, dtype=torch.int32)
+    weights = torch.cat((torch.ones(1), torch.full((dim,), scale**0.5), scale * torch.where(i == j, 0.5**0.5, 1.0)))
+    columns = (torch.cat((none[:1], each, i)), torch.cat((none, j)))
+    return columns[0].to(device), columns[1].to(device), weights.to(device)
 
 
 def _shares(heads: int, **tensors: Tensor | None) -> Any:

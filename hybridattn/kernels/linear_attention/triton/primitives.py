@@ -19,7 +19,7 @@ COOL = tl.constexpr(-86.0)  # bits that a channel may lose in a chunk before it 
 
 
 @triton.jit
-def find_sequence(cu_seqlens, n, T, SEGMENTS: tl.constexpr = 1):
+def find_sequence(cu_seqlens, n, T, SEGMENTS: tl.constexpr):
     """Row of the batch, first token, token past the last, and first slot of sequence n.
 
     Slots number the chunks of all sequences: N * cdiv(T, 64) of them, or T // 64 + N of a packed row, with gaps. With

@@ -21,7 +21,7 @@ def find_chunk(hot, cu_seqlens, T, K: tl.constexpr, HEADS: tl.constexpr, KEYS: t
     the chunk and head that are this program's."""
     head, flags, channel = tl.program_id(0) % HEADS, hot + tl.program_id(0).to(tl.int64) * K, tl.arange(0, KEYS)
     n = tl.max(tl.load(flags + channel, mask=channel < K, other=0), 0) - 1
-    batch, start, end, slot = find_sequence(cu_seqlens, tl.maximum(n, 0), T)
+    batch, start, end, slot = find_sequence(cu_seqlens, tl.maximum(n, 0), T, 1)
     return n, batch, start + (tl.program_id(0) // HEADS - slot) * 64, end, head, flags
 
 

@@ -12,6 +12,7 @@ from .forward import sweep_values
 from .launch import KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
 from .repair import repair_keys, repair_values
 from .states import scan_states, states
+from .taylor import sweep_features
 
 Kind = str | tuple[str, ...]
 
@@ -57,6 +58,10 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
         yield _sweep_row(architecture, kernel, 128, 128, " segments", SEGMENTS=8)
     yield _sweep_row(architecture, states, 128, 128, " segments reverse", SEGMENTS=8, REVERSE=True)
     yield _scan_row()
+    for kernel in (sweep_values, states, sweep_features):
+        for dtype in VALUES[architecture] if kernel is sweep_features else ("bf16",):
+            yield _sweep_row(architecture, kernel, 153, 128, " taylor", dtype=dtype, gate="", dim=16)
+    yield _sweep_row(architecture, sweep_values, 153, 128, " taylor reverse", gate="", dim=16, REVERSE=True)
     for kernel, constexprs in ((repair_values, {"REVERSE": False}), (repair_keys, {})):
         yield _repair_row(architecture, kernel, constexprs)
 
@@ -128,11 +133,15 @@ def _sweep_row(
     gates: str = "bf16",
     gate: str = "channel",
     packed: bool = False,
+    dim: int | None = None,
     **constexprs: int,
 ) -> CompileRow:
-    launch = chunk_launch(kernel.fn.__name__, architecture, key_dim, value_dim, dtype)
+    """``dim`` is that of keys with Taylor features, of which there are ``key_dim``."""
+    name = kernel.fn.__name__
+    launch = chunk_launch("sweep_keys" if kernel is sweep_features else name, architecture, key_dim, value_dim, dtype)
     tma = launch.tma and not packed
-    keys = _tile_type(dtype, launch.block_k, tma)
+    columns = launch.block_k if dim is None else tile_columns(dim)
+    keys = _tile_type(dtype, columns, tma)
     values = _tile_type(dtype, launch.block_v if kernel is sweep_values else 64, tma)
     channels = _tile_type(gates, launch.block_k, tma)
     arguments: dict[str, Kind | None] = {
@@ -143,10 +152,15 @@ def _sweep_row(
         **dict.fromkeys(("first", "last", "lost", "dlast", "dfirst"), "*fp32:16"),
         "hot": "*i32:16" if gate == "channel" else None,
         "cu_seqlens": "*i64:16" if packed else None,
+        "features": None if dim is None else ("*i32:16", "*i32:16", "*fp32:16"),
         "scale": "fp32",
         "T": "i32:16",
     }
+    if kernel is sweep_features:
+        arguments |= dict.fromkeys(("dq", "dk"), _tile_type("fp32", columns, tma))
     known = {
+        "DIM": dim or key_dim,
+        "BLOCK_D": tile_columns(dim or key_dim),
         "K": key_dim,
         "V": value_dim,
         "HEADS": 16,
@@ -154,13 +168,16 @@ def _sweep_row(
         "GATE": gate,
         "TMA": tma,
         "REVERSE": False,
+        "SEGMENTS": 1,
         **constexprs,
         **_products(architecture, dtype, gates),
         "BLOCK_K": launch.block_k,
         "BLOCK_V": launch.block_v,
         "STAGES": launch.num_stages,
     }
-    return _row(launch.name + kind, kernel, arguments, known, launch.num_warps, launch.num_stages)
+    return _row(
+        launch.name.replace(launch.kernel, name) + kind, kernel, arguments, known, launch.num_warps, launch.num_stages
+    )
 
 
 _HEAD_GATES: dict[str, Kind] = {

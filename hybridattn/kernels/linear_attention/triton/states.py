@@ -25,6 +25,7 @@ from .primitives import (
     product,
     store_tile,
 )
+from .taylor import load_keys
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -37,9 +38,11 @@ def states(
     last,  # the state where it ends, fp32 [N,HEADS,K,V], or None
     lost,  # sums of the gates in bits, fp32 [N,HEADS,K], or None
     hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others; or None
+    features,  # of w, see ``taylor``, or None
     cu_seqlens,  # [N+1] or None
     scale,
     T,
+    DIM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     HEADS: tl.constexpr,
@@ -53,6 +56,7 @@ def states(
     REVERSE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -79,9 +83,9 @@ def states(
         row = start + c * 64
         if h is not None:
             store_tile(h, S, slot + c, value, head, key, V, K, BLOCK_K, TMA)
-        wt = load_tile(w, batch, row, head // W_SHARE, key, end, K, BLOCK_K, TMA)
+        wt = load_keys(w, features, batch, row, head // W_SHARE, key, end, K, DIM, BLOCK_K, BLOCK_D, PRECISION, TMA)
         ut = load_tile(u, batch, row, head // U_SHARE, value, end, V, 64, TMA)
-        if REVERSE:
+        if REVERSE and features is None:
             wt = wt.to(tl.float32) * scale
         if GATE == "channel":
             gt = bounded(load_tile(g, batch, row, head // G_SHARE, key, end, K, BLOCK_K, TMA))
