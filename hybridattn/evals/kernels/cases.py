@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.flash_attention import flash_attention, flash_decode
-from ...kernels.flash_attention.triton.launch import FORWARD, forward_launch
+from ...kernels.flash_attention.triton.launch import FORWARD, KERNELS, attention_launch
 from ...kernels.linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
@@ -101,7 +101,8 @@ def _step_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]
 
 
 def _softmax_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
-    return [forward_launch(architecture, sizes.key_dim, sizes.value_dim, 8 * dtype.itemsize).name]
+    bits = 8 * dtype.itemsize
+    return [attention_launch(name, architecture, sizes.key_dim, sizes.value_dim, bits).name for name in KERNELS]
 
 
 _one_step = partial(Operator, backward=False, long=False, rows=_step_rows)
