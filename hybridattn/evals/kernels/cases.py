@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.flash_attention import flash_attention, flash_decode
-from ...kernels.flash_attention.triton.launch import FORWARD, KERNELS, attention_launch
+from ...kernels.flash_attention.triton.launch import FORWARD, KERNELS, attention_launch, decode_launch
 from ...kernels.linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
@@ -80,10 +80,10 @@ def _stateless(function: Callable[..., Any], x: dict[str, Tensor], backend: str)
     return {"o": o[0] if isinstance(o, tuple) else o}
 
 
-def _decode(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """The last tokens against all keys."""
+def _decode(new: int, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The ``new`` last tokens against all keys."""
     lengths = torch.full(x["k"].shape[:1], x["k"].shape[1], device=x["k"].device)
-    return {"o": flash_decode(x["q"][:, -4:], x["k"], x["v"], cache_lengths=lengths, backend=backend)}
+    return {"o": flash_decode(x["q"][:, -new:], x["k"], x["v"], cache_lengths=lengths, backend=backend)}
 
 
 def _prefix(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -105,6 +105,16 @@ def _softmax_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[s
     return [attention_launch(name, architecture, sizes.key_dim, sizes.value_dim, bits).name for name in KERNELS]
 
 
+def _decode_rows(new: int, architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
+    rows = sizes.query_group * new
+    return [decode_launch(architecture, rows, sizes.key_dim, sizes.value_dim, 8 * dtype.itemsize).name]
+
+
+def _decoding(new: int) -> Operator:
+    dims = tuple(FORWARD["sm_90"])
+    return _softmax(partial(_decode, new), backward=False, dims=dims, rows=partial(_decode_rows, new))
+
+
 _one_step = partial(Operator, backward=False, long=False, rows=_step_rows)
 _softmax = partial(Operator, state=False, family="flash_attention")
 
@@ -120,7 +130,8 @@ OPERATORS = {
     ),
     "flash_attention full": _softmax(partial(_stateless, partial(flash_attention, causal=False)), rows=_softmax_rows),
     "flash_attention window": _softmax(partial(_stateless, partial(flash_attention, window=20)), rows=_softmax_rows),
-    "flash_decode": _softmax(_decode, backward=False),
+    "flash_decode 4 tokens": _decoding(4),
+    "flash_decode 16 tokens": _decoding(16),
     "linear_attention_step": _one_step(partial(_step, linear_attention_step)),
     "gated_linear_attention_step per-channel": _one_step(partial(_step, gated_linear_attention_step), "BTHK"),
     "gated_linear_attention_step per-head": _one_step(partial(_step, gated_linear_attention_step), "BTH"),

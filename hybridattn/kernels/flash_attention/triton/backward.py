@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..options import BlockMask, Options
-from .operands import aligned, arguments, launch_of, tiles_of
+from .operands import aligned, arguments, dense, launch_of, tiles_of
 from .primitives import LOG2E, load_rows, reached_tile, sequence_of, tile_scores, tile_span, tiles_in_reach, visible
 
 
@@ -328,8 +328,8 @@ def backward(
             dq=dq,
             shift=shift,
             delta=delta,
-            block_offsets=block_offsets,
-            key_blocks=key_blocks,
+            block_offsets=dense(block_offsets),
+            key_blocks=dense(key_blocks),
         )
         if keys:
             launch = launch_of("key_gradients", q, v)
@@ -363,7 +363,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> t
 
 def _by_key_block(mask: BlockMask, keys: int) -> tuple[Tensor, Tensor]:
     """Offsets [key blocks + 1] into the live query blocks of every key block, ascending. No value is read back."""
-    offsets, key_blocks, size = mask
+    offsets, key_blocks, size = mask.offsets.contiguous(), mask.key_blocks.contiguous(), mask.block_size
     entries = torch.arange(key_blocks.numel(), device=offsets.device, dtype=offsets.dtype)
     query_blocks = torch.searchsorted(offsets, entries, right=True) - 1
     sorted_blocks, order = key_blocks.sort(stable=True)

@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from ..options import Options
 from .backward import backward
-from .operands import aligned, arguments, launch_of, tiles_of
+from .operands import aligned, arguments, dense, launch_of, tiles_of
 from .primitives import (
     LN2,
     LOG2E,
@@ -186,9 +186,9 @@ def forward(
         **arguments(launch, operands, options, tiles, (cu_seqlens_q, cu_seqlens_k)),
         o=o,
         lse=lse,
-        sinks=sinks,
-        block_offsets=block_offsets,
-        key_blocks=key_blocks,
+        sinks=dense(sinks),
+        block_offsets=dense(block_offsets),
+        key_blocks=dense(key_blocks),
     )
     return o, lse
 

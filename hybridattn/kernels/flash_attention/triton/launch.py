@@ -39,6 +39,18 @@ KEY_GRADIENTS: dict[str, Rows] = {
     "gfx942": {32: (32, 64, 4, 1), 64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1)},
     "fp32": {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
+# (block_n, num_warps, num_stages, programs per multiprocessor), by dims and operands as above. Decoding is reading the
+# caches: as many bytes are under way as shared memory has room for.
+_DECODE: Rows = {32: (64, 4, 3, 4), 64: (64, 4, 3, 4), 128: (64, 4, 3, 2), 256: (32, 4, 3, 2)}
+DECODE: dict[str, Rows] = {
+    "sm_80": {32: (64, 4, 3, 4), 64: (64, 4, 3, 3), 128: (32, 4, 3, 3), 256: (32, 8, 2, 2)},
+    "sm_90": _DECODE,
+    "sm_100": _DECODE,
+    "gfx942": {32: (64, 4, 1, 2), 64: (64, 4, 1, 2), 128: (64, 4, 1, 2), 256: (32, 4, 1, 2)},
+    "fp32": {32: (64, 4, 2, 2), 64: (64, 4, 2, 2), 128: (16, 8, 2, 2), 256: (16, 8, 2, 2)},
+}
+DECODE_ROWS = (16, 32)  # of a tile of queries in decoding: more than the latter take several tiles
+
 KERNELS = {"forward": FORWARD, "query_gradients": QUERY_GRADIENTS, "key_gradients": KEY_GRADIENTS}
 
 
@@ -77,11 +89,58 @@ def attention_launch(kernel: str, architecture: str, key_dim: int, value_dim: in
         bits: of the operands, 16 or 32.
     """
     served = nearest_architecture(architecture)
-    block_d, block_v = (max(16, 1 << (dim - 1).bit_length()) for dim in (key_dim, value_dim))
+    block_d, block_v = _padded(key_dim), _padded(value_dim)
     row = KERNELS[kernel][served if bits == 16 else "fp32"][max(block_d, block_v, 32)]
     precision = "ieee" if served == "gfx942" else "tf32x3"
     launch = Launch(kernel, row[0], row[1], block_d, block_v, row[2], row[3], served in HAS_TMA, precision)
     return replace(launch, verified=launch.name in read_verified(Path(__file__).parent).get(architecture, {}))
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How ``decode_kernel`` is launched: ``programs`` per multiprocessor, tiles of ``block_m`` queries (of a group of
+    heads together) and ``block_n`` keys."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    precision: str
+    verified: bool = False  # on the architecture asked for; else compiled only
+
+    @property
+    def name(self) -> str:
+        dims = f"D{self.block_d} V{self.block_v} {self.block_m}x{self.block_n}"
+        return f"flash_attention_decode {dims} warps{self.num_warps} stages{self.num_stages}"
+
+
+def decode_launch(architecture: str, rows: int, key_dim: int, value_dim: int, bits: int) -> DecodeLaunch:
+    """Launch parameters of decoding ``rows`` queries per key head, that is query heads of a group times new tokens;
+    the rest as in ``attention_launch``.
+    """
+    served = nearest_architecture(architecture)
+    block_d, block_v = _padded(key_dim), _padded(value_dim)
+    block_m = DECODE_ROWS[rows > DECODE_ROWS[0]]
+    row = DECODE[served if bits == 16 else "fp32"][max(block_d, block_v, 32)]
+    precision = "ieee" if served == "gfx942" else "tf32x3"
+    launch = DecodeLaunch(block_m, row[0], block_d, block_v, row[1], row[2], row[3], precision)
+    return replace(launch, verified=launch.name in read_verified(Path(__file__).parent).get(architecture, {}))
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def decode_lacks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> str | None:
+    """As ``lacks``, of decoding, which has no gradients here."""
+    if torch.is_grad_enabled():
+        for name, x in {"q": q, "k_cache": k, "v_cache": v, "sinks": sinks}.items():
+            if x is not None and x.requires_grad:
+                return f"{name}: expected a tensor without gradients, got requires_grad=True"
+    return lacks(q, k, v)
 
 
 def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:

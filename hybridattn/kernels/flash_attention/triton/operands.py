@@ -38,6 +38,11 @@ def aligned(x: Tensor) -> Tensor:
     return F.pad(x, (0, -dim % (16 // x.itemsize)))[..., :dim]
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    """An option's tensor as kernels read it: its elements side by side."""
+    return None if x is None else x.contiguous()
+
+
 def visited_tiles(launch: Launch) -> dict[str, tuple[int, int]]:
     """Of the operands that a program goes through: [rows,columns] of a head that it reads at a time."""
     if launch.kernel == "key_gradients":
@@ -55,9 +60,9 @@ def arguments(
     keys, kv_heads, value_dim = operands["v"].shape[1:]
     scale, softcap = score_numbers(options.scale, options.softcap)
     taken: dict[str, Any] = {
-        "alibi_slopes": options.alibi_slopes,
-        "cu_seqlens_q": cu_seqlens[0],
-        "cu_seqlens_k": cu_seqlens[1],
+        "alibi_slopes": dense(options.alibi_slopes),
+        "cu_seqlens_q": dense(cu_seqlens[0]),
+        "cu_seqlens_k": dense(cu_seqlens[1]),
         "tiles_sequence": tiles.sequence,
         "tiles_before": tiles.before,
         "scale": scale,

@@ -6,8 +6,9 @@ from typing import Any
 from ...runtime.launch import CompileRow
 from . import operands
 from .backward import key_gradients_kernel, query_gradients_kernel
+from .decode import decode_constexprs, decode_kernel, merge_kernel
 from .forward import forward_kernel
-from .launch import FORWARD, Launch, attention_launch
+from .launch import DECODE_ROWS, FORWARD, DecodeLaunch, Launch, attention_launch, decode_launch
 
 # Kinds of a call beside the usual one (causal, bf16, aligned).
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,20 +42,20 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
             yield _attention_row(kernel, architecture, dim, "", {})
         for kind, changes in KINDS.items():
             yield _attention_row(kernel, architecture, 128, " " + kind, changes)
+    for rows in DECODE_ROWS:
+        for dim in FORWARD[architecture]:
+            yield _decode_row(architecture, rows, dim, "", {})
+        for kind in ("window", "options", "fp16", "fp32"):
+            yield _decode_row(architecture, rows, 128, " " + kind, KINDS[kind])
+    for dim in FORWARD[architecture]:
+        launch = decode_launch(architecture, DECODE_ROWS[0], dim, dim, 16)
+        name = f"flash_attention_merge V{launch.block_v} {launch.block_m} warps{launch.num_warps}"
+        yield _row(name, merge_kernel, "bf16", {}, _decode_constexprs(launch, dim), launch.num_warps, 1)
 
 
 def _attention_row(name: str, architecture: str, dim: int, kind: str, changes: dict[str, Any]) -> CompileRow:
-    kernel, dtype = ATTENTION_KERNELS[name], changes.get("dtype", "bf16")
+    dtype = changes.get("dtype", "bf16")
     launch = attention_launch(name, architecture, dim, dim, 32 if dtype == "fp32" else 16)
-    arguments = {
-        **dict.fromkeys(("o", "dq", "dk", "dv"), f"*{dtype}:16"),
-        **dict.fromkeys(("lse", "dlse", "shift", "delta"), "*fp32:16"),
-        **dict.fromkeys(("scale", "softcap", "outer_scale"), "fp32"),
-        **dict.fromkeys(("queries", "keys"), "i32:16"),
-        **{f"{x}_{of}": "i32:16" for x in ("q", "k", "v", "do") for of in ("batch", "time", "head")},
-        **_operands(launch, dtype),
-        **changes,
-    }
     constexprs = {
         **operands.constexprs(launch, dim, dim),
         "HEADS": 32,
@@ -64,17 +65,54 @@ def _attention_row(name: str, architecture: str, dim: int, kind: str, changes: d
         "SOFTCAP": False,
         "BLOCK_SIZE": None,
         "PACKED": False,
-        **{name: value for name, value in changes.items() if name.isupper()},
     }
-    signature = {name: arguments[name] for name in kernel.arg_names if name in arguments and name not in constexprs}
+    changes = _operands(launch, dtype) | changes
+    kernel = ATTENTION_KERNELS[name]
+    return _row(launch.name + kind, kernel, dtype, changes, constexprs, launch.num_warps, launch.num_stages)
+
+
+def _decode_row(architecture: str, rows: int, dim: int, kind: str, changes: dict[str, Any]) -> CompileRow:
+    dtype = changes.get("dtype", "bf16")
+    launch = decode_launch(architecture, rows, dim, dim, 32 if dtype == "fp32" else 16)
+    constexprs = _decode_constexprs(launch, dim)
+    return _row(launch.name + kind, decode_kernel, dtype, changes, constexprs, launch.num_warps, launch.num_stages)
+
+
+def _decode_constexprs(launch: DecodeLaunch, dim: int) -> dict[str, Any]:
+    return {
+        **decode_constexprs(launch, dim, dim),
+        "HEADS": 32,
+        "GROUP": launch.block_m // 4,
+        "NEW": 4,
+        "LEFT": None,
+        "SOFTCAP": False,
+        "BLOCK_B": 64,
+    }
+
+
+def _row(
+    name: str, kernel: Any, dtype: str, changes: dict[str, Any], constexprs: dict[str, Any], warps: int, stages: int
+) -> CompileRow:
+    """A row of the usual arguments but for ``changes``; arguments that are in neither are absent."""
+    arguments = {
+        **dict.fromkeys(("q", "k", "v", "do", "o", "dq", "dk", "dv"), f"*{dtype}:16"),
+        **dict.fromkeys(("lse", "dlse", "shift", "delta", "sums", "tops", "totals"), "*fp32:16"),
+        **dict.fromkeys(("scale", "softcap", "outer_scale"), "fp32"),
+        **dict.fromkeys(("queries", "keys"), "i32:16"),
+        **dict.fromkeys(("batches", "slots", "programs"), "i32"),
+        "lengths": "*i64:16",
+        **{f"{x}_{of}": "i32:16" for x in ("q", "k", "v", "do") for of in ("batch", "time", "head")},
+        **changes,
+    }
+    constexprs = {key: changes.get(key, value) for key, value in constexprs.items() if key in kernel.arg_names}
+    signature = {key: arguments[key] for key in kernel.arg_names if key in arguments and key not in constexprs}
     absent = dict.fromkeys(set(kernel.arg_names) - signature.keys() - constexprs.keys())
-    return CompileRow(launch.name + kind, kernel, signature, constexprs | absent, launch.num_warps, launch.num_stages)
+    return CompileRow(name, kernel, signature, constexprs | absent, warps, stages)
 
 
 def _operands(launch: Launch, dtype: str) -> dict[str, str]:
-    """Types of q, k, v and do."""
-    types: dict[str, str] = dict.fromkeys(("q", "k", "v", "do"), f"*{dtype}:16")
-    if launch.tma:
-        tiles = operands.visited_tiles(launch)
-        types |= {name: f"tensordesc<{dtype}[1,{rows},1,{columns}]>" for name, (rows, columns) in tiles.items()}
-    return types
+    """Types of those of q, k, v and do that are read through descriptors."""
+    if not launch.tma:
+        return {}
+    tiles = operands.visited_tiles(launch)
+    return {name: f"tensordesc<{dtype}[1,{rows},1,{columns}]>" for name, (rows, columns) in tiles.items()}
