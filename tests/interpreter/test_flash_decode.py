@@ -189,6 +189,18 @@ def test_strided_inputs():
     assert max(map(error, actual, expected)) <= 1e-5
 
 
+def test_no_rows_and_no_slots():
+    inputs = make(2, slots=0)
+    expected, actual = (
+        run(inputs, [0, 0, 0, 0], backend, dtype, sinks=SINKS)
+        for backend, dtype in (("reference", torch.float64), ("triton", torch.float32))
+    )
+    assert max(map(error, actual, expected)) <= 1e-5
+    q, k, v = (x[:0].float() for x in make(2))
+    o = flash_decode(q, k, v, cache_lengths=torch.zeros(0).long(), backend="triton")
+    assert o.shape == (0, 2, 4, 8)
+
+
 def test_opcheck_and_one_graph():
     q, k, v = (x.float() for x in make(2, slots=20))
     lengths = torch.tensor([0, 1, 20, 33])

@@ -151,7 +151,7 @@ def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
                 yield Sizes(batch, tokens, 4, dim, dim, gates=kind)
         yield Sizes(batch, lengths[0], 2, dim, dim, query_group=4, gates=gates[0])
         for other in operator.dims:
-            yield Sizes(1, lengths[0] + 1, 2, other, other - 3, gates=gates[0])
+            yield Sizes(1, lengths[0] + 1, 1, other, other - 3, query_group=2, gates=gates[0])
         if on_gpu:
             # The reference of softmax keeps all scores in fp64: 16k tokens of one head are 2 GB.
             yield Sizes(1, 16384 if operator.family == "flash_attention" else 65536, 1, dim, dim, gates=gates[0])
