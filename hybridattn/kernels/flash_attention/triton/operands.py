@@ -44,7 +44,11 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def visited_tiles(launch: Launch) -> dict[str, tuple[int, int]]:
-    """Of the operands that a program goes through: [rows,columns] of a head that it reads at a time."""
+    """Of the operands that a program goes through: [rows,columns] of a head that it reads at a time.
+
+    The others, which it reads once, never come by descriptors: Triton would keep them in registers, not shared memory,
+    through the whole loop, and there the accumulators need the room.
+    """
     if launch.kernel == "key_gradients":
         return {"q": (launch.block_m, launch.block_d), "do": (launch.block_m, launch.block_v)}
     return {"k": (launch.block_n, launch.block_d), "v": (launch.block_n, launch.block_v)}
