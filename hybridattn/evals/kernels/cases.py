@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.flash_attention import flash_attention, flash_decode
-from ...kernels.flash_attention.triton.launch import FORWARD, forward_launch
+from ...kernels.flash_attention.triton.launch import FORWARD, KERNELS, attention_launch, decode_launch
 from ...kernels.linear_attention import (
     features,
     gated_linear_attention,
@@ -81,10 +81,10 @@ def _stateless(function: Callable[..., Any], x: dict[str, Tensor], backend: str)
     return {"o": o[0] if isinstance(o, tuple) else o}
 
 
-def _decode(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """The last tokens against all keys."""
+def _decode(new: int, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The ``new`` last tokens against all keys."""
     lengths = torch.full(x["k"].shape[:1], x["k"].shape[1], device=x["k"].device)
-    return {"o": flash_decode(x["q"][:, -4:], x["k"], x["v"], cache_lengths=lengths, backend=backend)}
+    return {"o": flash_decode(x["q"][:, -new:], x["k"], x["v"], cache_lengths=lengths, backend=backend)}
 
 
 def _prefix(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -118,7 +118,18 @@ def _taylor_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[st
 
 
 def _softmax_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
-    return [forward_launch(architecture, sizes.key_dim, sizes.value_dim, 8 * dtype.itemsize).name]
+    bits = 8 * dtype.itemsize
+    return [attention_launch(name, architecture, sizes.key_dim, sizes.value_dim, bits).name for name in KERNELS]
+
+
+def _decode_rows(new: int, architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
+    rows = sizes.query_group * new
+    return [decode_launch(architecture, rows, sizes.key_dim, sizes.value_dim, 8 * dtype.itemsize).name]
+
+
+def _decoding(new: int) -> Operator:
+    dims = tuple(FORWARD["sm_90"])
+    return _softmax(partial(_decode, new), backward=False, dims=dims, rows=partial(_decode_rows, new))
 
 
 _chunked = partial(Operator, rows=_chunk_rows)
@@ -140,7 +151,8 @@ OPERATORS = {
     ),
     "flash_attention full": _softmax(partial(_stateless, partial(flash_attention, causal=False)), rows=_softmax_rows),
     "flash_attention window": _softmax(partial(_stateless, partial(flash_attention, window=20)), rows=_softmax_rows),
-    "flash_decode": _softmax(_decode, backward=False),
+    "flash_decode 4 tokens": _decoding(4),
+    "flash_decode 16 tokens": _decoding(16),
     "linear_attention_step": _one_step(partial(_step, linear_attention_step)),
     "gated_linear_attention_step per-channel": _one_step(partial(_step, gated_linear_attention_step), "BTHK"),
     "gated_linear_attention_step per-head": _one_step(partial(_step, gated_linear_attention_step), "BTH"),
@@ -152,15 +164,15 @@ def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
     """The sizes at which an operator is checked, realistic on a GPU and small on a CPU."""
     operator = OPERATORS[name]
     gates = ("resets", "hot") if operator.gate else ("",)
-    dim = operator.key_dim or (128 if on_gpu else 24)
+    dim = (operator.key_dim or 128) if on_gpu else 6 if operator.key_dim else 24
     if operator.long:
         batch, lengths = (2, (1000, 4096)) if on_gpu else (2, (70, 200))
         for kind in gates:
             for tokens in lengths:
                 yield Sizes(batch, tokens, 4, dim, dim, gates=kind)
         yield Sizes(batch, lengths[0], 2, dim, dim, query_group=4, gates=gates[0])
-        for other in operator.dims if on_gpu else operator.dims[:2]:
-            yield Sizes(1, lengths[0] + 1, 2, other, other - 3, gates=gates[0])
+        for other in operator.dims if on_gpu or not operator.state else operator.dims[:2]:
+            yield Sizes(1, lengths[0] + 1, 1, other, other - 3, query_group=2, gates=gates[0])
         if on_gpu:
             # The reference of softmax keeps all scores in fp64: 16k tokens of one head are 2 GB.
             yield Sizes(1, 16384 if operator.family == "flash_attention" else 65536, 1, dim, dim, gates=gates[0])

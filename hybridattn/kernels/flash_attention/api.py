@@ -135,7 +135,8 @@ def flash_decode(
         start_positions: integers [B]: nobody in row b sees a position before start_positions[b]; 0 by default.
         window: as in ``flash_attention``; several tokens need a ring buffer of at least ``window + n - 1`` slots.
         check_values: on a GPU, also check the values of the lengths (synchronises); on a CPU they always are.
-        scale, alibi_slopes, sinks, softcap, return_lse, backend: as in ``flash_attention``.
+        scale, alibi_slopes, sinks, softcap, return_lse: as in ``flash_attention``.
+        backend: as in ``flash_attention``; ``"triton"`` has no gradients, and None is another where they are needed.
 
     Returns:
         o [B,n,Hq,V] in q's dtype; with ``return_lse`` the pair of it and lse [B,n,Hq], as in ``flash_attention``.
@@ -147,8 +148,13 @@ def flash_decode(
     _check_per_head(sizes, q, alibi_slopes, sinks)
     options = _options(sizes, True, window, scale, alibi_slopes, sinks, softcap, None)
     _check_lengths(sizes, q, cache_lengths, start_positions, options.left, check_values)
-    run = {"reference": reference.decode, "torch": blocked.decode}[choose_backend(backend)]
-    o, lse = run(*_same_dtype(q, k_cache, v_cache), cache_lengths, start_positions, options, return_lse)
+    inputs = _same_dtype(q, k_cache, v_cache)
+    chosen = choose_backend(backend, q, launch.decode_lacks(*inputs, sinks))
+    if chosen == "triton":
+        from .triton.decode import decode  # who has no GPU may have no triton
+    else:
+        decode = {"reference": reference.decode, "torch": blocked.decode}[chosen]
+    o, lse = decode(*inputs, cache_lengths, start_positions, options, return_lse)
     return _results(o.to(q.dtype), lse, return_lse)
 
 

@@ -9,7 +9,13 @@ import torch
 from hybridattn import cli
 from hybridattn.evals.kernels import check
 from hybridattn.evals.kernels.cases import DTYPES, OPERATORS, make_inputs, sizes_of
-from hybridattn.kernels.flash_attention.triton.launch import FORWARD, FORWARD_FP32, forward_launch
+from hybridattn.kernels.flash_attention.triton.launch import (
+    DECODE_ROWS,
+    FORWARD,
+    KERNELS,
+    attention_launch,
+    decode_launch,
+)
 from hybridattn.kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 
@@ -134,8 +140,10 @@ def test_every_launch_row_has_cases():
             for operands, dims in VALUES[architecture].items()
             for dim in dims
         }
-        assert rows >= {forward_launch(architecture, dim, dim, 16).name for dim in FORWARD[architecture]}
-        assert rows >= {forward_launch(architecture, dim, dim, 32).name for dim in FORWARD_FP32}
+        for dim in FORWARD[architecture]:
+            for bits in (16, 32):
+                assert rows >= {attention_launch(name, architecture, dim, dim, bits).name for name in KERNELS}
+                assert rows >= {decode_launch(architecture, n, dim, dim, bits).name for n in DECODE_ROWS}
 
 
 def test_realistic_sizes_on_a_gpu():

@@ -145,7 +145,8 @@ BAD = {
     "slopes": (1, {"alibi_slopes": SLOPES[:2]}, r"alibi_slopes: expected shape \[Hq=6\], got \[2\]"),
     "sinks": (1, {"sinks": SINKS[:2]}, r"sinks: expected shape \[Hq=6\], got \[2\]"),
     "softcap": (1, {"softcap": -1.0}, "softcap: expected a finite positive number or None, got -1.0"),
-    "backend": (1, {"backend": "triton"}, "backend: expected one of"),
+    "backend": (1, {"backend": "cuda"}, "backend: expected one of"),
+    "backend on a CPU": (1, {"backend": "triton"}, "q: expected a CUDA tensor with backend='triton'"),
 }
 
 

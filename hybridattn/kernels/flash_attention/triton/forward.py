@@ -5,20 +5,27 @@ BLOCK_M queries of one head and visits the key tiles that some of them may see; 
 are masked. With a block mask it visits the live blocks of its query block. Maxima and sums are in base 2.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from ...runtime.launch import architecture, warn_of_launch
-from .. import blocked
 from ..options import Options
-from .launch import ForwardLaunch, forward_launch
-from .operands import aligned, operand, packed_tiles, score_numbers
-from .primitives import LN2, LOG2E, LOWEST, load_rows, sequence_of, tile_scores, visible
+from .backward import backward
+from .operands import aligned, arguments, dense, launch_of, tiles_of
+from .primitives import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    load_rows,
+    reached_tile,
+    sequence_of,
+    tile_scores,
+    tile_span,
+    tiles_in_reach,
+    visible,
+)
 
 
 # ``scale`` is a float that is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 where it becomes 1.
@@ -80,13 +87,7 @@ def forward_kernel(
     elif RIGHT is not None:
         tile = tl.num_programs(0) - 1 - tile  # the longest first
     kv_head = head // GROUP
-    limit = queries
-    first = tile * BLOCK_M
-    if BLOCK_SIZE is not None:  # tiles do not reach over query blocks
-        tiles: tl.constexpr = (BLOCK_SIZE + BLOCK_M - 1) // BLOCK_M
-        query_block = tile // tiles
-        first = query_block * BLOCK_SIZE + tile % tiles * BLOCK_M
-        limit = tl.minimum(query_block * BLOCK_SIZE + BLOCK_SIZE, queries)
+    block, first, limit = tile_span(tile, queries, BLOCK_M, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
     if first >= limit:
         return
     past = keys - queries
@@ -103,41 +104,20 @@ def forward_kernel(
         total += tl.exp2(sink - top)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     query = load_rows(
-        q, batch, q_first + first, head, q_first + queries, q_batch, q_time, q_head, BLOCK_M, D, BLOCK_D, TMA
+        q, batch, q_first + first, head, q_first + queries, q_batch, q_time, q_head, BLOCK_M, D, BLOCK_D, False
     )
-    if PACKED and TMA:  # other sequences' queries, or nobody's: computed along, but not with what may be NaN
-        query = tl.where((first + tl.arange(0, BLOCK_M) < limit)[:, None], query, 0.0)
 
-    # Tiles [low, high) hold keys that some query sees; those of [full_low, full_high) are seen whole by all of them.
-    low = 0
-    high = tl.cdiv(keys, BLOCK_N)
-    full_low = 0
-    full_high = keys // BLOCK_N
-    if BLOCK_SIZE is not None:
-        per_block: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-        low = tl.load(block_offsets + query_block).to(tl.int32) * per_block
-        high = tl.load(block_offsets + query_block + 1).to(tl.int32) * per_block
-        full_high = 0
-    else:
-        if LEFT is not None:
-            low = tl.maximum(first + past - LEFT, 0) // BLOCK_N
-            full_low = tl.cdiv(tl.maximum(first + BLOCK_M - 1 + past - LEFT, 0), BLOCK_N)
-        if RIGHT is not None:
-            high = tl.minimum(high, tl.cdiv(tl.maximum(first + BLOCK_M + past + RIGHT, 0), BLOCK_N))
-            full_high = tl.minimum(full_high, tl.maximum(first + past + RIGHT + 1, 0) // BLOCK_N)
+    low, high, full_low, full_high = tiles_in_reach(
+        first + past, keys, block, block_offsets, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_SIZE
+    )
     for n in tl.range(low, high, num_stages=STAGES):
-        start = n * BLOCK_N
-        end = keys
-        if BLOCK_SIZE is not None:
-            block = tl.load(key_blocks + n // per_block).to(tl.int32) * BLOCK_SIZE
-            start = block + n % per_block * BLOCK_N
-            end = tl.minimum(block + BLOCK_SIZE, keys)
+        start, end = reached_tile(n, keys, key_blocks, BLOCK_N, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
         key = load_rows(
             k, batch, k_first + start, kv_head, k_first + end, k_batch, k_time, k_head, BLOCK_N, D, BLOCK_D, TMA
         )
         scores = tl.dot(query, key.T, input_precision=PRECISION)
         s = start + tl.arange(0, BLOCK_N)
-        scores = tile_scores(scores, t[:, None], s[None, :], scale, softcap, slope, SOFTCAP, ALIBI)
+        scores, _ = tile_scores(scores, t[:, None], s[None, :], scale, softcap, slope, SOFTCAP, ALIBI)
         masked = (n < full_low) | (n >= full_high)
         if masked:
             scores = tl.where(visible(t[:, None], s[None, :], end, LEFT, RIGHT), scores, float("-inf"))
@@ -189,57 +169,26 @@ def forward(
 
     After q, k and v come ``Options.flat`` and the offsets of packed sequences.
     """
-    batch, queries, heads, key_dim = q.shape
-    keys, kv_heads, value_dim = v.shape[1:]
-    packed = cu_seqlens_q is not None
-    o, lse = v.new_empty(batch, queries, heads, value_dim), q.new_empty(batch, queries, heads, dtype=torch.float32)
-    if packed:
+    batch, queries, heads, _ = q.shape
+    o, lse = v.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, queries, heads, dtype=torch.float32)
+    if cu_seqlens_q is not None:
         o.zero_()
         lse.fill_(-torch.inf)
     if not lse.numel() or (cu_seqlens_q is not None and cu_seqlens_q.numel() == 1):
         return o, lse
-    launch = _launch(q.device, key_dim, value_dim, 8 * q.itemsize)
     if scale <= 0:  # maxima are taken before the scale
-        q, scale = q * scale, 1.0
-    if not keys:  # a descriptor is of something
-        k, v = (x.new_zeros(batch, 1, *x.shape[2:]) for x in (k, v))
-    q, k, v = map(aligned, (q, k, v))
-    tables = packed_tiles(cu_seqlens_q, launch.block_m, queries) if cu_seqlens_q is not None else (None, None)
-    if tables[0] is not None:
-        tiles = len(tables[0])
-    elif block_size is None:
-        tiles = triton.cdiv(queries, launch.block_m)
-    else:
-        tiles = triton.cdiv(queries, block_size) * triton.cdiv(block_size, launch.block_m)
-    forward_kernel[(tiles, batch * heads)](
-        operand(q, launch.tma, launch.block_m, launch.block_d),
-        operand(k, launch.tma, launch.block_n, launch.block_d),
-        operand(v, launch.tma, launch.block_n, launch.block_v),
-        o,
-        lse,
-        alibi_slopes,
-        sinks,
-        block_offsets,
-        key_blocks,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        *tables,
-        *score_numbers(scale, softcap),
-        queries,
-        keys,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        **forward_constexprs(launch, key_dim, value_dim),
-        HEADS=heads,
-        GROUP=heads // kv_heads,
-        LEFT=left,
-        RIGHT=right,
-        SOFTCAP=softcap is not None,
-        BLOCK_SIZE=block_size,
-        PACKED=packed,
-        num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-        num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    options = Options.of(scale, left, right, alibi_slopes, sinks, softcap, block_offsets, key_blocks, block_size)
+    launch = launch_of("forward", q, v)
+    tiles = tiles_of(queries, launch.block_m, cu_seqlens_q, options.block_mask)
+    operands = {"q": aligned(q), "k": aligned(k), "v": aligned(v)}
+    forward_kernel[(tiles.number, batch * heads)](
+        **arguments(launch, operands, options, tiles, (cu_seqlens_q, cu_seqlens_k)),
+        o=o,
+        lse=lse,
+        sinks=dense(sinks),
+        block_offsets=dense(block_offsets),
+        key_blocks=dense(key_blocks),
     )
     return o, lse
 
@@ -249,31 +198,6 @@ def _(q, k, v, *_):
     return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def forward_constexprs(launch: ForwardLaunch, key_dim: int, value_dim: int) -> dict[str, int | str]:
-    """Those of the kernel's constexprs that dims and launch row decide."""
-    return {
-        "D": key_dim,
-        "V": value_dim,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
-        "BLOCK_D": launch.block_d,
-        "BLOCK_V": launch.block_v,
-        "TMA": launch.tma,
-        "PRECISION": launch.precision,
-        "STAGES": launch.num_stages,
-    }
-
-
-@cache
-def _launch(device: torch.device, key_dim: int, value_dim: int, bits: int) -> ForwardLaunch:
-    """The launch row, with what has to be said about it said."""
-    name = architecture(device)
-    launch = forward_launch(name, key_dim, value_dim, bits)
-    if device.type != "cpu":
-        warn_of_launch(name, launch.name, launch.verified)
-    return launch
-
-
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output)
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
@@ -281,9 +205,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, do, dlse):
     *tensors, o, lse = ctx.saved_tensors
-    q, k, v, *others = [number if x is None else x for x, number in zip(tensors, ctx.numbers, strict=True)]
+    inputs = [number if x is None else x for x, number in zip(tensors, ctx.numbers, strict=True)]
     do, dlse = torch.zeros_like(o) if do is None else do, torch.zeros_like(lse) if dlse is None else dlse
-    dq, dk, dv, dsinks = blocked.backward(q, k, v, None, None, *others, o, lse, do, dlse)
+    dq, dk, dv, dsinks = backward(*inputs, o, lse, do, dlse)
     return dq, dk, dv, *[None] * 4, dsinks if dsinks.numel() else None, *[None] * 6
 
 

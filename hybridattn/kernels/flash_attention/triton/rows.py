@@ -4,51 +4,60 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...runtime.launch import CompileRow
-from .forward import forward_constexprs, forward_kernel
-from .launch import FORWARD, ForwardLaunch, forward_launch
-
-STRIDES = [f"{x}_{dim}" for x in "qkv" for dim in ("batch", "time", "head")]
+from . import operands
+from .backward import key_gradients_kernel, query_gradients_kernel
+from .decode import decode_constexprs, decode_kernel, merge_kernel
+from .forward import forward_kernel
+from .launch import DECODE_ROWS, FORWARD, DecodeLaunch, Launch, attention_launch, decode_launch
 
 # Kinds of a call beside the usual one (causal, bf16, aligned).
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"RIGHT": None},
     "window": {"LEFT": 4095},
     "options": {"LEFT": 511, "SOFTCAP": True, "alibi_slopes": "*fp32:16", "sinks": "*bf16:16"},
-    "blocks": {"BLOCK_SIZE": 128, "block_offsets": "*i64:16", "key_blocks": "*i64:16"},
-    "packed": {"PACKED": True},
+    "blocks": {
+        "BLOCK_SIZE": 128,
+        "query_blocks": "*i32:16",
+        **dict.fromkeys(("block_offsets", "key_blocks"), "*i64:16"),
+    },
+    "packed": {
+        "PACKED": True,
+        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "*i64:16"),
+        **dict.fromkeys(("tiles_sequence", "tiles_before"), "*i32:16"),
+    },
     "fp16": {"dtype": "fp16"},
     "fp32": {"dtype": "fp32"},
+}
+ATTENTION_KERNELS = {
+    "forward": forward_kernel,
+    "query_gradients": query_gradients_kernel,
+    "key_gradients": key_gradients_kernel,
 }
 
 
 def compile_rows(architecture: str) -> Iterator[CompileRow]:
     """Every launch row of an architecture, and at dims of 128 every kind of call."""
+    for kernel in ATTENTION_KERNELS:
+        for dim in FORWARD[architecture]:
+            yield _attention_row(kernel, architecture, dim, "", {})
+        for kind, changes in KINDS.items():
+            yield _attention_row(kernel, architecture, 128, " " + kind, changes)
+    for rows in DECODE_ROWS:
+        for dim in FORWARD[architecture]:
+            yield _decode_row(architecture, rows, dim, "", {})
+        for kind in ("window", "options", "fp16", "fp32"):
+            yield _decode_row(architecture, rows, 128, " " + kind, KINDS[kind])
     for dim in FORWARD[architecture]:
-        yield _forward_row(architecture, dim, "", {})
-    for kind, changes in KINDS.items():
-        yield _forward_row(architecture, 128, " " + kind, changes)
+        launch = decode_launch(architecture, DECODE_ROWS[0], dim, dim, 16)
+        name = f"flash_attention_merge V{launch.block_v} {launch.block_m} warps{launch.num_warps}"
+        yield _row(name, merge_kernel, "bf16", {}, _decode_constexprs(launch, dim), launch.num_warps, 1)
 
 
-def _forward_row(architecture: str, dim: int, kind: str, changes: dict[str, Any]) -> CompileRow:
+def _attention_row(name: str, architecture: str, dim: int, kind: str, changes: dict[str, Any]) -> CompileRow:
     dtype = changes.get("dtype", "bf16")
-    launch = forward_launch(architecture, dim, dim, 32 if dtype == "fp32" else 16)
-    packed = "*i64:16" if changes.get("PACKED") else None
-    arguments = {
-        **_operands(launch, dtype),
-        **dict.fromkeys(("alibi_slopes", "sinks", "block_offsets", "key_blocks"), None),
-        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), packed),
-        **dict.fromkeys(("tiles_sequence", "tiles_before"), packed and "*i32:16"),
-        "o": f"*{dtype}:16",
-        "lse": "*fp32:16",
-        "scale": "fp32",
-        "softcap": "fp32",
-        "queries": "i32:16",
-        "keys": "i32:16",
-        **dict.fromkeys(STRIDES, "i32:16"),
-        **{name: value for name, value in changes.items() if name.islower()},
-    }
+    launch = attention_launch(name, architecture, dim, dim, 32 if dtype == "fp32" else 16)
     constexprs = {
-        **forward_constexprs(launch, dim, dim),
+        **operands.constexprs(launch, dim, dim),
         "HEADS": 32,
         "GROUP": 4,
         "LEFT": None,
@@ -56,21 +65,54 @@ def _forward_row(architecture: str, dim: int, kind: str, changes: dict[str, Any]
         "SOFTCAP": False,
         "BLOCK_SIZE": None,
         "PACKED": False,
-        **{name: value for name, value in changes.items() if name.isupper()},
     }
-    known = forward_kernel.arg_names
-    signature = {name: kind for name, kind in arguments.items() if kind is not None and name in known}
-    constexprs |= {name: None for name, kind in arguments.items() if kind is None}
-    return CompileRow(launch.name + kind, forward_kernel, signature, constexprs, launch.num_warps, launch.num_stages)
+    changes = _operands(launch, dtype) | changes
+    kernel = ATTENTION_KERNELS[name]
+    return _row(launch.name + kind, kernel, dtype, changes, constexprs, launch.num_warps, launch.num_stages)
 
 
-def _operands(launch: ForwardLaunch, dtype: str) -> dict[str, str]:
-    """Types of q, k and v."""
+def _decode_row(architecture: str, rows: int, dim: int, kind: str, changes: dict[str, Any]) -> CompileRow:
+    dtype = changes.get("dtype", "bf16")
+    launch = decode_launch(architecture, rows, dim, dim, 32 if dtype == "fp32" else 16)
+    constexprs = _decode_constexprs(launch, dim)
+    return _row(launch.name + kind, decode_kernel, dtype, changes, constexprs, launch.num_warps, launch.num_stages)
+
+
+def _decode_constexprs(launch: DecodeLaunch, dim: int) -> dict[str, Any]:
+    return {
+        **decode_constexprs(launch, dim, dim),
+        "HEADS": 32,
+        "GROUP": launch.block_m // 4,
+        "NEW": 4,
+        "LEFT": None,
+        "SOFTCAP": False,
+        "BLOCK_B": 64,
+    }
+
+
+def _row(
+    name: str, kernel: Any, dtype: str, changes: dict[str, Any], constexprs: dict[str, Any], warps: int, stages: int
+) -> CompileRow:
+    """A row of the usual arguments but for ``changes``; arguments that are in neither are absent."""
+    arguments = {
+        **dict.fromkeys(("q", "k", "v", "do", "o", "dq", "dk", "dv"), f"*{dtype}:16"),
+        **dict.fromkeys(("lse", "dlse", "shift", "delta", "sums", "tops", "totals"), "*fp32:16"),
+        **dict.fromkeys(("scale", "softcap", "outer_scale"), "fp32"),
+        **dict.fromkeys(("queries", "keys"), "i32:16"),
+        **dict.fromkeys(("batches", "slots", "programs"), "i32"),
+        "lengths": "*i64:16",
+        **{f"{x}_{of}": "i32:16" for x in ("q", "k", "v", "do") for of in ("batch", "time", "head")},
+        **changes,
+    }
+    constexprs = {key: changes.get(key, value) for key, value in constexprs.items() if key in kernel.arg_names}
+    signature = {key: arguments[key] for key in kernel.arg_names if key in arguments and key not in constexprs}
+    absent = dict.fromkeys(set(kernel.arg_names) - signature.keys() - constexprs.keys())
+    return CompileRow(name, kernel, signature, constexprs | absent, warps, stages)
+
+
+def _operands(launch: Launch, dtype: str) -> dict[str, str]:
+    """Types of those of q, k, v and do that are read through descriptors."""
     if not launch.tma:
-        return dict.fromkeys("qkv", f"*{dtype}:16")
-    tiles = {
-        "q": (launch.block_m, launch.block_d),
-        "k": (launch.block_n, launch.block_d),
-        "v": (launch.block_n, launch.block_v),
-    }
+        return {}
+    tiles = operands.visited_tiles(launch)
     return {name: f"tensordesc<{dtype}[1,{rows},1,{columns}]>" for name, (rows, columns) in tiles.items()}

@@ -13,6 +13,7 @@ from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 ROWS = {(name, row.name): row for name, rows in shipped_rows().items() for row in rows}
 FIRST = {next(key for key in ROWS if key[0] == name) for name in SHARED_MEMORY}
 HERE = [key for key in ROWS if key[0] == "sm_90" or key in FIRST]  # `hybridattn kernels compile` does the others
+SPILLS = {"flash_attention_key_gradients D128 V128 64x128 warps8 stages3 blocks"}  # two numbers, as its ceiling says
 FIGURES = {"registers": 72, "spill_instructions": 0, "spilled_bytes": 0, "shared_memory": 512, "matrix": 8, "tma": 0}
 
 
@@ -29,6 +30,8 @@ def test_shipped_rows_are_under_their_ceilings(key: tuple[str, str]):
     figures, ceiling = measure(ROWS[key], architecture), read_ceilings()["rows"][architecture][name]
     assert complaints(architecture, figures, ceiling) == []
     assert all((figures[each] > 0) == (ceiling[each] > 0) for each in gate.PRESENT)  # the step has none
+    if name.startswith("flash") and name not in SPILLS:
+        assert figures["spill_instructions"] == figures["spilled_bytes"] == 0
     assert figures["seconds"] > 0
 
 

@@ -1,0 +1,371 @@
+"""Softmax attention, backward: weights recomputed from the log-sum-exp, every gradient written once by one program.
+
+Dao, "FlashAttention-2" (2023), algorithm 2, in two passes instead of one that would add to dq from many programs: no
+atomics, so that the same inputs give the same bits. B batch, H key heads, Hq query heads, D key dim, V value dim.
+
+    P = exp(scores - lse),  delta = rowsum(dO * O) - dlse,  dS = P * (dO V^T - delta),  dV = P^T dO
+
+A program of the first pass has a tile of queries and visits the keys these may see; one of the second has a tile of
+keys, and visits the queries of all its query heads that may see them, with scores computed as K Q^T: their transpose
+is never needed.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from ..options import BlockMask, Options
+from .operands import aligned, arguments, dense, launch_of, tiles_of
+from .primitives import LOG2E, load_rows, reached_tile, sequence_of, tile_scores, tile_span, tiles_in_reach, visible
+
+
+@triton.jit(do_not_specialize=["scale", "softcap", "outer_scale"])
+def query_gradients_kernel(
+    q,
+    k,
+    v,
+    do,
+    o,
+    lse,
+    dlse,
+    dq,
+    shift,
+    delta,
+    alibi_slopes,
+    block_offsets,
+    key_blocks,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tiles_sequence,
+    tiles_before,
+    scale,
+    softcap,
+    outer_scale,
+    queries,
+    keys,
+    q_batch,
+    q_time,
+    q_head,
+    k_batch,
+    k_time,
+    k_head,
+    v_batch,
+    v_time,
+    v_head,
+    do_batch,
+    do_time,
+    do_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dq; and, for the second pass, delta and lse in base 2 (inf of nothing, for weights of 0), [B,Hq,Tq] both."""
+    ALIBI: tl.constexpr = alibi_slopes is not None  # pyright: ignore[reportAssignmentType]
+    factor = 1.0 if SOFTCAP or ALIBI else scale
+    tile = tl.program_id(0)
+    head, batch = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
+    row_end = queries  # of the tensors
+    q_first = 0
+    k_first = 0
+    if PACKED:
+        found = sequence_of(tile, tiles_sequence, tiles_before, cu_seqlens_q, cu_seqlens_k)
+        tile, q_first, k_first, queries, keys = found  # pyright: ignore[reportGeneralTypeIssues]
+    elif RIGHT is not None:
+        tile = tl.num_programs(0) - 1 - tile  # the longest first
+    kv_head = head // GROUP
+    block, first, limit = tile_span(tile, queries, BLOCK_M, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
+    if first >= limit:
+        return
+    past = keys - queries
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < limit
+    t = past + rows
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(alibi_slopes + head).to(tl.float32) * LOG2E
+    query = load_rows(
+        q, batch, q_first + first, head, q_first + queries, q_batch, q_time, q_head, BLOCK_M, D, BLOCK_D, False
+    )
+    gradient = load_rows(
+        do, batch, q_first + first, head, q_first + queries, do_batch, do_time, do_head, BLOCK_M, V, BLOCK_V, False
+    )
+    place = (batch.to(tl.int64) * row_end + q_first + rows) * HEADS + head
+    columns = tl.arange(0, BLOCK_V)
+    outputs = tl.load(
+        o + place[:, None] * V + columns[None, :], mask=inside[:, None] & (columns < V)[None, :], other=0.0
+    )
+    log_sum = tl.load(lse + place, mask=inside, other=float("-inf"))
+    seen = log_sum > float("-inf")
+    row_delta = tl.sum(gradient.to(tl.float32) * outputs.to(tl.float32), 1) - tl.load(dlse + place, inside, 0.0)
+    row_delta = tl.where(seen, row_delta, 0.0)
+    row_shift = tl.where(seen, log_sum * LOG2E, float("inf"))
+    place = (batch.to(tl.int64) * HEADS + head) * row_end + q_first + rows
+    tl.store(delta + place, row_delta, mask=inside)
+    tl.store(shift + place, row_shift, mask=inside)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low, high, full_low, full_high = tiles_in_reach(
+        first + past, keys, block, block_offsets, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_SIZE
+    )
+    for n in tl.range(low, high, num_stages=STAGES):
+        start, end = reached_tile(n, keys, key_blocks, BLOCK_N, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
+        s = start + tl.arange(0, BLOCK_N)
+        masked = (n < full_low) | (n >= full_high)
+        key = load_rows(
+            k, batch, k_first + start, kv_head, k_first + end, k_batch, k_time, k_head, BLOCK_N, D, BLOCK_D, TMA
+        )
+        value = load_rows(
+            v, batch, k_first + start, kv_head, k_first + end, v_batch, v_time, v_head, BLOCK_N, V, BLOCK_V, TMA
+        )
+        if PACKED and TMA and masked:  # a gradient of 0 does not undo a NaN of what follows the sequence
+            key = tl.where((s < end)[:, None], key, 0.0)
+            value = tl.where((s < end)[:, None], value, 0.0)
+        products = tl.dot(query, key.T, input_precision=PRECISION)
+        scores, derivative = tile_scores(products, t[:, None], s[None, :], scale, softcap, slope, SOFTCAP, ALIBI)
+        weights = tl.exp2(scores * factor - row_shift[:, None])
+        if masked:
+            weights = tl.where(visible(t[:, None], s[None, :], end, LEFT, RIGHT), weights, 0.0)
+        dweights = tl.dot(gradient, value.T, input_precision=PRECISION)
+        dscores = weights * derivative * (dweights - row_delta[:, None])
+        acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)
+
+    place = (batch.to(tl.int64) * row_end + q_first + rows) * HEADS + head
+    columns = tl.arange(0, BLOCK_D)
+    tl.store(
+        dq + place[:, None] * D + columns[None, :],
+        (acc * outer_scale).to(dq.dtype.element_ty),
+        mask=inside[:, None] & (columns < D)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["scale", "softcap", "outer_scale"])
+def key_gradients_kernel(
+    q,
+    k,
+    v,
+    do,
+    shift,
+    delta,
+    dk,
+    dv,
+    alibi_slopes,
+    block_offsets,
+    query_blocks,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tiles_sequence,
+    tiles_before,
+    scale,
+    softcap,
+    outer_scale,
+    queries,
+    keys,
+    q_batch,
+    q_time,
+    q_head,
+    k_batch,
+    k_time,
+    k_head,
+    v_batch,
+    v_time,
+    v_head,
+    do_batch,
+    do_time,
+    do_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dk and dv. ``block_offsets`` and ``query_blocks`` list the live query blocks of every key block."""
+    ALIBI: tl.constexpr = alibi_slopes is not None  # pyright: ignore[reportAssignmentType]
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    factor = 1.0 if SOFTCAP or ALIBI else scale
+    tile = tl.program_id(0)
+    kv_head, batch = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
+    q_end, k_end = queries, keys  # of the tensors
+    q_first = 0
+    k_first = 0
+    if PACKED:
+        found = sequence_of(tile, tiles_sequence, tiles_before, cu_seqlens_q, cu_seqlens_k)
+        tile, q_first, k_first, queries, keys = found  # pyright: ignore[reportGeneralTypeIssues]
+    block, start, limit = tile_span(tile, keys, BLOCK_N, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
+    if start >= limit:
+        return
+    position = start - (keys - queries)  # of the tile, counted as queries are
+    s = position + tl.arange(0, BLOCK_N)
+    key = load_rows(
+        k, batch, k_first + start, kv_head, k_first + keys, k_batch, k_time, k_head, BLOCK_N, D, BLOCK_D, False
+    )
+    value = load_rows(
+        v, batch, k_first + start, kv_head, k_first + keys, v_batch, v_time, v_head, BLOCK_N, V, BLOCK_V, False
+    )
+    dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dvalue = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    low, high, full_low, full_high = tiles_in_reach(
+        position, queries, block, block_offsets, RIGHT, LEFT, BLOCK_N, BLOCK_M, BLOCK_SIZE
+    )
+    for i in tl.range(low * GROUP, high * GROUP, num_stages=STAGES):
+        head, m = kv_head * GROUP + i % GROUP, i // GROUP
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(alibi_slopes + head).to(tl.float32) * LOG2E
+        row = (batch.to(tl.int64) * HEADS + head) * q_end + q_first
+        first, end = reached_tile(m, queries, query_blocks, BLOCK_M, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
+        rows = first + tl.arange(0, BLOCK_M)
+        masked = (m < full_low) | (m >= full_high)
+        query = load_rows(
+            q, batch, q_first + first, head, q_first + end, q_batch, q_time, q_head, BLOCK_M, D, BLOCK_D, TMA
+        )
+        gradient = load_rows(
+            do, batch, q_first + first, head, q_first + end, do_batch, do_time, do_head, BLOCK_M, V, BLOCK_V, TMA
+        )
+        if PACKED and TMA and masked:  # a weight of 0 does not undo a NaN of what follows the sequence
+            query = tl.where((rows < end)[:, None], query, 0.0)
+            gradient = tl.where((rows < end)[:, None], gradient, 0.0)
+        # Queries past the end have weights of 0 by their shift; keys past theirs make rows that nobody stores.
+        products = tl.dot(key, query.T, input_precision=PRECISION)
+        scores, derivative = tile_scores(products, rows[None, :], s[:, None], scale, softcap, slope, SOFTCAP, ALIBI)
+        row_shift = tl.load(shift + row + rows, mask=rows < end, other=float("inf"))
+        weights = tl.exp2(scores * factor - row_shift[None, :])
+        if (LEFT is not None or RIGHT is not None) and masked:
+            weights = tl.where(visible(rows[None, :], s[:, None], queries, LEFT, RIGHT), weights, 0.0)
+        rounded = weights.to(gradient.dtype)
+        dweights = tl.dot(value, gradient.T, input_precision=PRECISION)
+        row_delta = tl.load(delta + row + rows, mask=rows < end, other=0.0)
+        dscores = weights * derivative * (dweights - row_delta[None, :])
+        dkey = tl.dot(dscores.to(query.dtype), query, dkey, input_precision=PRECISION)
+        dvalue = tl.dot(rounded, gradient, dvalue, input_precision=PRECISION)
+
+    rows = start + tl.arange(0, BLOCK_N)
+    inside = rows < limit
+    place = (batch.to(tl.int64) * k_end + k_first + rows) * KV_HEADS + kv_head
+    columns = tl.arange(0, BLOCK_D)
+    tl.store(
+        dk + place[:, None] * D + columns[None, :],
+        (dkey * outer_scale).to(dk.dtype.element_ty),
+        mask=inside[:, None] & (columns < D)[None, :],
+    )
+    columns = tl.arange(0, BLOCK_V)
+    tl.store(
+        dv + place[:, None] * V + columns[None, :],
+        dvalue.to(dv.dtype.element_ty),
+        mask=inside[:, None] & (columns < V)[None, :],
+    )
+
+
+@custom_op("hybridattn::flash_attention_triton_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    block_offsets: Tensor | None,
+    key_blocks: Tensor | None,
+    block_size: int | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the sinks (empty without), from those of o and lse; zeros for tokens of no sequence."""
+    batch, queries, heads, _ = q.shape
+    keys, kv_heads = k.shape[1:3]
+    dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
+    shift, delta = q.new_empty(2, batch, heads, queries, dtype=torch.float32)
+    if cu_seqlens_q is not None or not queries:
+        for x in (dq, dk, dv, delta):
+            x.zero_()
+        shift.fill_(torch.inf)
+    if lse.numel() and not (cu_seqlens_q is not None and cu_seqlens_q.numel() == 1):
+        options = Options.of(scale, left, right, alibi_slopes, sinks, softcap, block_offsets, key_blocks, block_size)
+        offsets = cu_seqlens_q, cu_seqlens_k
+        operands = {"q": aligned(q), "k": aligned(k), "v": aligned(v), "do": aligned(do)}
+        launch = launch_of("query_gradients", q, v)
+        tiles = tiles_of(queries, launch.block_m, cu_seqlens_q, options.block_mask)
+        query_gradients_kernel[(tiles.number, batch * heads)](
+            **arguments(launch, operands, options, tiles, offsets),
+            outer_scale=scale,
+            o=o,
+            lse=lse,
+            dlse=dlse.contiguous(),
+            dq=dq,
+            shift=shift,
+            delta=delta,
+            block_offsets=dense(block_offsets),
+            key_blocks=dense(key_blocks),
+        )
+        if keys:
+            launch = launch_of("key_gradients", q, v)
+            tiles = tiles_of(keys, launch.block_n, cu_seqlens_k, options.block_mask)
+            live = (None, None) if options.block_mask is None else _by_key_block(options.block_mask, keys)
+            key_gradients_kernel[(tiles.number, batch * kv_heads)](
+                **arguments(launch, operands, options, tiles, offsets),
+                outer_scale=scale,
+                shift=shift,
+                delta=delta,
+                dk=dk,
+                dv=dv,
+                block_offsets=live[0],
+                query_blocks=live[1],
+            )
+    if sinks is not None:
+        weights = (sinks.float()[:, None] - shift * math.log(2)).exp()
+        dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks
+
+
+@backward.register_fake
+def _(q, k, v, *others):
+    return _empty_gradients(q, k, v, others[4])
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def _by_key_block(mask: BlockMask, keys: int) -> tuple[Tensor, Tensor]:
+    """Offsets [key blocks + 1] into the live query blocks of every key block, ascending. No value is read back."""
+    offsets, key_blocks, size = mask.offsets.contiguous(), mask.key_blocks.contiguous(), mask.block_size
+    entries = torch.arange(key_blocks.numel(), device=offsets.device, dtype=offsets.dtype)
+    query_blocks = torch.searchsorted(offsets, entries, right=True) - 1
+    sorted_blocks, order = key_blocks.sort(stable=True)
+    starts = torch.arange(-(-keys // size) + 1, device=offsets.device, dtype=key_blocks.dtype)
+    return torch.searchsorted(sorted_blocks, starts), query_blocks[order]
