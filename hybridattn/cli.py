@@ -212,6 +212,19 @@ def check(
 
 
 @kernels.command()
+def tune(
+    kernel: Annotated[list[str] | None, typer.Option(help="Kernel; may be repeated.")] = None,
+    dim: Annotated[list[int] | None, typer.Option(help="Of the launch table's rows; may be repeated.")] = None,
+    samples: Annotated[int, typer.Option(help="Timed calls per row.")] = 15,
+    out: Annotated[Path, typer.Option(help="JSON lines.")] = Path("reports/tune.jsonl"),
+) -> None:
+    """Search faster launch rows on this machine's GPU; prints them, ships nothing."""
+    from hybridattn.evals.kernels.tune import run
+
+    run(_device(None), kernel or [], dim or [], samples, out)
+
+
+@kernels.command()
 def compile(
     arch: Annotated[list[str] | None, typer.Option(help="Architecture, such as sm_90; may be repeated.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Kernel; may be repeated.")] = None,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.flash_attention import flash_attention, flash_decode
+from ...kernels.flash_attention import BlockMask, flash_attention, flash_decode
 from ...kernels.flash_attention.triton.launch import FORWARD, KERNELS, attention_launch, decode_launch
 from ...kernels.linear_attention import (
     features,
@@ -79,6 +79,30 @@ def _sequence(function: Callable[..., Any], x: dict[str, Tensor], backend: str) 
 def _stateless(function: Callable[..., Any], x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     o = function(*x.values(), backend=backend)
     return {"o": o[0] if isinstance(o, tuple) else o}
+
+
+def _options(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """Everything at once that changes scores, and windows to both sides."""
+    heads = x["q"].shape[2]
+    slopes = torch.linspace(0.5, 0.01, heads, device=x["q"].device)
+    options = {"causal": False, "window": (90, 20), "softcap": 3.0, "alibi_slopes": slopes, "sinks": slopes.log()}
+    o, lse = flash_attention(*x.values(), **options, return_lse=True, backend=backend)
+    return {"o": o, "lse": lse}
+
+
+def _packed(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The first row as three sequences, one of them empty, and tokens of none; the others as they are."""
+    tokens = x["q"].shape[1]
+    ends = torch.tensor([0, tokens // 3, tokens // 3, tokens - 2], device=x["q"].device)
+    packed = flash_attention(*(y[:1] for y in x.values()), cu_seqlens_q=ends, backend=backend)
+    return {"o": packed, "others": flash_attention(*(y[1:] for y in x.values()), backend=backend)}
+
+
+def _blocks(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """Two of three blocks of 48 tokens."""
+    n = torch.arange(-(-x["q"].shape[1] // 48), device=x["q"].device)
+    mask = BlockMask.from_dense((n[:, None] + 2 * n) % 3 > 0, 48)
+    return {"o": flash_attention(*x.values(), block_mask=mask, backend=backend)}
 
 
 def _decode(new: int, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -151,6 +175,9 @@ OPERATORS = {
     ),
     "flash_attention full": _softmax(partial(_stateless, partial(flash_attention, causal=False)), rows=_softmax_rows),
     "flash_attention window": _softmax(partial(_stateless, partial(flash_attention, window=20)), rows=_softmax_rows),
+    "flash_attention options": _softmax(_options, rows=_softmax_rows),
+    "flash_attention packed": _softmax(_packed, rows=_softmax_rows),
+    "flash_attention blocks": _softmax(_blocks, rows=_softmax_rows),
     "flash_decode 4 tokens": _decoding(4),
     "flash_decode 16 tokens": _decoding(16),
     "linear_attention_step": _one_step(partial(_step, linear_attention_step)),

@@ -27,7 +27,7 @@ from ..report.provenance import provenance
 from ..throughput.measure import timed
 from .check import error, origin
 
-COMPARED = 512  # first tokens of every result that are compared with the reference: all works are causal
+COMPARED = 768  # first tokens of every result that are compared with the reference: all works are causal
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative L2 of operands rounded once
 GPU_LENGTHS, CPU_LENGTHS = (4096, 16384, 1024, 65536), (1024,)  # the most telling first
 
@@ -71,6 +71,7 @@ WORKS = {
     "softmax, causal": Work(None, lambda shape: shape.tokens * (shape.key_dim + shape.value_dim)),
     "softmax, one token": Work(None, lambda shape: 2 * (shape.key_dim + shape.value_dim), cache=True),
     "gated, per head": Work(0, _linear_flop),
+    "softmax, window 512": Work(None, lambda s: 2 * min(512, s.tokens) * (s.key_dim + s.value_dim)),
     "taylor": Work(None, lambda s: 2 * (s.key_dim + 1) * (s.key_dim + 2) * s.value_dim, key_dim=16),
 }
 
@@ -82,6 +83,7 @@ def contestants(work: str, device: torch.device, peers: bool) -> Iterator[tuple[
         "gated step": gated_linear_attention_step,
         "softmax, causal": flash_attention,
         "softmax, one token": lambda q, k, v, lengths: flash_decode(q, k, v, cache_lengths=lengths),
+        "softmax, window 512": lambda q, k, v: flash_attention(q, k, v, window=512),
         "gated, per head": lambda q, k, v, g: gated_linear_attention(q, k, v, g)[0],
         "taylor": lambda q, k, v: taylor_linear_attention(q, k, v)[0],
     }
@@ -195,6 +197,7 @@ def reference_of(work: str) -> Call:
         "gated, per head": lambda q, k, v, g: gated_linear_attention(q, k, v, g, backend="reference")[0],
         "gated step": lambda *x: gated_linear_attention_step(*x, backend="reference"),
         "softmax, causal": lambda q, k, v: flash_attention(q, k, v, backend="reference"),
+        "softmax, window 512": lambda q, k, v: flash_attention(q, k, v, window=512, backend="reference"),
         "softmax, one token": lambda q, k, v, n: flash_decode(q, k, v, cache_lengths=n, backend="reference"),
         "taylor": lambda q, k, v: taylor_linear_attention(q, k, v, backend="reference")[0],
     }[work]

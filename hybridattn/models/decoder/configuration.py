@@ -25,7 +25,7 @@ class HybridAttnConfig(PreTrainedConfig):
         initializer: ``"normal"``, weights with standard deviation ``initializer_range``; or ``"fan_in"``, the square
             root of one over a weight's inputs.
         rms_norm_eps: of every RMSNorm of the decoder.
-        backend: of the operators: ``"reference"``, ``"torch"`` or None (the best there is).
+        backend: of the operators: ``"reference"``, ``"torch"``, ``"triton"`` or None (the best there is).
 
     Raises:
         ValueError: an option is not as above; of the wrong type altogether, huggingface_hub's StrictDataclassError.
@@ -68,8 +68,8 @@ class HybridAttnConfig(PreTrainedConfig):
             raise ValueError(f"mlp: expected 'swiglu' or 'none', got {self.mlp!r}")
         if self.initializer not in ("normal", "fan_in"):
             raise ValueError(f"initializer: expected 'normal' or 'fan_in', got {self.initializer!r}")
-        if self.backend not in (None, "reference", "torch"):
-            raise ValueError(f"backend: expected one of ['reference', 'torch', None], got {self.backend!r}")
+        if self.backend not in (None, "reference", "torch", "triton"):
+            raise ValueError(f"backend: expected one of ['reference', 'torch', 'triton', None], got {self.backend!r}")
         if self.num_hidden_layers not in (None, len(self.mixers)):
             raise ValueError(
                 f"num_hidden_layers: expected {len(self.mixers)} (one per mixer), got {self.num_hidden_layers}"

@@ -386,7 +386,7 @@ BAD_CONFIGS = {
     "layers": ({"num_hidden_layers": 7}, r"num_hidden_layers: expected 5 \(one per mixer\), got 7"),
     "mlp": ({"mlp": "gelu"}, "mlp: expected 'swiglu' or 'none', got 'gelu'"),
     "initializer": ({"initializer": "zero"}, "initializer: expected 'normal' or 'fan_in', got 'zero'"),
-    "backend": ({"backend": "cuda"}, r"backend: expected one of \['reference', 'torch', None\], got 'cuda'"),
+    "backend": ({"backend": "cuda"}, r"backend: expected one of \['reference', 'torch', 'triton', None\], got 'cuda'"),
 }
 
 

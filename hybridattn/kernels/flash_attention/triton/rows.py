@@ -36,28 +36,37 @@ ATTENTION_KERNELS = {
 
 
 def compile_rows(architecture: str) -> Iterator[CompileRow]:
-    """Every launch row of an architecture, and at dims of 128 every kind of call."""
+    """Every launch row of an architecture, and at dims of 128 every kind of call; the least dims, and unequal ones."""
     for kernel in ATTENTION_KERNELS:
         for dim in FORWARD[architecture]:
             yield _attention_row(kernel, architecture, dim, "", {})
+            if dim != 128:
+                yield _attention_row(kernel, architecture, dim, " fp32", {"dtype": "fp32"})
+        yield _attention_row(kernel, architecture, 16, "", {})
+        for value_dim in (64, 256):
+            yield _attention_row(kernel, architecture, 128, "", {}, value_dim)
         for kind, changes in KINDS.items():
             yield _attention_row(kernel, architecture, 128, " " + kind, changes)
     for rows in DECODE_ROWS:
-        for dim in FORWARD[architecture]:
+        for dim in (16, *FORWARD[architecture]):
             yield _decode_row(architecture, rows, dim, "", {})
+            if dim != 128:
+                yield _decode_row(architecture, rows, dim, " fp32", {"dtype": "fp32"})
         for kind in ("window", "options", "fp16", "fp32"):
             yield _decode_row(architecture, rows, 128, " " + kind, KINDS[kind])
-    for dim in FORWARD[architecture]:
+    for dim in (16, *FORWARD[architecture]):
         launch = decode_launch(architecture, DECODE_ROWS[0], dim, dim, 16)
         name = f"flash_attention_merge V{launch.block_v} {launch.block_m} warps{launch.num_warps}"
         yield _row(name, merge_kernel, "bf16", {}, _decode_constexprs(launch, dim), launch.num_warps, 1)
 
 
-def _attention_row(name: str, architecture: str, dim: int, kind: str, changes: dict[str, Any]) -> CompileRow:
+def _attention_row(
+    name: str, architecture: str, dim: int, kind: str, changes: dict[str, Any], value_dim: int | None = None
+) -> CompileRow:
     dtype = changes.get("dtype", "bf16")
-    launch = attention_launch(name, architecture, dim, dim, 32 if dtype == "fp32" else 16)
+    launch = attention_launch(name, architecture, dim, value_dim or dim, 32 if dtype == "fp32" else 16)
     constexprs = {
-        **operands.constexprs(launch, dim, dim),
+        **operands.constexprs(launch, dim, value_dim or dim),
         "HEADS": 32,
         "GROUP": 4,
         "LEFT": None,

@@ -30,7 +30,7 @@ def test_shipped_rows_are_under_their_ceilings(key: tuple[str, str]):
     figures, ceiling = measure(ROWS[key], architecture), read_ceilings()["rows"][architecture][name]
     assert complaints(architecture, figures, ceiling) == []
     assert all((figures[each] > 0) == (ceiling[each] > 0) for each in gate.PRESENT)  # the step has none
-    if name.startswith("flash") and name not in SPILLS:
+    if name.startswith("flash") and name not in SPILLS and not name.endswith(" fp32"):
         assert figures["spill_instructions"] == figures["spilled_bytes"] == 0
     assert figures["seconds"] > 0
 
