@@ -1,0 +1,152 @@
+"""What the attention function has to know of a batch beyond the shapes of queries and keys: masks as small as a row.
+
+Causality and window are arguments of the attention function. Left to say is which keys are real, which of them belong to
+the queries, and which sequences are packed. A mask is [B,1,1,keys] and never [B,1,queries,keys]; transformers hands
+masks of four dimensions on as they are, also those that ``generate`` makes ahead of a forward pass.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function
+
+from ..packing import Packing
+
+KEY, NEW = 1, 2  # flags of a slot: its key may be seen; it belongs to a query
+CONJUNCTION = and_masks(causal_mask_function).__code__  # of windows and packed sequences
+
+
+def create_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """The mask of one forward pass, under the arguments of transformers' ``AttentionMaskInterface``.
+
+    Args:
+        q_length, q_offset: number of queries and position of the first, a tensor for static caches.
+        kv_length, kv_offset: number of key slots and position of the first.
+        mask_function: which key a query may see, as transformers composes it.
+        attention_mask: boolean [B, positions so far], False for padding, which may lie anywhere.
+        local_size: window or chunk size that is part of ``mask_function``.
+        use_vmap: ``mask_function`` has parts that came from outside transformers.
+
+    Returns:
+        None where the last key is that of the last query and all are real. Packed sequences, by positions that start
+        again: int32 [B,1,1,T], the number of each token's sequence. Else uint8 [B,1,1,kv_length] of the flags KEY and
+        NEW; without NEW in bidirectional attention, where queries may be of another sequence than keys.
+
+    Raises:
+        ValueError: a pattern other than causal or bidirectional with or without a window; a mask not [B,T].
+    """
+    bidirectional = mask_function is bidirectional_mask_function
+    _check_pattern(mask_function, use_vmap)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and local_size == chunk and kv_length + kv_offset > chunk:
+        raise ValueError(f"attention_chunk_size: expected at least {kv_length + kv_offset} (all keys), got {chunk}")
+    real = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask: expected shape [B, T], got {list(attention_mask.shape)}")
+        missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
+        real = F.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length].bool()
+        if not torch.compiler.is_compiling() and bool(real.all()):
+            real = None
+    if bidirectional:
+        return None if real is None else (real * KEY).to(torch.uint8)[:, None, None]
+    past = q_offset - kv_offset
+    if isinstance(past, int) and past + q_length == kv_length:
+        if attention_mask is None and past == 0 and mask_function is not causal_mask_function:
+            return _sequences(mask_function, batch_size, q_length, device)
+        if real is None:
+            return None
+    slot = torch.arange(kv_length, device=device)
+    written = (slot < past + q_length).expand(batch_size, -1)
+    keys = written if real is None else written & real
+    return (keys * KEY + (written & (slot >= past)) * NEW).to(torch.uint8)[:, None, None]
+
+
+def _check_pattern(mask_function: Callable[..., Tensor], use_vmap: bool) -> None:
+    known = mask_function in (causal_mask_function, bidirectional_mask_function)
+    if use_vmap or not (known or getattr(mask_function, "__code__", None) is CONJUNCTION):
+        raise ValueError(
+            "mask_function: expected a causal or bidirectional mask, with or without a window, got another pattern "
+            "(blocks, prefixes or a function of the caller's), which attn_implementation='hybridattn' cannot apply"
+        )
+
+
+def _sequences(mask_function: Callable[..., Tensor], batch: int, tokens: int, device: Any) -> Tensor | None:
+    """Numbers of packed sequences: a token that may not see the one before it is the first of another."""
+    row, t = torch.arange(batch, device=device)[:, None], torch.arange(1, tokens, device=device)[None]
+    follows = mask_function(row, torch.zeros_like(row), t, t - 1).expand(batch, tokens - 1)
+    if not torch.compiler.is_compiling() and bool(follows.all()):
+        return None
+    return F.pad((~follows).cumsum(1), (1, 0)).to(torch.int32)[:, None, None]
+
+
+class Layout:
+    """What a mask of flags says of ``queries`` queries. Values are read on the host, once for all layers.
+
+    Attributes:
+        keys: boolean [B,slots]: the key may be seen.
+        first: slot of the first query, a scalar tensor; 0 if the mask has no NEW.
+    """
+
+    def __init__(self, mask: Tensor, queries: int):
+        flags = mask[:, 0, 0]
+        self.keys = flags & KEY > 0
+        self.first = (flags[0] & NEW > 0).int().argmax()
+        self.number = queries
+
+    @staticmethod
+    def of(mask: Tensor, queries: int) -> "Layout":
+        if torch.compiler.is_compiling():
+            return Layout(mask, queries)
+        if mask not in _layouts:
+            _layouts[mask] = Layout(mask, queries)
+        return _layouts[mask]
+
+    @cached_property
+    def has_holes(self) -> bool:
+        """Whether padding lies between real tokens; True in a graph being traced, which cannot know."""
+        if torch.compiler.is_compiling():
+            return True
+        starts = self.keys.clone()
+        starts[:, 1:] &= ~self.keys[:, :-1]
+        return bool((starts.sum(1) > 1).any())
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """Slots [T] of the queries, where they are of the same sequence as the keys."""
+        return self.first + torch.arange(self.number, device=self.keys.device)
+
+    @cached_property
+    def packed_keys(self) -> Packing:
+        return Packing.of(self.keys)
+
+    @cached_property
+    def packed_queries(self) -> Packing:
+        """Of the real tokens among them."""
+        return Packing.of(self.keys[:, self.queries])
+
+    @cached_property
+    def all_queries(self) -> Packing:
+        """Of queries that may be of another sequence than the keys: nothing is known of them."""
+        return Packing.of(self.keys.new_ones(len(self.keys), self.number))
+
+
+_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of masks in use: every layer is handed the same tensor
