@@ -129,16 +129,16 @@ def _packed_offsets(mask: Tensor | None, position_ids: Tensor | None, q: Tensor,
 def _masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, options: dict[str, Any]) -> Tensor:
     """Attention with padding, or with slots of a static cache that are still empty."""
     step, window = _is_step(q, k, causal), options.get("window")
-    if step and not layout.has_holes:
+    if step and not layout.has_holes():
         lengths = (layout.first + q.shape[1]).expand(len(q))
         return flash_decode(
             q, k, v, cache_lengths=lengths, start_positions=layout.keys.int().argmax(1), **options
         )
-    if (step or window) and layout.has_holes:  # packed, the rest would move together and the window reach too far
+    if (step or window) and layout.has_holes():  # packed, the rest would move together and the window reach too far
         return _by_position(q, k, v, layout, causal, **options)
     # In bidirectional attention every query is asked for: the mask is of the keys, which may be another sequence's.
-    packed_q = layout.packed_queries if causal or window else layout.all_queries
-    packed_k = layout.packed_keys
+    packed_q = layout.packed_queries() if causal or window else layout.all_queries()
+    packed_k = layout.packed_keys()
     o = flash_attention(
         packed_q.pack(q),
         packed_k.pack(k),
@@ -167,4 +167,4 @@ def _by_position(
     options = Options(q.shape[3] ** -0.5 if scale is None else scale, left, right, None, sinks, softcap)
     slots = torch.arange(k.shape[1], device=q.device)
     s = torch.where(layout.keys, slots, blocked.NOWHERE)
-    return blocked.forward(q, k, v, layout.queries.expand(len(q), -1), s, *options.flat(), None, None)[0]
+    return blocked.forward(q, k, v, layout.queries().expand(len(q), -1), s, *options.flat(), None, None)[0]

@@ -6,7 +6,6 @@ masks of four dimensions on as they are, also those that ``generate`` makes ahea
 """
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ def _sequences(mask_function: Callable[..., Tensor], batch: int, tokens: int, de
 
 
 class Layout:
-    """What a mask of flags says of ``queries`` queries. Values are read on the host, once for all layers.
+    """What a mask of flags says of so many queries. What is read on the host is read once for all layers.
 
     Attributes:
         keys: boolean [B,slots]: the key may be seen.
@@ -110,7 +109,8 @@ class Layout:
         flags = mask[:, 0, 0]
         self.keys = flags & KEY > 0
         self.first = (flags[0] & NEW > 0).int().argmax()
-        self.number = queries
+        self._number = queries
+        self._done: dict[str, Any] = {}  # functools.cached_property takes a lock, which torch.compile cannot trace
 
     @staticmethod
     def of(mask: Tensor, queries: int) -> "Layout":
@@ -120,33 +120,35 @@ class Layout:
             _layouts[mask] = Layout(mask, queries)
         return _layouts[mask]
 
-    @cached_property
+    def queries(self) -> Tensor:
+        """Slots [T] of the queries, where they are of the same sequence as the keys."""
+        return self.first + torch.arange(self._number, device=self.keys.device)
+
     def has_holes(self) -> bool:
         """Whether padding lies between real tokens; True in a graph being traced, which cannot know."""
         if torch.compiler.is_compiling():
             return True
-        starts = self.keys.clone()
-        starts[:, 1:] &= ~self.keys[:, :-1]
-        return bool((starts.sum(1) > 1).any())
+        if "holes" not in self._done:
+            starts = self.keys.clone()
+            starts[:, 1:] &= ~self.keys[:, :-1]
+            self._done["holes"] = bool((starts.sum(1) > 1).any())
+        return self._done["holes"]
 
-    @cached_property
-    def queries(self) -> Tensor:
-        """Slots [T] of the queries, where they are of the same sequence as the keys."""
-        return self.first + torch.arange(self.number, device=self.keys.device)
-
-    @cached_property
     def packed_keys(self) -> Packing:
-        return Packing.of(self.keys)
+        return self._packed("keys", lambda: self.keys)
 
-    @cached_property
     def packed_queries(self) -> Packing:
-        """Of the real tokens among them."""
-        return Packing.of(self.keys[:, self.queries])
+        """The real tokens among the queries, where they are of the same sequence as the keys."""
+        return self._packed("queries", lambda: self.keys[:, self.queries()])
 
-    @cached_property
     def all_queries(self) -> Packing:
-        """Of queries that may be of another sequence than the keys: nothing is known of them."""
-        return Packing.of(self.keys.new_ones(len(self.keys), self.number))
+        """All queries: they may be of another sequence than the keys, and the mask says nothing of them."""
+        return self._packed("all", lambda: self.keys.new_ones(len(self.keys), self._number))
+
+    def _packed(self, name: str, real: Callable[[], Tensor]) -> Packing:
+        if name not in self._done:
+            self._done[name] = Packing.of(real())
+        return self._done[name]
 
 
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of masks in use: every layer is handed the same tensor

@@ -27,8 +27,10 @@ from transformers import (
     Qwen3ForCausalLM,
     StaticCache,
 )
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
 import hybridattn  # noqa: F401 (registers the implementation)
+from hybridattn.models.attention import attention_forward
 
 VOCAB, TOKENS, WINDOW = 40, 12, 5
 SIZES: dict[str, Any] = {
@@ -157,21 +159,28 @@ OFFSETS = torch.tensor([0, 3, 10, 12], dtype=torch.int32)
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_packed_sequences(models: tuple[PreTrainedModel, PreTrainedModel], use_cache: bool):
+@pytest.mark.parametrize("offsets", [False, True])
+def test_packed_sequences(models: tuple[PreTrainedModel, PreTrainedModel], use_cache: bool, offsets: bool):
+    """Against each sequence alone: eager gpt-oss, for one, does not look at positions that start again."""
     ids, (eager, ours) = tokens(1), models
-    expected = eager(ids, position_ids=PACKED, use_cache=False).logits
-    close(ours(ids, position_ids=PACKED, use_cache=use_cache).logits, expected)
-    offsets = {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "max_length_q": 7, "max_length_k": 7}
-    close(ours(ids, position_ids=PACKED, use_cache=use_cache, **offsets).logits, expected)
-    alone = torch.cat([eager(part).logits for part in ids.split([3, 7, 2], 1)], 1)
-    close(expected, alone)
+    expected = torch.cat([eager(part).logits for part in ids.split([3, 7, 2], 1)], 1)
+    options: dict[str, Any] = {"position_ids": PACKED}
+    if offsets:
+        options |= {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "max_length_q": 7, "max_length_k": 7}
+    close(ours(ids, use_cache=use_cache, **options).logits, expected)
+    if offsets:  # these alone tell the sequences apart: rotary positions are relative
+        del options["position_ids"]
+        close(ours(ids, use_cache=use_cache, **options).logits, expected)
 
 
 @torch.no_grad()
-def test_rows_packed_each_in_its_own_way(models: tuple[PreTrainedModel, PreTrainedModel]):
-    ids, positions = tokens(2), torch.cat([PACKED, torch.arange(TOKENS)[None]])
-    expected, actual = (model(ids, position_ids=positions, use_cache=False).logits for model in models)
-    close(actual, expected)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_rows_packed_each_in_its_own_way(models: tuple[PreTrainedModel, PreTrainedModel], use_cache: bool):
+    ids, (eager, ours) = tokens(2), models
+    positions = torch.cat([PACKED, torch.arange(TOKENS)[None]])
+    logits = ours(ids, position_ids=positions, use_cache=use_cache).logits
+    close(logits[:1], torch.cat([eager(part).logits for part in ids[:1].split([3, 7, 2], 1)], 1))
+    close(logits[1:], eager(ids[1:]).logits)
 
 
 @torch.no_grad()
@@ -203,3 +212,117 @@ def test_cross_attention(padding: str, length: int):
         model(ids, attention_mask=mask, decoder_input_ids=decoder_ids).last_hidden_state for model in models
     )
     close(actual, expected)
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients(models: tuple[PreTrainedModel, PreTrainedModel], padding: str, checkpointing: bool):
+    ids, mask = tokens(), torch.tensor(PADDING[padding])
+    labelled = mask.clone()
+    labelled[:, 1:] &= mask[:, :-1]  # what comes after padding is predicted by padding
+    if checkpointing:
+        enable = getattr(models[1], "activation_checkpointing_enable", None) or models[1].gradient_checkpointing_enable
+        enable()
+    results = []
+    for model in models:
+        loss = model.train()(ids, attention_mask=mask, labels=ids.masked_fill(labelled == 0, -100)).loss
+        results.append(torch.autograd.grad(loss, list(model.parameters())))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return MODELS["llama"](attn_implementation="hybridattn").eval()
+
+
+def test_dropout_is_refused():
+    model = MODELS["llama"](attn_implementation="hybridattn", attention_dropout=0.1)
+    model.eval()(tokens())
+    with pytest.raises(ValueError, match=r"dropout: expected 0 .* got 0.1"):
+        model.train()(tokens())
+
+
+CAUSAL = torch.ones(TOKENS, TOKENS).tril().bool()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        CAUSAL.expand(2, 1, -1, -1),
+        torch.zeros(2, 1, TOKENS, TOKENS).masked_fill(~CAUSAL, -torch.inf),
+        torch.ones(2, 1, 1, TOKENS, dtype=torch.bool),
+        torch.ones(2, 1, 1, TOKENS, dtype=torch.long),
+        torch.zeros(2, 1, 1, TOKENS),
+        torch.ones(2, TOKENS, TOKENS, dtype=torch.bool),
+    ],
+    ids=lambda mask: f"{mask.dtype} {list(mask.shape)}",
+)
+def test_masks_of_the_caller_are_refused(llama: PreTrainedModel, mask: Tensor):
+    with pytest.raises(ValueError, match=r"attention_mask: expected (shape )?\[B, T\].*got"):
+        llama(tokens(), attention_mask=mask)
+
+
+def test_a_mask_for_other_keys_is_refused(llama: PreTrainedModel):
+    mask = torch.tensor(PADDING["left"])
+    with pytest.raises(ValueError, match="attention_mask: expected one entry for each of 11 keys, got 12"):
+        llama(tokens(length=11), attention_mask=mask, use_cache=False)
+
+
+def test_patterns_of_the_caller_are_refused(llama: PreTrainedModel):
+    """As models with images make them: blocks that see both ways, prefixes."""
+    options = {"config": llama.config, "inputs_embeds": torch.zeros(2, TOKENS, 32), "attention_mask": None}
+    assert create_causal_mask(**options, past_key_values=None) is None
+    blocks = torch.zeros(2, TOKENS, dtype=torch.long)
+    for pattern in (
+        {"or_mask_function": lambda b, h, q, k: k < 3},
+        {"and_mask_function": lambda b, h, q, k: k > 3},
+        {"block_sequence_ids": blocks},
+    ):
+        with pytest.raises(ValueError, match="mask_function: expected a causal or bidirectional mask"):
+            create_causal_mask(**options, past_key_values=None, **pattern)
+
+
+def test_chunks_are_refused_where_they_cut(llama: PreTrainedModel):
+    options = {"inputs_embeds": torch.zeros(2, TOKENS, 32), "attention_mask": None, "past_key_values": None}
+    llama.config.attention_chunk_size = TOKENS
+    assert create_chunked_causal_mask(config=llama.config, **options) is None
+    llama.config.attention_chunk_size = TOKENS - 1
+    with pytest.raises(ValueError, match="attention_chunk_size: expected at least 12 .* got 11"):
+        create_chunked_causal_mask(config=llama.config, **options)
+
+
+def test_what_other_implementations_offer_is_refused(llama: PreTrainedModel):
+    layer, x = llama.model.layers[0].self_attn, torch.randn(1, 4, 3, 8)
+    for name in ("position_bias", "cache", "block_table"):
+        with pytest.raises(ValueError, match=f"{name}: expected None"):
+            attention_forward(layer, x, x, x, None, **{name: x})
+
+
+def test_offsets_beside_padding_are_refused(llama: PreTrainedModel):
+    with pytest.raises(ValueError, match="attention_mask: expected no padding and no static cache"):
+        llama(tokens(), attention_mask=torch.tensor(PADDING["left"]), cu_seq_lens_q=OFFSETS)
+
+
+def test_attention_weights_are_refused_by_transformers(llama: PreTrainedModel):
+    with pytest.raises(ValueError, match=r"`output_attentions` attribute is not supported"):
+        llama.config.output_attentions = True
+
+
+def compiled(model: PreTrainedModel) -> Callable[..., Any]:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("padding", [None, "everywhere"])
+def test_forward_and_backward_are_one_graph(models: tuple[PreTrainedModel, PreTrainedModel], padding: str | None):
+    ids = tokens()
+    mask = torch.tensor(PADDING[padding or "none"])
+    inputs = {"attention_mask": mask} if padding else {}
+    results = []
+    for model in (models[0], compiled(models[1])):
+        logits = model(ids, use_cache=False, **inputs).logits
+        results.append([logits, *torch.autograd.grad(logits[mask.bool()].sum(), list(models[len(results)].parameters()))])
+    close(results[1][0], results[0][0], mask)
+    for expected, actual in zip(results[0][1:], results[1][1:], strict=True):
+        close(actual, expected)
