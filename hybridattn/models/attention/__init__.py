@@ -1,8 +1,8 @@
 """``attn_implementation="hybridattn"``: softmax attention of any transformers model on this package's kernels.
 
-transformers calls two functions by that name, which are registered together here: ``masks.create_mask`` once per forward
-pass and kind of layer, ``forward.attention_forward`` in every layer, with the mask that the first one made. An attention
-function without a mask function is told nothing of padding.
+transformers calls two functions by that name, registered together here: ``masks.create_mask`` once per forward pass and
+kind of layer, ``forward.attention_forward`` in every layer, with the mask that the first made. An attention function
+without a mask function is told nothing of padding.
 """
 
 from transformers.masking_utils import AttentionMaskInterface

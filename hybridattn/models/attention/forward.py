@@ -60,15 +60,19 @@ def attention_forward(
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     if sliding_window is not None and (reach := _reach(module, sliding_window, causal)) < k.shape[1] - 1:
         options["window"] = (reach, 0 if causal else reach)
-    flags = attention_mask is not None and attention_mask.dtype == torch.uint8
+    layout = None
+    if attention_mask is not None and attention_mask.dtype == torch.uint8:
+        layout = Layout.of(attention_mask, q.shape[1])
     offsets = kwargs.get("cu_seq_lens_q")
     if offsets is not None:
-        if flags:
+        if layout is not None:
             raise ValueError("attention_mask: expected no padding and no static cache beside cu_seq_lens_q, got some")
+        if causal and q.shape[1] != k.shape[1]:
+            raise ValueError(f"cu_seq_lens_q: expected None where a cache keeps keys, got {k.shape[1]} keys in all")
         ends = kwargs.get("cu_seq_lens_k")
         o = flash_attention(q, k, v, causal=causal, cu_seqlens_q=offsets, cu_seqlens_k=ends, **options)
-    elif flags:
-        o = _masked(q, k, v, Layout.of(attention_mask, q.shape[1]), causal, options)  # pyright: ignore
+    elif layout is not None:
+        o = _masked(q, k, v, layout, causal, options)
     elif (offsets := _packed_offsets(attention_mask, position_ids, q, k)) is not None:
         flat = (x.flatten(0, 1)[None] for x in (q, k, v))
         o = flash_attention(*flat, causal=causal, cu_seqlens_q=offsets, **options).view(*q.shape[:3], -1)
@@ -84,8 +88,8 @@ def _check_mask(mask: Tensor | None, keys: int) -> None:
         return
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.dtype not in (torch.uint8, torch.int32):
         raise ValueError(
-            "attention_mask: expected [B, T] with zeros for padding, which attn_implementation='hybridattn' makes a mask "
-            f"of its own from, got {mask.dtype} {list(mask.shape)}; other patterns need 'eager' or 'sdpa'"
+            "attention_mask: expected [B, T] with zeros for padding (from which attn_implementation='hybridattn' makes "
+            f"its own), got {mask.dtype} {list(mask.shape)}; other patterns need 'eager' or 'sdpa'"
         )
     if mask.shape[3] != keys:
         raise ValueError(f"attention_mask: expected one entry for each of {keys} keys, got {mask.shape[3]}")
@@ -118,7 +122,9 @@ def _packed_offsets(mask: Tensor | None, position_ids: Tensor | None, q: Tensor,
         return None
     one_each = (sequences[:, -1] == 0).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(one_each, "position_ids: expected cu_seq_lens_q beside positions that start again")
+        torch.ops.aten._assert_async.msg(
+            one_each, "position_ids: expected cu_seq_lens_q beside positions that start again"
+        )
         return None
     if bool(one_each):
         return None
@@ -131,9 +137,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, optio
     step, window = _is_step(q, k, causal), options.get("window")
     if step and not layout.has_holes():
         lengths = (layout.first + q.shape[1]).expand(len(q))
-        return flash_decode(
-            q, k, v, cache_lengths=lengths, start_positions=layout.keys.int().argmax(1), **options
-        )
+        return flash_decode(q, k, v, cache_lengths=lengths, start_positions=layout.keys.int().argmax(1), **options)
     if (step or window) and layout.has_holes():  # packed, the rest would move together and the window reach too far
         return _by_position(q, k, v, layout, causal, **options)
     # In bidirectional attention every query is asked for: the mask is of the keys, which may be another sequence's.

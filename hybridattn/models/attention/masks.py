@@ -1,7 +1,7 @@
 """What the attention function has to know of a batch beyond the shapes of queries and keys: masks as small as a row.
 
-Causality and window are arguments of the attention function. Left to say is which keys are real, which of them belong to
-the queries, and which sequences are packed. A mask is [B,1,1,keys] and never [B,1,queries,keys]; transformers hands
+Causality and window are arguments of the attention function. Left to say is which keys are real, which of them belong
+to the queries, and which sequences are packed. A mask is [B,1,1,keys] and never [B,1,queries,keys]; transformers hands
 masks of four dimensions on as they are, also those that ``generate`` makes ahead of a forward pass.
 """
 
@@ -26,9 +26,10 @@ def create_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     config: Any = None,
     device: torch.device | str = "cpu",
@@ -42,6 +43,7 @@ def create_mask(
         mask_function: which key a query may see, as transformers composes it.
         attention_mask: boolean [B, positions so far], False for padding, which may lie anywhere.
         local_size: window or chunk size that is part of ``mask_function``.
+        allow_is_causal_skip: whether None may be returned; a compiled step is to get a mask every time.
         use_vmap: ``mask_function`` has parts that came from outside transformers.
 
     Returns:
@@ -66,12 +68,12 @@ def create_mask(
         if not torch.compiler.is_compiling() and bool(real.all()):
             real = None
     if bidirectional:
-        return None if real is None else (real * KEY).to(torch.uint8)[:, None, None]
+        return None if real is None else (real * KEY).to(torch.uint8)[:, None, None].expand(batch_size, -1, -1, -1)
     past = q_offset - kv_offset
     if isinstance(past, int) and past + q_length == kv_length:
         if attention_mask is None and past == 0 and mask_function is not causal_mask_function:
             return _sequences(mask_function, batch_size, q_length, device)
-        if real is None:
+        if real is None and allow_is_causal_skip:
             return None
     slot = torch.arange(kv_length, device=device)
     written = (slot < past + q_length).expand(batch_size, -1)
@@ -79,7 +81,7 @@ def create_mask(
     return (keys * KEY + (written & (slot >= past)) * NEW).to(torch.uint8)[:, None, None]
 
 
-def _check_pattern(mask_function: Callable[..., Tensor], use_vmap: bool) -> None:
+def _check_pattern(mask_function: Callable[..., Any], use_vmap: bool) -> None:
     known = mask_function in (causal_mask_function, bidirectional_mask_function)
     if use_vmap or not (known or getattr(mask_function, "__code__", None) is CONJUNCTION):
         raise ValueError(
@@ -88,7 +90,7 @@ def _check_pattern(mask_function: Callable[..., Tensor], use_vmap: bool) -> None
         )
 
 
-def _sequences(mask_function: Callable[..., Tensor], batch: int, tokens: int, device: Any) -> Tensor | None:
+def _sequences(mask_function: Callable[..., Any], batch: int, tokens: int, device: Any) -> Tensor | None:
     """Numbers of packed sequences: a token that may not see the one before it is the first of another."""
     row, t = torch.arange(batch, device=device)[:, None], torch.arange(1, tokens, device=device)[None]
     follows = mask_function(row, torch.zeros_like(row), t, t - 1).expand(batch, tokens - 1)

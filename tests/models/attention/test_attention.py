@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     BartConfig,
     BartModel,
@@ -27,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
     StaticCache,
 )
-from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask, create_masks_for_generate
 
 import hybridattn  # noqa: F401 (registers the implementation)
 from hybridattn.models.attention import attention_forward
@@ -107,12 +108,18 @@ def test_logits(models: tuple[PreTrainedModel, PreTrainedModel], padding: str):
 
 
 @torch.no_grad()
+def test_a_row_of_nothing_but_padding(models: tuple[PreTrainedModel, PreTrainedModel]):
+    ids, mask = tokens(), torch.tensor([[0] * TOKENS, PADDING["inside"][0]])
+    expected, actual = (model(ids, attention_mask=mask).logits for model in models)
+    close(actual, expected, mask)
+    assert actual.isfinite().all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("padding", ["none", "left", "inside"])  # elsewhere it would go on from padding
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generated_tokens(
-    models: tuple[PreTrainedModel, PreTrainedModel], padding: str, cache: str, beams: int
-):
+def test_generated_tokens(models: tuple[PreTrainedModel, PreTrainedModel], padding: str, cache: str, beams: int):
     ids, mask = tokens(), torch.tensor(PADDING[padding])
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "cache_implementation": cache}
     expected, actual = (
@@ -288,7 +295,7 @@ def test_chunks_are_refused_where_they_cut(llama: PreTrainedModel):
     llama.config.attention_chunk_size = TOKENS
     assert create_chunked_causal_mask(config=llama.config, **options) is None
     llama.config.attention_chunk_size = TOKENS - 1
-    with pytest.raises(ValueError, match="attention_chunk_size: expected at least 12 .* got 11"):
+    with pytest.raises(ValueError, match=r"attention_chunk_size: expected at least 12 .* got 11"):
         create_chunked_causal_mask(config=llama.config, **options)
 
 
@@ -304,6 +311,12 @@ def test_offsets_beside_padding_are_refused(llama: PreTrainedModel):
         llama(tokens(), attention_mask=torch.tensor(PADDING["left"]), cu_seq_lens_q=OFFSETS)
 
 
+def test_offsets_beside_kept_keys_are_refused(llama: PreTrainedModel):
+    cache = llama(tokens(1), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected None where a cache keeps keys, got 24"):
+        llama(tokens(1), past_key_values=cache, cu_seq_lens_q=OFFSETS)
+
+
 def test_attention_weights_are_refused_by_transformers(llama: PreTrainedModel):
     with pytest.raises(ValueError, match=r"`output_attentions` attribute is not supported"):
         llama.config.output_attentions = True
@@ -314,15 +327,64 @@ def compiled(model: PreTrainedModel) -> Callable[..., Any]:
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("padding", [None, "everywhere"])
-def test_forward_and_backward_are_one_graph(models: tuple[PreTrainedModel, PreTrainedModel], padding: str | None):
-    ids = tokens()
-    mask = torch.tensor(PADDING[padding or "none"])
-    inputs = {"attention_mask": mask} if padding else {}
+@pytest.mark.parametrize(
+    ("name", "padding"), [("llama", None), ("gemma2", None), *((name, "everywhere") for name in MODELS)]
+)
+def test_forward_and_backward_are_one_graph(name: str, padding: str | None):
+    eager, ours = pair(MODELS[name])
+    ids, mask = tokens(), torch.tensor(PADDING[padding or "none"])
     results = []
-    for model in (models[0], compiled(models[1])):
-        logits = model(ids, use_cache=False, **inputs).logits
-        results.append([logits, *torch.autograd.grad(logits[mask.bool()].sum(), list(models[len(results)].parameters()))])
-    close(results[1][0], results[0][0], mask)
-    for expected, actual in zip(results[0][1:], results[1][1:], strict=True):
+    for model, run in ((eager, eager), (ours, compiled(ours))):
+        logits = run(ids, attention_mask=mask if padding else None, use_cache=False).logits[mask.bool()]
+        results.append([logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))])
+    for expected, actual in zip(*results, strict=True):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_padded_encoder_is_one_graph(name: str):
+    ids, mask = tokens(), torch.tensor(PADDING["everywhere"])
+    eager, ours = pair(ENCODERS[name])
+    expected, actual = (model(ids, attention_mask=mask).last_hidden_state for model in (eager, compiled(ours)))
+    close(actual, expected, mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_sequences_in_a_graph_need_offsets(use_cache: bool):
+    eager, ours = pair(MODELS["llama"])
+    ids, run = tokens(1), compiled(ours)
+    expected = torch.cat([eager(part).logits for part in ids.split([3, 7, 2], 1)], 1)
+    options = {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS}
+    close(run(ids, position_ids=PACKED, use_cache=use_cache, **options).logits, expected)
+    with pytest.raises(RuntimeError, match="position_ids: expected cu_seq_lens_q"):
+        run(ids, position_ids=PACKED, use_cache=use_cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "padding", "count"), [("llama", "none", 1), ("gemma2", "everywhere", 2)])
+def test_a_step_with_a_static_cache_is_compiled_once(name: str, padding: str, count: int):
+    """As ``generate`` does it: the mask is made ahead of the step, so that its shape does not grow.
+
+    Static windows of transformers count in a Python number, which becomes dynamic when it changes: one more graph.
+    """
+    models, graphs = pair(MODELS[name]), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    step = torch.compile(models[1].forward, fullgraph=True, backend=backend)
+    ids, mask = tokens(), torch.tensor(PADDING[padding])
+    caches = [StaticCache(config=model.config, max_cache_len=TOKENS + 5) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    for _ in range(5):
+        new, mask = tokens(length=1), F.pad(mask, (0, 1), value=1)
+        position = torch.full((2, 1), mask.shape[1] - 1)
+        made = create_masks_for_generate(models[1].config, torch.empty(2, 1, 0), mask, caches[1], position)
+        actual = step(new, attention_mask=made, position_ids=position, past_key_values=caches[1]).logits
+        expected = models[0](new, attention_mask=mask, position_ids=position, past_key_values=caches[0]).logits
+        close(actual, expected)
+    assert len(graphs) == count
