@@ -139,7 +139,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, optio
         lengths = (layout.first + q.shape[1]).expand(len(q))
         return flash_decode(q, k, v, cache_lengths=lengths, start_positions=layout.keys.int().argmax(1), **options)
     if (step or window) and layout.has_holes():  # packed, the rest would move together and the window reach too far
-        return _by_position(q, k, v, layout, causal, **options)
+        return _by_position(q, k, v, layout, **options)
     # In bidirectional attention every query is asked for: the mask is of the keys, which may be another sequence's.
     packed_q = layout.packed_queries() if causal or window else layout.all_queries()
     packed_k = layout.packed_keys()
@@ -160,14 +160,13 @@ def _by_position(
     k: Tensor,
     v: Tensor,
     layout: Layout,
-    causal: bool,
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
     window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention of queries and keys where they lie: no key is moved, those that nobody may see have no position."""
-    left, right = window or (None, 0 if causal else None)
+    """Attention, causal or in a window, of queries and keys where they lie; a hidden key is out of everybody's reach."""
+    left, right = window or (None, 0)
     options = Options(q.shape[3] ** -0.5 if scale is None else scale, left, right, None, sinks, softcap)
     slots = torch.arange(k.shape[1], device=q.device)
     s = torch.where(layout.keys, slots, blocked.NOWHERE)
