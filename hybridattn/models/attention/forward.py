@@ -47,22 +47,25 @@ def attention_forward(
         o [B,T,Hq,V], and None for the weights, which are never made. What a padding token gets has no meaning.
 
     Raises:
-        ValueError: dropout, a bias of the scores, a paged cache, or a mask that ``create_mask`` has not made.
+        ValueError: dropout, a bias of the scores, a paged cache, a mask that ``create_mask`` has not made, or one with
+            a window that the layer does not name.
     """
     if dropout:
         raise ValueError(f"dropout: expected 0 with attn_implementation='hybridattn', got {dropout}")
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None with attn_implementation='hybridattn', got some")
-    _check_mask(attention_mask, key.shape[2])
+    if sliding_window is None and attention_mask is not None and attention_mask.shape[2:3] == (2,):
+        sliding_window = getattr(module, "sliding_window", None)  # Qwen2-MoE has it and does not pass it on
+    mask = _check_mask(attention_mask, key.shape[2], sliding_window)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     if sliding_window is not None and (reach := _reach(module, sliding_window, causal)) < k.shape[1] - 1:
         options["window"] = (reach, 0 if causal else reach)
     layout = None
-    if attention_mask is not None and attention_mask.dtype == torch.uint8:
-        layout = Layout.of(attention_mask, q.shape[1])
+    if mask is not None and mask.dtype == torch.uint8:
+        layout = Layout.of(mask, q.shape[1])
     offsets = kwargs.get("cu_seq_lens_q")
     if offsets is not None:
         if layout is not None:
@@ -73,7 +76,7 @@ def attention_forward(
         o = flash_attention(q, k, v, causal=causal, cu_seqlens_q=offsets, cu_seqlens_k=ends, **options)
     elif layout is not None:
         o = _masked(q, k, v, layout, causal, options)
-    elif (offsets := _packed_offsets(attention_mask, position_ids, q, k)) is not None:
+    elif (offsets := _packed_offsets(mask, position_ids, q, k)) is not None:
         flat = (x.flatten(0, 1)[None] for x in (q, k, v))
         o = flash_attention(*flat, causal=causal, cu_seqlens_q=offsets, **options).view(*q.shape[:3], -1)
     elif _is_step(q, k, causal):
@@ -83,16 +86,26 @@ def attention_forward(
     return o.contiguous(), None
 
 
-def _check_mask(mask: Tensor | None, keys: int) -> None:
+def _check_mask(mask: Tensor | None, keys: int, sliding_window: int | None) -> Tensor | None:
+    """The mask, if it says more than that there is a window."""
     if mask is None:
-        return
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.dtype not in (torch.uint8, torch.int32):
+        return None
+    made = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] <= 2 and mask.dtype in (torch.uint8, torch.int32)
+    if not made:
         raise ValueError(
             "attention_mask: expected [B, T] with zeros for padding (from which attn_implementation='hybridattn' makes "
             f"its own), got {mask.dtype} {list(mask.shape)}; other patterns need 'eager' or 'sdpa'"
         )
+    if mask.shape[2] == 2 and sliding_window is None:
+        raise ValueError(
+            "sliding_window: expected that of the mask, got None: layers of this model do not name their window; "
+            "'eager' and 'sdpa' attention read it from the mask"
+        )
+    if mask.shape[2:] == (2, 0):
+        return None
     if mask.shape[3] != keys:
         raise ValueError(f"attention_mask: expected one entry for each of {keys} keys, got {mask.shape[3]}")
+    return mask
 
 
 def _reach(module: nn.Module, sliding_window: int, causal: bool) -> int:
@@ -165,7 +178,7 @@ def _by_position(
     sinks: Tensor | None,
     window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention, causal or in a window, of queries and keys where they lie; a hidden key is out of everybody's reach."""
+    """Attention, causal or in a window, of queries and keys where they lie; a hidden key is out of reach."""
     left, right = window or (None, 0)
     options = Options(q.shape[3] ** -0.5 if scale is None else scale, left, right, None, sinks, softcap)
     slots = torch.arange(k.shape[1], device=q.device)

@@ -49,12 +49,13 @@ def create_mask(
     Returns:
         None where the last key is that of the last query and all are real. Packed sequences, by positions that start
         again: int32 [B,1,1,T], the number of each token's sequence. Else uint8 [B,1,1,kv_length] of the flags KEY and
-        NEW; without NEW in bidirectional attention, where queries may be of another sequence than keys.
+        NEW; without NEW in bidirectional attention, where queries may be of another sequence than keys. Where a window
+        hides keys the mask is there twice, [B,1,2,..], or [B,1,2,0] instead of None: a layer that has not been told of
+        its window (transformers has such models) is then found out.
 
     Raises:
         ValueError: a pattern other than causal or bidirectional with or without a window; a mask not [B,T].
     """
-    bidirectional = mask_function is bidirectional_mask_function
     _check_pattern(mask_function, use_vmap)
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and local_size == chunk and kv_length + kv_offset > chunk:
@@ -67,18 +68,24 @@ def create_mask(
         real = F.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length].bool()
         if not torch.compiler.is_compiling() and bool(real.all()):
             real = None
-    if bidirectional:
-        return None if real is None else (real * KEY).to(torch.uint8)[:, None, None].expand(batch_size, -1, -1, -1)
     past = q_offset - kv_offset
-    if isinstance(past, int) and past + q_length == kv_length:
-        if attention_mask is None and past == 0 and mask_function is not causal_mask_function:
-            return _sequences(mask_function, batch_size, q_length, device)
-        if real is None and allow_is_causal_skip:
-            return None
-    slot = torch.arange(kv_length, device=device)
-    written = (slot < past + q_length).expand(batch_size, -1)
-    keys = written if real is None else written & real
-    return (keys * KEY + (written & (slot >= past)) * NEW).to(torch.uint8)[:, None, None]
+    aligned = isinstance(past, int) and past + q_length == kv_length
+    if mask_function is bidirectional_mask_function:
+        rows = None if real is None else (real * KEY).to(torch.uint8)
+    elif aligned and past == 0 and attention_mask is None and mask_function is not causal_mask_function:
+        rows = _sequences(mask_function, batch_size, q_length, device)
+    elif aligned and real is None and allow_is_causal_skip:
+        rows = None
+    else:
+        slot = torch.arange(kv_length, device=device)
+        written = slot < past + q_length
+        keys = written if real is None else written & real
+        rows = (keys * KEY + (written & (slot >= past)) * NEW).to(torch.uint8)
+    copies = 1 if local_size is None or local_size >= kv_length else 2
+    if rows is None:
+        return None if copies == 1 else torch.empty(batch_size, 1, 2, 0, dtype=torch.uint8, device=device)
+    # Contiguous: a compiled step is to find the same strides every time.
+    return rows.expand(batch_size, -1)[:, None, None].expand(-1, -1, copies, -1).contiguous()
 
 
 def _check_pattern(mask_function: Callable[..., Any], use_vmap: bool) -> None:
@@ -96,7 +103,7 @@ def _sequences(mask_function: Callable[..., Any], batch: int, tokens: int, devic
     follows = mask_function(row, torch.zeros_like(row), t, t - 1).expand(batch, tokens - 1)
     if not torch.compiler.is_compiling() and bool(follows.all()):
         return None
-    return F.pad((~follows).cumsum(1), (1, 0)).to(torch.int32)[:, None, None]
+    return F.pad((~follows).cumsum(1), (1, 0)).to(torch.int32)
 
 
 class Layout:

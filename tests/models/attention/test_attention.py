@@ -24,11 +24,18 @@ from transformers import (
     ModernBertConfig,
     ModernBertModel,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     StaticCache,
 )
-from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask, create_masks_for_generate
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 import hybridattn  # noqa: F401 (registers the implementation)
 from hybridattn.models.attention import attention_forward
@@ -335,6 +342,31 @@ def test_what_other_implementations_offer_is_refused(llama: PreTrainedModel):
     for name in ("position_bias", "cache", "block_table"):
         with pytest.raises(ValueError, match=f"{name}: expected None"):
             attention_forward(layer, x, x, x, None, **{name: x})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", PADDING)
+def test_a_window_that_the_layer_has_and_does_not_pass_on(padding: str):
+    ids, mask = tokens(), torch.tensor(PADDING[padding])
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    models = pair(
+        lambda **o: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **MIXED, **experts, use_sliding_window=True, **o))
+    )
+    expected, actual = (model(ids, attention_mask=mask).logits for model in models)
+    close(actual, expected, mask)
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_a_window_that_only_the_mask_knows_is_refused(llama: PreTrainedModel, padding: str | None):
+    llama.config.sliding_window = WINDOW
+    layer, x = llama.model.layers[0].self_attn, torch.randn(2, 4, TOKENS, 8)
+    options = {"config": llama.config, "inputs_embeds": torch.zeros(2, TOKENS, 32), "past_key_values": None}
+    padded = None if padding is None else torch.tensor(PADDING[padding])
+    mask = create_sliding_window_causal_mask(attention_mask=padded, **options)
+    with pytest.raises(ValueError, match="sliding_window: expected that of the mask, got None"):
+        attention_forward(layer, x, x, x, mask)
+    llama.config.sliding_window = TOKENS  # hides nothing
+    attention_forward(layer, x, x, x, create_sliding_window_causal_mask(attention_mask=padded, **options))
 
 
 def test_offsets_beside_padding_are_refused(llama: PreTrainedModel):
