@@ -117,3 +117,11 @@ def _register_auto_classes(_module: Any) -> None:
 
 
 wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_auto_classes)
+
+
+def _register_attention(_module: Any) -> None:
+    """Make ``attn_implementation="hybridattn"`` known, once the interface it is registered with is there."""
+    import_module("hybridattn.models.attention")
+
+
+wrapt.when_imported("transformers.modeling_utils")(_register_attention)

@@ -29,6 +29,15 @@ config = HybridAttnConfig(
 )
 """
 
+ATTENTION = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=32)
+llama = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="hybridattn"))
+assert llama(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+assert "hybridattn" in ALL_MASK_ATTENTION_FUNCTIONS
+"""
+
 
 @pytest.fixture(scope="module")
 def checkpoint(run_python: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,8 +57,14 @@ names = [type(auto.from_pretrained(folder)).__name__ for auto in (AutoConfig, Au
 assert names == ["HybridAttnConfig", "HybridAttnModel", "HybridAttnForCausalLM"], names
 model = AutoModelForCausalLM.from_pretrained(folder)
 assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+{ATTENTION}
 """
     run_python(code)
+
+
+@pytest.mark.parametrize("imports", ["import hybridattn, transformers", "import transformers, hybridattn"])
+def test_attention_alone(imports: str, run_python: Callable[..., str]) -> None:
+    run_python(f"{imports}\nimport torch\n{ATTENTION}")
 
 
 def test_a_model_is_built_from_a_configuration(run_python: Callable[..., str]) -> None:

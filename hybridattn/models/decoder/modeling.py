@@ -1,6 +1,6 @@
 """The decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,40 +21,10 @@ from ...layers.gated_linear_attention import HeadDecay, UniformBiasLinear
 from ...layers.mixer import Cache as MixerCache
 from ...layers.mixer import CacheSpec
 from ...layers.slopes import Slopes
+from ..packing import Packing
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
 from .mixers import build_mixer
-
-
-class Packing(NamedTuple):
-    """Which tokens of a padded batch are real, and their offsets as one packed row: mixers never see padding."""
-
-    tokens: Tensor  # places [n] in the flattened batch
-    cu_seqlens: Tensor  # [B+1]
-
-    @staticmethod
-    def of(mask: Tensor) -> "Packing | None":
-        """mask: boolean [B,T], True for real tokens anywhere in the row; None where all are real.
-
-        A graph being traced cannot depend on their number: there padding comes last in the packed row, where tokens
-        belong to no sequence.
-        """
-        cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
-        if torch.compiler.is_compiling():
-            return Packing(mask.flatten().logical_not().to(torch.uint8).argsort(stable=True), cu_seqlens)
-        return None if bool(mask.all()) else Packing(mask.flatten().nonzero().squeeze(1), cu_seqlens)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B,T,..] -> [1,n,..]."""
-        return x.flatten(0, 1)[self.tokens][None]
-
-    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
-        """[1,n,D] -> the shape of ``like`` [B,T,D], zeros for padding."""
-        if torch.compiler.is_compiling():  # see ``of``
-            padding = torch.arange(packed.shape[1], device=packed.device) >= self.cu_seqlens[-1]
-            packed = packed.masked_fill(padding[:, None], 0)
-        out = packed.new_zeros(like.shape[0] * like.shape[1], packed.shape[-1])
-        return out.index_put((self.tokens,), packed[0]).view(*like.shape[:2], -1)
 
 
 class MLP(nn.Module):
@@ -222,7 +192,9 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 )
             if reads_values(attention_mask, False) and bool((attention_mask < 0).any()):
                 raise ValueError("attention_mask: expected 1 for real tokens and 0 for padding, got negative values")
-            packing = Packing.of(attention_mask[:, length - tokens :].bool())
+            real = attention_mask[:, length - tokens :].bool()
+            if torch.compiler.is_compiling() or not bool(real.all()):
+                packing = Packing.of(real)
         if packing is not None and cu_seq_lens_q is not None:
             raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
         if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != tokens):
