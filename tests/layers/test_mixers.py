@@ -310,7 +310,7 @@ BAD = {
     ),
     "dynamic rope": (
         lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-        r"rope_scaling: expected a rope_type of \['linear', 'llama3', 'yarn'\], got 'dynamic'",
+        r"rope_scaling: expected a dict with a rope_type of \['linear', 'llama3', 'yarn'\], got 'dynamic'",
     ),
     "rope without its factor": (
         lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "linear"}),
