@@ -56,6 +56,7 @@ def sweep_keys(
     cu_seqlens,
     scale,
     T,
+    segments,  # of every sequence
     K: tl.constexpr,
     V: tl.constexpr,
     HEADS: tl.constexpr,
@@ -67,7 +68,6 @@ def sweep_keys(
     GATE: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -78,7 +78,7 @@ def sweep_keys(
     parts: tl.constexpr = 3 if exact else 2
     key = tl.program_id(0) % blocks_k * BLOCK_K
     n, head = tl.program_id(0) // blocks_k // HEADS, tl.program_id(0) // blocks_k % HEADS
-    batch, start, end, slot = find_sequence(cu_seqlens, n, T, SEGMENTS)
+    batch, start, end, slot = find_sequence(cu_seqlens, n, T, segments)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
     earlier, upto = t[:, None] > t[None, :], t[:, None] >= t[None, :]  # gates of a column, of those before the row
@@ -107,7 +107,9 @@ def sweep_keys(
             gt = bounded(load_tile(g, batch, row, head // G_SHARE, key, end, K, BLOCK_K, TMA))
             e = gate_sums(upto, gt, TERMS)
             bits = tl.min(e, 0)
-            is_hot = tl.load(hot + ((slot + c) * HEADS + head) * K + channel, mask=channel < K, other=0) > 0
+            is_hot = (
+                tl.load(hot + ((slot + c).to(tl.int64) * HEADS + head) * K + channel, mask=channel < K, other=0) > 0
+            )
             if exact:
                 shift = tl.where(is_hot[None, :], gate_sums(later, gt, TERMS), -e)
             else:

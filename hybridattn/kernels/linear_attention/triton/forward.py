@@ -55,6 +55,7 @@ def sweep_values(
     cu_seqlens,  # [N+1] or None
     scale,
     T,
+    segments,  # of every sequence
     DIM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -68,7 +69,6 @@ def sweep_values(
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -80,7 +80,7 @@ def sweep_values(
     exact: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     column = tl.program_id(0) % blocks_v * BLOCK_V
     n, head = tl.program_id(0) // blocks_v // HEADS, tl.program_id(0) // blocks_v % HEADS
-    batch, start, end, slot = find_sequence(cu_seqlens, n, T, SEGMENTS)
+    batch, start, end, slot = find_sequence(cu_seqlens, n, T, segments)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
     seen = (t[:, None] <= t[None, :]) if REVERSE else (t[:, None] >= t[None, :])  # by the row of a, of w's
@@ -130,13 +130,13 @@ def sweep_values(
                 # The sum of all of them is the least of the running sums, for no gate is positive.
                 bits = tl.min(e + gt.to(tl.float32) * LOG2E if REVERSE else e, 0)
                 channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                flags = hot + ((slot + c) * HEADS + head) * K + channel
+                flags = hot + ((slot + c).to(tl.int64) * HEADS + head) * K + channel
                 if REVERSE:
                     is_hot = tl.load(flags, mask=channel < K, other=0) > 0
                 else:
                     is_hot = bits < COOL
                     if column == 0:
-                        tl.store(flags, tl.where(is_hot, n // SEGMENTS + 1, 0), mask=channel < K)
+                        tl.store(flags, tl.where(is_hot, n // segments + 1, 0), mask=channel < K)
                 if exact:
                     shift = tl.where(is_hot[None, :], gate_sums(reach == 0, gt, TERMS), -e)
                 else:  # a difference of running sums is as good as 16-bit operands are

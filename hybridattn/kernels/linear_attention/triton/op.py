@@ -213,12 +213,12 @@ def _segment_states(w, u, g, first, heads, phi, cu_seqlens, scale, operands, par
             first,
             starts,
             last,
+            parts,
             K=key_dim,
             V=value_dim,
             HEADS=heads,
             STATE_SHARE=1 if first is None else heads // first.shape[1],
             REVERSE=reverse,
-            SEGMENTS=parts,
             BLOCK=SCAN,
         )
     return starts, last
@@ -243,12 +243,12 @@ def _states(w, u, g, h, first, last, lost, hot, phi, cu_seqlens, scale, heads, o
             cu_seqlens,
             float(scale),
             u.shape[1],
+            parts,
             **_constexprs(launch, heads, key_dim, value_dim, g, operands),
             **_dims(w),
             **_shares(heads, W=w, U=u, G=g),
             STATE_SHARE=1 if first is None else heads // first.shape[1],
             REVERSE=reverse,
-            SEGMENTS=parts,
             TMA=tma,
         )
 
@@ -298,10 +298,10 @@ def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operan
             cu_seqlens,
             float(scale),
             tokens,
+            parts,
             **_constexprs(launch, heads, key_dim, value_dim, g, operands),
             **_shares(heads, Q=q, K=k, V=v, G=g),
             STATE_SHARE=heads // dlast.shape[1],
-            SEGMENTS=parts,
             TMA=tma,
         )
     if dg is None:
@@ -329,11 +329,11 @@ def _sweep_features(launch, q, k, v, do, h, dlast, phi, cu_seqlens, scale, opera
             cu_seqlens,
             float(scale),
             tokens,
+            parts,
             **{name: value for name, value in constexprs.items() if name not in ("GATE", "TERMS")},
             **_dims(k),
             **_shares(heads, Q=q, K=k, V=v),
             STATE_SHARE=heads // dlast.shape[1],
-            SEGMENTS=parts,
             TMA=tma,
         )
     return [*(x.unflatten(2, (heads, blocks)).sum(3) for x in (dq, dk)), q.new_empty(0), dfirst]
@@ -357,12 +357,12 @@ def _sweep_values(a, w, u, g, y, first, last, hot, phi, cu_seqlens, scale, opera
             cu_seqlens,
             float(scale),
             tokens,
+            parts,
             **_constexprs(launch, heads, key_dim, value_dim, g, operands),
             **_dims(a),
             **_shares(heads, A=a, W=w, U=u, G=g),
             STATE_SHARE=heads // (first if last is None else last).shape[1],
             REVERSE=reverse,
-            SEGMENTS=parts,
             TMA=tma,
             BLOCK_V=launch.block_v,
         )

@@ -19,20 +19,20 @@ COOL = tl.constexpr(-86.0)  # bits that a channel may lose in a chunk before it 
 
 
 @triton.jit
-def find_sequence(cu_seqlens, n, T, SEGMENTS: tl.constexpr):
+def find_sequence(cu_seqlens, n, T, segments):
     """Row of the batch, first token, token past the last, and first slot of sequence n.
 
     Slots number the chunks of all sequences: N * cdiv(T, 64) of them, or T // 64 + N of a packed row, with gaps. With
-    SEGMENTS, n counts the segments of all sequences: each has so many, equal but for the last ones, of whole chunks.
+    ``segments``, n counts those of all sequences: each has so many, of whole chunks, equal but for the last ones.
     """
-    part, n = n % SEGMENTS, n // SEGMENTS
+    part, n = n % segments, n // segments
     if cu_seqlens is None:
         batch, first, end, slot = n, 0, T, n * tl.cdiv(T, 64)
     else:
         first = tl.load(cu_seqlens + n).to(tl.int32)
         batch, end, slot = 0, tl.load(cu_seqlens + n + 1).to(tl.int32), first // 64 + n
-    if SEGMENTS > 1:
-        chunks = tl.cdiv(tl.cdiv(end - first, 64), SEGMENTS)
+    if segments > 1:
+        chunks = tl.cdiv(tl.cdiv(end - first, 64), segments)
         slot += part * chunks
         first = tl.minimum(first + part * chunks * 64, end)
         end = tl.minimum(first + chunks * 64, end)

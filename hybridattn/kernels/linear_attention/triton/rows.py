@@ -55,8 +55,8 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
         values = {**SWEEP_KINDS.get(kind, {}), "REVERSE": True}
         yield _sweep_row(architecture, sweep_values, 128, 128, f" {kind} reverse".replace("  ", " "), **values)
     for kernel in (sweep_values, sweep_keys, states):
-        yield _sweep_row(architecture, kernel, 128, 128, " segments", SEGMENTS=8)
-    yield _sweep_row(architecture, states, 128, 128, " segments reverse", SEGMENTS=8, REVERSE=True)
+        yield _sweep_row(architecture, kernel, 128, 128, " segments", segments=True)
+    yield _sweep_row(architecture, states, 128, 128, " segments reverse", segments=True, REVERSE=True)
     yield _scan_row()
     for kernel in (sweep_values, states, sweep_features):
         for dtype in VALUES[architecture] if kernel is sweep_features else ("bf16",):
@@ -134,6 +134,7 @@ def _sweep_row(
     gate: str = "channel",
     packed: bool = False,
     dim: int | None = None,
+    segments: bool = False,
     **constexprs: int,
 ) -> CompileRow:
     """``dim`` is that of keys with Taylor features, of which there are ``key_dim``."""
@@ -155,6 +156,7 @@ def _sweep_row(
         "features": None if dim is None else ("*i32:16", "*i32:16", "*fp32:16"),
         "scale": "fp32",
         "T": "i32:16",
+        "segments": "i32" if segments else "i32:1",
     }
     if kernel is sweep_features:
         arguments |= dict.fromkeys(("dq", "dk"), _tile_type("fp32", columns, tma))
@@ -168,7 +170,6 @@ def _sweep_row(
         "GATE": gate,
         "TMA": tma,
         "REVERSE": False,
-        "SEGMENTS": 1,
         **constexprs,
         **_products(architecture, dtype, gates),
         "BLOCK_K": launch.block_k,
@@ -211,7 +212,8 @@ def _repair_row(architecture: str, kernel: Any, constexprs: dict[str, bool]) -> 
 
 def _scan_row() -> CompileRow:
     arguments: dict[str, Kind | None] = dict.fromkeys(("local", "lost", "first", "starts", "last"), "*fp32:16")
-    known = {**dict.fromkeys(("K", "V"), 128), "HEADS": 16, "STATE_SHARE": 1, "REVERSE": False, "SEGMENTS": 8}
+    arguments["segments"] = "i32"
+    known = {**dict.fromkeys(("K", "V"), 128), "HEADS": 16, "STATE_SHARE": 1, "REVERSE": False}
     return _row("linear_attention_scan_states", scan_states, arguments, {**known, "BLOCK": 1024}, 4, 1)
 
 

@@ -42,6 +42,7 @@ def states(
     cu_seqlens,  # [N+1] or None
     scale,
     T,
+    segments,  # of every sequence
     DIM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -54,7 +55,6 @@ def states(
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,7 +65,7 @@ def states(
     key = tl.program_id(0) % blocks_k * BLOCK_K
     value = tl.program_id(0) // blocks_k % blocks_v * 64
     n, head = tl.program_id(0) // blocks_k // blocks_v // HEADS, tl.program_id(0) // blocks_k // blocks_v % HEADS
-    batch, start, end, slot = find_sequence(cu_seqlens, n, T, SEGMENTS)
+    batch, start, end, slot = find_sequence(cu_seqlens, n, T, segments)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
     reach = (t[:, None] >= t[None, :]) if REVERSE else (t[:, None] < t[None, :])
@@ -93,8 +93,8 @@ def states(
             bits = tl.min(e if REVERSE else e + gt.to(tl.float32) * LOG2E, 0)
             if hot is not None:
                 if value == 0:
-                    flags = hot + ((slot + c) * HEADS + head) * K + channel
-                    tl.store(flags, tl.where(bits < COOL, n // SEGMENTS + 1, 0), mask=channel < K)
+                    flags = hot + ((slot + c).to(tl.int64) * HEADS + head) * K + channel
+                    tl.store(flags, tl.where(bits < COOL, n // segments + 1, 0), mask=channel < K)
             wt = wt * tl.exp2(e)
             S *= tl.exp2(bits)[None, :]
             total += bits
@@ -116,17 +116,17 @@ def states(
 
 @triton.jit
 def scan_states(
-    local,  # what each segment adds to a state, fp32 [N * SEGMENTS,HEADS,K,V]
-    lost,  # bits that it takes off an earlier one, fp32 [N * SEGMENTS,HEADS,K]
+    local,  # what each segment adds to a state, fp32 [N * segments,HEADS,K,V]
+    lost,  # bits that it takes off an earlier one, fp32 [N * segments,HEADS,K]
     first,  # state where the scan begins, fp32 [N,*,K,V], or None for zeros
-    starts,  # states before the segments, fp32 [N * SEGMENTS,HEADS,K,V]
+    starts,  # states before the segments, fp32 [N * segments,HEADS,K,V]
     last,  # state where it ends, fp32 [N,HEADS,K,V]
+    segments,
     K: tl.constexpr,
     V: tl.constexpr,
     HEADS: tl.constexpr,
     STATE_SHARE: tl.constexpr,
     REVERSE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     blocks: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
@@ -140,9 +140,9 @@ def scan_states(
         if REVERSE:  # a gradient of all heads that share the state: one is given it
             given &= head % STATE_SHARE == 0
         S = tl.load(first + state + place, mask=given, other=0.0)
-    for step in range(SEGMENTS):
-        part = SEGMENTS - 1 - step if REVERSE else step
-        own = ((n * SEGMENTS + part) * HEADS + head).to(tl.int64) * K
+    for step in range(segments):
+        part = segments - 1 - step if REVERSE else step
+        own = ((n * segments + part) * HEADS + head).to(tl.int64) * K
         tl.store(starts + own * V + place, S, mask=inside)
         decay = tl.exp2(tl.load(lost + own + place // V, mask=inside, other=0.0))
         S = S * decay + tl.load(local + own * V + place, mask=inside, other=0.0)

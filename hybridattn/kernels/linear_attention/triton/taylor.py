@@ -86,6 +86,7 @@ def sweep_features(
     cu_seqlens,
     scale,
     T,
+    segments,  # of every sequence
     DIM: tl.constexpr,
     K: tl.constexpr,  # P
     V: tl.constexpr,
@@ -95,7 +96,6 @@ def sweep_features(
     V_SHARE: tl.constexpr,
     STATE_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -109,7 +109,7 @@ def sweep_features(
     blocks_v: tl.constexpr = (V + 63) // 64
     block = tl.program_id(0) % blocks_k
     n, head = tl.program_id(0) // blocks_k // HEADS, tl.program_id(0) // blocks_k % HEADS
-    batch, start, end, slot = find_sequence(cu_seqlens, n, T, SEGMENTS)
+    batch, start, end, slot = find_sequence(cu_seqlens, n, T, segments)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
     feature = block * BLOCK_K + tl.arange(0, BLOCK_K)
