@@ -35,7 +35,7 @@ CASES = [
 CASES += [("none", "none"), ("per head", "infinite resets")]
 HEADS = {"grouped queries": (4, 2, 2), "grouped values": (1, 1, 2)}  # of q, k, v
 # K and V: rows that descriptors can load; that they cannot; two blocks of keys, one of them in part; more of values.
-DIMS = [(8, 8), (20, 5), (72, 8), (16, 72)]
+DIMS = [(8, 8), (20, 5), (72, 8), (16, 72), (1, 8), (8, 1)]
 
 
 def make(
@@ -169,6 +169,13 @@ def test_packed_equals_one_by_one(case: tuple[str, str], lengths: list[int]):
     actual = with_gradients(to(x, torch.float32), "triton", grads, cu_seqlens=ends)
     assert not actual[0][:, ends[-1] :].any()
     assert max(map(error, actual, expected)) <= 1e-5
+
+
+def test_offsets_that_are_a_column():
+    x = to(make(70), torch.float32)
+    ends = torch.tensor([[0, 7], [70, 7]])[:, 0]
+    plain = run(x, "triton", cu_seqlens=ends.contiguous())
+    assert all(torch.equal(y, z) for y, z in zip(run(x, "triton", cu_seqlens=ends), plain, strict=True))
 
 
 @pytest.mark.parametrize("cuts", [[0, 150], [1, 64, 65], [100]])

@@ -258,3 +258,21 @@ def test_what_is_not_served_is_named():
         flash_attention(*inputs, backend="triton")
     with pytest.raises(ValueError, match=r"v: expected a dim of 1 to 256, got 257 with backend='triton'"):
         flash_attention(*(x.float() for x in make(5, 5, dims=(8, 257))), backend="triton")
+
+
+@pytest.mark.parametrize("turned", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("order", [(0, 3, 1, 2), (0, 2, 3, 1)])
+def test_operands_whose_columns_are_not_side_by_side(turned: str, order: tuple[int, ...]):
+    x = {name: torch.randn(1, 20, 2, 16) for name in ("q", "k", "v", "do")}
+    back = [order.index(n) for n in range(4)]
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        y = {name: value.to(dtype) for name, value in x.items()}
+        if backend == "triton":
+            y[turned] = y[turned].permute(*order).contiguous().permute(*back)
+        do = y.pop("do")
+        leaves = [value.requires_grad_() for value in y.values()]
+        o = flash_attention(*leaves, backend=backend)
+        results.append([o.detach(), *torch.autograd.grad(o, leaves, do)])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)

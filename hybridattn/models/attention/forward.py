@@ -10,7 +10,8 @@ from ...kernels.flash_attention import MOST_NEW_TOKENS, blocked, flash_attention
 from ...kernels.flash_attention.options import Options
 from .masks import Layout
 
-UNSUPPORTED = ("position_bias", "cache", "block_table")  # biases of the scores and paged caches
+# Biases of the scores, paged caches, keys that an indexer chose, and sinks of every token
+UNSUPPORTED = ("position_bias", "cache", "block_table", "indices", "block_indices", "sinks")
 
 
 def attention_forward(
@@ -33,7 +34,7 @@ def attention_forward(
     shapes that depend on it, and packed sequences need ``cu_seq_lens_q``: positions that start again raise there.
 
     Args:
-        module: the layer; causal unless its ``is_causal`` or the argument says otherwise.
+        module: the layer; causal if its ``is_causal`` or the argument says so; one of the two has to.
         query: [B,Hq,T,D].
         key, value: [B,H,S,D] and [B,H,S,V], Hq a multiple of H; S > T with a cache or in cross-attention.
         attention_mask: what ``create_mask`` made.
@@ -59,7 +60,11 @@ def attention_forward(
         sliding_window = getattr(module, "sliding_window", None)  # Qwen2-MoE has it and does not pass it on
     mask = _check_mask(attention_mask, key.shape[2], sliding_window)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if is_causal is None and not hasattr(module, "is_causal"):
+        raise ValueError(
+            f"is_causal: expected a layer or an argument that says so, got neither of {type(module).__name__}"
+        )
+    causal = bool(module.is_causal if is_causal is None else is_causal)
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     if sliding_window is not None and (reach := _reach(module, sliding_window, causal)) < k.shape[1] - 1:
         options["window"] = (reach, 0 if causal else reach)

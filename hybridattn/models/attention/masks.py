@@ -5,6 +5,7 @@ to the queries, and which sequences are packed. A mask is [B,1,1,keys] and never
 masks of four dimensions on as they are, also those that ``generate`` makes ahead of a forward pass.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,7 @@ def create_mask(
         ValueError: a pattern other than causal or bidirectional with or without a window; a mask not [B,T].
     """
     _check_pattern(mask_function, use_vmap)
+    _check_model(config)
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and local_size == chunk and kv_length + kv_offset > chunk:
         raise ValueError(f"attention_chunk_size: expected at least {kv_length + kv_offset} (all keys), got {chunk}")
@@ -86,6 +88,17 @@ def create_mask(
         return None if copies == 1 else torch.empty(batch_size, 1, 2, 0, dtype=torch.uint8, device=device)
     # Contiguous: a compiled step is to find the same strides every time.
     return rows.expand(batch_size, -1)[:, None, None].expand(-1, -1, copies, -1).contiguous()
+
+
+def _check_model(config: Any) -> None:
+    """transformers asks also for models whose layers have attention of their own, which would apply this as a mask."""
+    name = type(config).__module__
+    modeling = sys.modules.get(name.replace(".configuration_", ".modeling_"))
+    if name.startswith("transformers.models.") and modeling and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"attn_implementation: expected 'eager' for {type(config).__name__}, whose layers call no other attention, "
+            "got 'hybridattn'"
+        )
 
 
 def _check_pattern(mask_function: Callable[..., Any], use_vmap: bool) -> None:
@@ -126,8 +139,11 @@ class Layout:
         if torch.compiler.is_compiling():
             return Layout(mask, queries)
         if mask not in _layouts:
-            _layouts[mask] = Layout(mask, queries)
-        return _layouts[mask]
+            _layouts[mask] = {}
+        of_mask = _layouts[mask]
+        if queries not in of_mask:
+            of_mask[queries] = Layout(mask, queries)
+        return of_mask[queries]
 
     def queries(self) -> Tensor:
         """Slots [T] of the queries, where they are of the same sequence as the keys."""

@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AlignTextConfig,
+    AlignTextModel,
     BartConfig,
     BartModel,
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomModel,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -31,6 +35,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.masking_utils import (
+    bidirectional_mask_function,
     create_causal_mask,
     create_chunked_causal_mask,
     create_masks_for_generate,
@@ -38,7 +43,7 @@ from transformers.masking_utils import (
 )
 
 import hybridattn  # noqa: F401 (registers the implementation)
-from hybridattn.models.attention import attention_forward
+from hybridattn.models.attention import attention_forward, create_mask
 
 VOCAB, TOKENS, WINDOW = 40, 12, 5
 SIZES: dict[str, Any] = {
@@ -237,6 +242,20 @@ def test_encoders(name: str, padding: str):
 
 
 @torch.no_grad()
+def test_a_mask_shared_by_different_numbers_of_queries():
+    k, v = torch.randn(2, 2, 1, 9, 8)
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, 7:] = False
+    mask = create_mask(2, 4, 9, mask_function=bidirectional_mask_function, attention_mask=real)
+    module = nn.Module()
+    module.is_causal = False
+    for queries in (4, 6, 3):
+        q = torch.randn(2, 1, queries, 8)
+        o, _ = attention_forward(module, q, k, v, mask)
+        expected = F.scaled_dot_product_attention(q, k, v, real[:, None, None]).transpose(1, 2)
+        torch.testing.assert_close(o, expected)
+
+
 def test_a_decoder_made_bidirectional(models: tuple[PreTrainedModel, PreTrainedModel]):
     ids, mask = tokens(), torch.tensor(PADDING["left"])
     expected, actual = (model(ids, attention_mask=mask, is_causal=False).logits for model in models)
@@ -337,9 +356,24 @@ def test_chunks_are_refused_where_they_cut(llama: PreTrainedModel):
         create_chunked_causal_mask(config=llama.config, **options)
 
 
+def test_layers_that_do_not_say_whether_they_are_causal_are_refused():
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AlignTextModel._from_config(AlignTextConfig(vocab_size=VOCAB, **small), attn_implementation="hybridattn")
+    model.eval()
+    with pytest.raises(ValueError, match="is_causal: expected a layer or an argument that says so"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_models_with_attention_of_their_own_are_refused():
+    config = BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)
+    model = BloomModel._from_config(config, attn_implementation="hybridattn")
+    with pytest.raises(ValueError, match="attn_implementation: expected 'eager' for BloomConfig"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
 def test_what_other_implementations_offer_is_refused(llama: PreTrainedModel):
     layer, x = llama.model.layers[0].self_attn, torch.randn(1, 4, 3, 8)
-    for name in ("position_bias", "cache", "block_table"):
+    for name in ("position_bias", "cache", "block_table", "indices", "block_indices", "sinks"):
         with pytest.raises(ValueError, match=f"{name}: expected None"):
             attention_forward(layer, x, x, x, None, **{name: x})
 

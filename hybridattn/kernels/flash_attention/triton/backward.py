@@ -319,32 +319,34 @@ def backward(
         operands = {"q": aligned(q), "k": aligned(k), "v": aligned(v), "do": aligned(do)}
         launch = launch_of("query_gradients", q, v)
         tiles = tiles_of(queries, launch.block_m, cu_seqlens_q, options.block_mask)
-        query_gradients_kernel[(tiles.number, batch * heads)](
-            **arguments(launch, operands, options, tiles, offsets),
-            outer_scale=scale,
-            o=o,
-            lse=lse,
-            dlse=dlse.contiguous(),
-            dq=dq,
-            shift=shift,
-            delta=delta,
-            block_offsets=dense(block_offsets),
-            key_blocks=dense(key_blocks),
-        )
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            query_gradients_kernel[(tiles.number, batch * heads)](
+                **arguments(launch, operands, options, tiles, offsets),
+                outer_scale=scale,
+                o=o,
+                lse=lse,
+                dlse=dlse.contiguous(),
+                dq=dq,
+                shift=shift,
+                delta=delta,
+                block_offsets=dense(block_offsets),
+                key_blocks=dense(key_blocks),
+            )
         if keys:
             launch = launch_of("key_gradients", q, v)
             tiles = tiles_of(keys, launch.block_n, cu_seqlens_k, options.block_mask)
             live = (None, None) if options.block_mask is None else _by_key_block(options.block_mask, keys)
-            key_gradients_kernel[(tiles.number, batch * kv_heads)](
-                **arguments(launch, operands, options, tiles, offsets),
-                outer_scale=scale,
-                shift=shift,
-                delta=delta,
-                dk=dk,
-                dv=dv,
-                block_offsets=live[0],
-                query_blocks=live[1],
-            )
+            with torch.cuda.device_of(q):  # Triton launches on the current device
+                key_gradients_kernel[(tiles.number, batch * kv_heads)](
+                    **arguments(launch, operands, options, tiles, offsets),
+                    outer_scale=scale,
+                    shift=shift,
+                    delta=delta,
+                    dk=dk,
+                    dv=dv,
+                    block_offsets=live[0],
+                    query_blocks=live[1],
+                )
     if sinks is not None:
         weights = (sinks.float()[:, None] - shift * math.log(2)).exp()
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)

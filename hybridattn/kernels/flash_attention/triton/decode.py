@@ -329,20 +329,22 @@ def attend(
         "SOFTCAP": softcap is not None,
         "BLOCK_B": triton.next_power_of_2(batches),
     }
-    decode_kernel[(programs,)](
-        *(q, k, v, lengths, starts, alibi_slopes, sinks, o, lse, sums, tops, totals),
-        *(*score_numbers(scale, softcap), batches, slots, programs),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        **constexprs,
-        num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-        num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        decode_kernel[(programs,)](
+            *(q, k, v, lengths, starts, alibi_slopes, sinks, o, lse, sums, tops, totals),
+            *(*score_numbers(scale, softcap), batches, slots, programs),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            **constexprs,
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+            num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
+        )
     segments = batches * kv_heads * -(-group * new // launch.block_m)
-    merge_kernel[(segments,)](
-        *(lengths, starts, sinks, o, lse, sums, tops, totals, batches, slots, programs),
-        **{name: x for name, x in constexprs.items() if name in merge_kernel.arg_names},
-        num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        merge_kernel[(segments,)](
+            *(lengths, starts, sinks, o, lse, sums, tops, totals, batches, slots, programs),
+            **{name: x for name, x in constexprs.items() if name in merge_kernel.arg_names},
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+        )
     return o, lse
 
 

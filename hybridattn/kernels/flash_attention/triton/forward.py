@@ -182,14 +182,15 @@ def forward(
     launch = launch_of("forward", q, v)
     tiles = tiles_of(queries, launch.block_m, cu_seqlens_q, options.block_mask)
     operands = {"q": aligned(q), "k": aligned(k), "v": aligned(v)}
-    forward_kernel[(tiles.number, batch * heads)](
-        **arguments(launch, operands, options, tiles, (cu_seqlens_q, cu_seqlens_k)),
-        o=o,
-        lse=lse,
-        sinks=dense(sinks),
-        block_offsets=dense(block_offsets),
-        key_blocks=dense(key_blocks),
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        forward_kernel[(tiles.number, batch * heads)](
+            **arguments(launch, operands, options, tiles, (cu_seqlens_q, cu_seqlens_k)),
+            o=o,
+            lse=lse,
+            sinks=dense(sinks),
+            block_offsets=dense(block_offsets),
+            key_blocks=dense(key_blocks),
+        )
     return o, lse
 
 

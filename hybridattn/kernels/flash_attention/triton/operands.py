@@ -5,7 +5,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -30,12 +29,12 @@ def _launch(kernel: str, device: torch.device, key_dim: int, value_dim: int, bit
 
 def aligned(x: Tensor) -> Tensor:
     """x [B,T,H,D] so laid out that every row of a head starts at a multiple of 16 bytes: itself, or else a copy."""
-    strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    by_16 = all(stride and stride * x.itemsize % 16 == 0 for stride in strides)
+    by_16 = all(stride and stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
     if x.stride(3) == 1 and by_16 and x.data_ptr() % 16 == 0:
         return x
-    dim = x.shape[3]
-    return F.pad(x, (0, -dim % (16 // x.itemsize)))[..., :dim]
+    dim, each = x.shape[3], 16 // x.itemsize
+    # Not F.pad: without anything to pad, it is a clone that keeps the order of strides.
+    return x.new_empty(*x.shape[:3], -(-dim // each) * each)[..., :dim].copy_(x)
 
 
 def dense(x: Tensor | None) -> Tensor | None:

@@ -49,7 +49,7 @@ def forward(
     if not o.numel() or not last.numel():
         return o.zero_(), last.zero_() if state is None else last.copy_(state)
     q, k, v = map(_dense, (q, k, v))
-    g = None if g is None else _dense(g)
+    g, cu_seqlens = None if g is None else _dense(g), None if cu_seqlens is None else cu_seqlens.contiguous()
     hot = _flags(o, k, g, cu_seqlens)
     first = None if state is None else state.contiguous()
     operands, parts = operand_name(q, k, v), _segments(o, cu_seqlens)
@@ -86,9 +86,9 @@ def backward(
     given = (q, k, v, q.new_empty(0) if g is None else g)
     if not do.numel() or not dlast.numel():
         zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in given]
-        return zeros[0], zeros[1], zeros[2], zeros[3], dlast.clone()
+        return zeros[0], zeros[1], zeros[2], zeros[3], dlast.clone(memory_format=torch.contiguous_format)
     q, k, v, do = map(_dense, (q, k, v, do))
-    g = None if g is None else _dense(g)
+    g, cu_seqlens = None if g is None else _dense(g), None if cu_seqlens is None else cu_seqlens.contiguous()
     dlast, first = dlast.contiguous(), None if state is None else state.contiguous()
     hot, operands, parts = _flags(do, k, g, cu_seqlens), operand_name(q, k, v), _segments(do, cu_seqlens)
 
@@ -116,7 +116,7 @@ def _(q, k, v, g, scale, taylor, state, cu_seqlens, do, dlast):
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, q.new_empty(0) if g is None else g)
     ]
-    return (*grads, torch.empty_like(dlast))
+    return (*grads, dlast.new_empty(dlast.shape))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -228,7 +228,7 @@ def _states(w, u, g, h, first, last, lost, hot, phi, cu_seqlens, scale, heads, o
     key_dim, value_dim = _rows(w, phi), u.shape[3]
     launch = _launch("states", w.device, key_dim, value_dim, operands)
     blocks = triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64)
-    tma = _describable(launch, cu_seqlens, w, u, h, g)
+    tma = _describable(launch, cu_seqlens, w, u, h, _channel(g))
     with torch.cuda.device_of(w):  # Triton launches on the current device
         states[(_slots(u, cu_seqlens)[1] * parts * heads * blocks,)](
             _tile(w, _columns(launch, w, phi), tma),
@@ -283,7 +283,7 @@ def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operan
         dg = q.new_zeros(*do.shape[:3], blocks, dtype=torch.float32)
     else:
         dg = _gradients_of(g, do, cu_seqlens, dtype)
-    tma = _describable(launch, cu_seqlens, q, k, v, do, h, dq, dk, g)
+    tma = _describable(launch, cu_seqlens, q, k, v, do, h, dq, dk, _channel(g))
     with torch.cuda.device_of(k):
         sweep_keys[(dfirst.shape[0] * heads * blocks,)](
             *(_tile(x, launch.block_k, tma) for x in (q, k)),
@@ -343,7 +343,7 @@ def _sweep_values(a, w, u, g, y, first, last, hot, phi, cu_seqlens, scale, opera
     (_, tokens, heads, value_dim), key_dim = y.shape, _rows(a, phi)
     launch = _launch("sweep_values", a.device, key_dim, value_dim, operands)
     blocks = triton.cdiv(value_dim, launch.block_v)
-    tma = _describable(launch, cu_seqlens, a, w, u, y, g)
+    tma = _describable(launch, cu_seqlens, a, w, u, y, _channel(g))
     with torch.cuda.device_of(y):
         sweep_values[(_slots(y, cu_seqlens)[1] * parts * heads * blocks,)](
             *(_tile(x, _columns(launch, x, phi), tma) for x in (a, w)),
@@ -466,7 +466,7 @@ def _describable(launch: ChunkLaunch, cu_seqlens: Tensor | None, *tensors: Tenso
     if not launch.tma or cu_seqlens is not None:
         return False
     for x in tensors:
-        if x is None or _gate(x) == "head":
+        if x is None:
             continue
         steps = [stride * x.element_size() for stride in x.stride()[:3]]
         if x.stride(3) != 1 or x.data_ptr() % 16 or not all(step > 0 and step % 16 == 0 for step in steps):
@@ -481,6 +481,11 @@ def _dense(x: Tensor) -> Tensor:
 
 def _gate(g: Tensor | None) -> str:
     return "" if g is None else "head" if g.shape[3] == 1 else "channel"
+
+
+def _channel(g: Tensor | None) -> Tensor | None:
+    """g if it comes in tiles: that of a head does not."""
+    return g if _gate(g) == "channel" else None
 
 
 def _terms(g: Tensor | None, operands: str) -> int:
