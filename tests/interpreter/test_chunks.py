@@ -138,6 +138,26 @@ def test_gradients_of_sixteen_bits(case: tuple[str, str], dtype: torch.dtype):
         assert error(result, truth) <= 2 * error(of_rounded.to(result.dtype), truth)
 
 
+def test_groups_of_values_are_summed_in_fp32():
+    """More of them than the widest row takes at once, in 16 bits."""
+    x = make(64, (16, 300), ("per channel", "resets"))
+    grads = [torch.randn_like(y) for y in run(x, "reference")]
+    exact = with_gradients(x, "reference", grads)[2]
+    rounded = with_gradients(to(to(x, torch.bfloat16), torch.float64), "reference", [grads[0].bfloat16(), grads[1]])[2]
+    actual = with_gradients(to(x, torch.bfloat16), "triton", grads)[2]
+    assert error(actual, exact) <= 1.5 * error(rounded.bfloat16(), exact)
+
+
+def test_gradients_of_mixed_dtypes():
+    q, k, v, state, g = make(40, (8, 8), ("per channel", "resets"))
+    x = [q.bfloat16(), k.bfloat16(), v.float(), state.float(), g.float()]
+    grads = [torch.randn_like(y) for y in run([y.double() for y in x], "reference")]
+    expected = with_gradients([y.double() for y in x], "reference", grads)
+    actual = with_gradients(x, "triton", grads)
+    assert [y.dtype for y in actual[2:]] == [y.dtype for y in x]
+    assert max(error(a, e) for a, e in zip(actual[4:], expected[4:], strict=True)) <= 1e-5  # of v, the state and g
+
+
 def test_more_values_than_a_launch_takes():
     x = make(70, (16, 160), ("per channel", "resets"))
     grads = [torch.randn_like(y) for y in run(x, "reference")]
@@ -156,7 +176,7 @@ def test_heads_that_others_share(heads: str, case: tuple[str, str]):
     assert max(map(error, actual, with_gradients(x, "reference", grads))) <= 1e-5
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [3, 0, 70, 1, 64], [128, 2]])
+@pytest.mark.parametrize("lengths", [[], [0], [3, 0, 70, 1, 64], [128, 2], [1, 65]])
 @pytest.mark.parametrize("case", [("per channel", "resets"), ("per head", "strong")], ids=", ".join)
 def test_packed_equals_one_by_one(case: tuple[str, str], lengths: list[int]):
     rest = 4  # tokens past the last offset belong to no sequence

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": SINKS, "window": 20},
     "all": {"softcap": 2.0, "alibi_slopes": SLOPES, "sinks": SINKS, "causal": False, "window": (40, 70), "scale": 0.7},
     "negative scale": {"scale": -0.3},
+    "scale of zero": {"scale": 0.0},
 }
 
 
@@ -82,7 +83,7 @@ def assert_exact(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert error(actual[name], x) <= (1e-4 if name.startswith("d") else 1e-5), name
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (150, 150), (7, 150), (150, 40), (0, 5), (5, 0)])
+@pytest.mark.parametrize("lengths", [(1, 1), (150, 150), (7, 150), (50, 80), (150, 40), (0, 5), (5, 0)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_triton_equals_reference(name: str, lengths: tuple[int, int]):
     inputs = make(*lengths)
@@ -258,6 +259,9 @@ def test_what_is_not_served_is_named():
         flash_attention(*inputs, backend="triton")
     with pytest.raises(ValueError, match=r"v: expected a dim of 1 to 256, got 257 with backend='triton'"):
         flash_attention(*(x.float() for x in make(5, 5, dims=(8, 257))), backend="triton")
+    many = torch.zeros(2**15, 1, 2, 1)
+    with pytest.raises(ValueError, match="q: expected at most 65535 heads of all batch rows, got 65536 with backend="):
+        flash_attention(many, many, many, backend="triton")
 
 
 @pytest.mark.parametrize("turned", ["q", "k", "v", "do"])

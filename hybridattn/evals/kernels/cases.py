@@ -23,6 +23,7 @@ from ...kernels.linear_attention import (
     taylor_linear_attention,
 )
 from ...kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
+from ...kernels.runtime.launch import nearest_architecture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -127,7 +128,7 @@ def _step_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]
 
 def _chunk_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
     operands = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-    if operands not in VALUES[architecture]:
+    if operands not in VALUES[nearest_architecture(architecture)]:
         return []
     return [
         chunk_launch(kernel, architecture, sizes.key_dim, sizes.value_dim, operands).name

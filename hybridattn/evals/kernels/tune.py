@@ -99,6 +99,8 @@ def search(
                 line |= {"seconds": seconds()} if right else {"reason": f"error {wrong:.1e}"}
             except Exception as reason:  # no room in shared memory, or a compiler that fails: on with the next
                 line["reason"] = f"{type(reason).__name__}: {reason}"[:200]
+                if "CUDA error" in line["reason"]:
+                    raise ValueError(f"{row}: the GPU is lost to this process: {line['reason']}") from reason
             yield line
     finally:
         rows[dim] = shipped

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...runtime.launch import nearest_architecture, read_verified
 
 MOST_DIM = 256  # of keys or values: a program holds whole rows
+MOST_ROWS = 65535  # heads times rows of a batch: the second axis of a grid has no more
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TMA = ("sm_90", "sm_100")
 Rows = dict[int, tuple[int, int, int, int]]
@@ -151,4 +152,6 @@ def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     for name, x in {"q": q, "v": v}.items():
         if not 1 <= x.shape[3] <= MOST_DIM:
             return f"{name}: expected a dim of 1 to {MOST_DIM}, got {x.shape[3]}"
+    if (programs := q.shape[0] * q.shape[2]) > MOST_ROWS:
+        return f"q: expected at most {MOST_ROWS} heads of all batch rows, got {programs}"
     return None
