@@ -74,6 +74,14 @@ def test_triton_equals_reference(name: str, lengths: str, new: int):
     assert max(map(error, actual, expected)) <= 1e-5
 
 
+def test_first_positions_in_rings_that_wrapped():
+    """Later than the oldest position that is still kept."""
+    inputs, options = make(2), {"start_positions": torch.tensor([150, 760, 198, 210])}
+    expected = run(inputs, LENGTHS["rings"], "reference", **options)
+    actual = run(inputs, LENGTHS["rings"], "triton", torch.float32, **options)
+    assert max(map(error, actual, expected)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("new", "heads", "dims"),
     [(1, (1, 1), (5, 9)), (16, (6, 2), (33, 20)), (2, (40, 1), (16, 80)), (1, (4, 4), (256, 1))],
