@@ -126,7 +126,7 @@ def test_sixteen_bits_cost_no_more_than_rounding_the_operands(case: tuple[str, s
 def test_gradients_of_sixteen_bits(case: tuple[str, str], dtype: torch.dtype):
     """Within twice the error of rounding operands, gradients of results among them, and the gradients themselves.
 
-    The gradient of a constant gate is a single number, the sum of what is one per head: its error is luck.
+    Constant gates are left out: their gradient does not keep to this yet, see DESIGN.md.
     """
     x = make(150, (24, 16), case)
     grads = [torch.randn_like(y) for y in run(x, "reference")]

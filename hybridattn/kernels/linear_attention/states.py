@@ -36,6 +36,8 @@ def linear_attention_state(
         cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
         check_values: on a GPU, also check the values of g and cu_seqlens (synchronises); on a CPU they always are.
 
+    With cu_seqlens and gates that require gradients it cannot be traced into one graph.
+
     Returns:
         The state [N,H,K,V] and the decay [N,H,K] ([N,H,1] unless gates are per channel), fp32 or wider.
 
