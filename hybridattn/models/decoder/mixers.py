@@ -34,6 +34,20 @@ MIXERS = {
 }
 
 
+# Mixers whose heads can be split between processes, and the options that keep something per head outside the weights.
+_SPLIT = ("full", "window", "linear", "taylor", "prefix", "gla")
+_WHOLE = ("alibi", "sinks", "gate_per", "conv_size")
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "k_prefix_proj", "v_prefix_proj", "g_proj", "gk_proj.1")
+
+
+def tensor_parallel_plan(mixers: list[str], options: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """How transformers splits the base model's weights: every MLP, and the mixers where all of them can be split."""
+    plan = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+    if all(name in _SPLIT and not set(options.get(name, {})) & set(_WHOLE) for name in mixers):
+        plan |= {f"layers.*.mixer.{name}": "colwise" for name in _COLUMNS} | {"layers.*.mixer.o_proj": "rowwise"}
+    return plan
+
+
 def build_mixer(
     name: str,
     hidden_size: int,

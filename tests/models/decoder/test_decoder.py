@@ -28,8 +28,8 @@ OPTIONS = {
 }
 STACKS: dict[str, dict[str, Any]] = {
     **{name: {"mixers": [name, name]} for name in MIXERS},
-    "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "conv_size": 4},
-    "prefix hybrid": {"mixers": ["conv", "prefix", "window", "prefix"], "conv_size": 3},
+    "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "input_conv_size": 4},
+    "prefix hybrid": {"mixers": ["conv", "prefix", "window", "prefix"], "input_conv_size": 3},
     "options": {
         "mixers": ["full", "window", "gla"],
         "mixer_options": {
@@ -194,7 +194,7 @@ def test_cache_bytes_are_what_the_formula_says(model: HybridAttnForCausalLM, dty
 
 def test_state_elements_of_a_known_shape():
     """GLA keeps K x V per head; a window keeps its keys and values; a full layer those of every token."""
-    config = make_config("hybrid", mixers=["gla", "window", "full"], conv_size=None)
+    config = make_config("hybrid", mixers=["gla", "window", "full"], input_conv_size=None)
     specs = cache_spec(config, batch_size=1, tokens=100, dtype=torch.bfloat16)
     assert [cache_elements(spec) for spec in specs] == [2 * 4 * 8, 2 * 5 * 16, 2 * 100 * 2 * 4]
 
@@ -228,7 +228,7 @@ def test_save_and_load(model: HybridAttnForCausalLM, tied: bool, tmp_path: Path)
 
 def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
     """Loading builds on the meta device: what the file lacks must come from _init_weights, not from memory."""
-    config = make_config("hybrid", mixers=["gla"], conv_size=4)
+    config = make_config("hybrid", mixers=["gla"], input_conv_size=4)
     model = HybridAttnForCausalLM(config)
     kept = {k: v for k, v in model.state_dict().items() if "gk_proj" not in k and "conv" not in k}
     model.save_pretrained(tmp_path, state_dict=kept)
@@ -349,14 +349,14 @@ def test_given_positions_beside_padding():
 def test_the_input_convolution_is_added():
     """With weights of zero it changes nothing; with the identity the mixer's input is doubled."""
     plain = HybridAttnForCausalLM(make_config("linear")).eval()
-    model = HybridAttnForCausalLM(make_config("linear", conv_size=3)).eval()
+    model = HybridAttnForCausalLM(make_config("linear", input_conv_size=3)).eval()
     assert all("conv" in name for name in model.load_state_dict(plain.state_dict(), strict=False).missing_keys)
     ids, convolutions = tokens(), [layer.conv for layer in model.model.layers]
     for conv in convolutions:
         conv.weight.zero_()
     close(model(ids).logits, plain(ids).logits)
     for conv, layer in zip(convolutions, plain.model.layers, strict=True):
-        conv.weight[:, -1] = 1
+        conv.weight[:, :, -1] = 1
         layer.input_layernorm.weight *= 2
     close(model(ids).logits, plain(ids).logits)
 
