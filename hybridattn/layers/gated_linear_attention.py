@@ -103,10 +103,9 @@ class GatedLinearAttention(DecayedLinearAttention):
         if gate_per == "head":
             self.gk_proj = HeadDecay(hidden_size, num_heads)
         else:
-            self.gk_proj = nn.Sequential(
-                nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False),
-                UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0)),
-            )
+            self.gk_proj = nn.Sequential()
+            self.gk_proj.down = nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False)
+            self.gk_proj.up = UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0))
         self.g_norm = nn.RMSNorm(value_dim, eps=norm_eps)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:

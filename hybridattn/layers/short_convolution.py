@@ -21,7 +21,7 @@ class ShortConvolution(TokenMixer):
         bias: add a bias per channel.
         cache_name: what the inputs are kept under, where convolutions share a cache.
 
-    The weight [D,1,kernel_size] is laid out as that of ``nn.Conv1d``. The cache holds the last ``kernel_size - 1`` inputs.
+    The weight [D,1,kernel_size] is laid out as in ``nn.Conv1d``. The cache holds the last ``kernel_size - 1`` inputs.
     """
 
     def __init__(

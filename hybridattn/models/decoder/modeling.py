@@ -169,6 +169,8 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             prefix_lengths: integers [N], of a row's first real tokens, which ``prefix`` mixers read both ways; with a
                 cache in the first call only. ``generate`` takes them too.
         """
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError("output_attentions: expected False (no mixer forms its attention weights), got True")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
         hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

@@ -63,6 +63,8 @@ GLA_NAMES = {
     "mlp_norm": "post_attention_layernorm",
     r"\.attn\.": ".mixer.",
     "g_norm_swish_gate": "g_norm",
+    "gk_proj.0": "gk_proj.down",
+    "gk_proj.1": "gk_proj.up",
     "q_conv1d": "q_conv",
     "k_conv1d": "k_conv",
     "v_conv1d": "v_conv",
