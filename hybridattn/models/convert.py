@@ -111,7 +111,8 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
 
 
 def _from_gla(source: Path) -> HybridAttnForCausalLM:
-    theirs, info = HybridAttnGLAForCausalLM.from_pretrained(source, output_loading_info=True)
+    loaded: Any = HybridAttnGLAForCausalLM.from_pretrained(source, output_loading_info=True)
+    theirs, info = loaded
     _check_names(info["unexpected_keys"], info["missing_keys"])
     shared = (
         *("vocab_size", "hidden_size", "intermediate_size", "mixers", "mixer_options", "rms_norm_eps", "dtype"),

@@ -149,9 +149,9 @@ def _flash_linear_attention(work: str) -> Iterator[tuple[str, Call]]:
         return o
 
     theirs: dict[str, tuple[str, Call]] = {
-        "gated, per channel": ("fla chunk_gla", lambda q, k, v, g: chunk_gla(q, k, v, g)[0]),
+        "gated, per channel": ("fla chunk_gla", lambda q, k, v, g: chunk_gla(q, k, v, g)[0]),  # pyright: ignore[reportCallIssue]
         "gated step": ("fla fused_recurrent_gla", step),
-        "gated, per head": ("fla chunk_simple_gla", lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]),
+        "gated, per head": ("fla chunk_simple_gla", lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]),  # pyright: ignore
         "taylor": ("fla parallel_based", parallel_based),
     }
     if work in theirs:

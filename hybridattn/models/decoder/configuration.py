@@ -100,7 +100,9 @@ class HybridAttnConfig(PreTrainedConfig):
             self.intermediate_size = None
         elif self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 32) * 32
-        self.base_model_tp_plan = tensor_parallel_plan(self.mixers, self.mixer_options)
+        self.base_model_tp_plan = tensor_parallel_plan(  # pyright: ignore[reportAttributeAccessIssue]
+            self.mixers, self.mixer_options
+        )
         super().__post_init__(**kwargs)
 
     def __setstate__(self, state):

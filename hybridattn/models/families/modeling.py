@@ -70,5 +70,5 @@ GLA_NAMES = {
     "v_conv1d": "v_conv",
 }
 for model in FAMILIES[0][1:]:
-    names = [WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in GLA_NAMES.items()]
-    register_checkpoint_conversion_mapping(model.__name__, names, overwrite=True)
+    names = (WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in GLA_NAMES.items())
+    register_checkpoint_conversion_mapping(model.__name__, [*names], overwrite=True)
