@@ -126,10 +126,10 @@ def test_sixteen_bits_cost_no_more_than_rounding_the_operands(case: tuple[str, s
 def test_gradients_of_sixteen_bits(case: tuple[str, str], dtype: torch.dtype):
     """Within twice the error of rounding operands, gradients of results among them, and the gradients themselves.
 
-    Gates of a head have few gradients that matter, a constant one has a single: what rounding costs these may be next
-    to nothing by luck. So there are 16 heads, whose constant gates are the same.
+    The gradient of a constant gate is a single number: what rounding costs it may be next to nothing by luck. So 16
+    heads have the same one.
     """
-    x = make(150, (24, 16), case, heads=(16, 16, 16) if case[0] in ("per head", "constant") else (1, 1, 1))
+    x = make(150, (24, 16), case, heads=(16, 16, 16) if case[0] == "constant" else (1, 1, 1))
     if case[0] == "constant":
         x[4] = x[4][:1].expand(16)
     grads = [torch.randn_like(y) for y in run(x, "reference")]
