@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from ...runtime.launch import launching
 from ..options import BlockMask, Options
 from .operands import aligned, arguments, dense, launch_of, tiles_of
 from .primitives import LOG2E, load_rows, reached_tile, sequence_of, tile_scores, tile_span, tiles_in_reach, visible
@@ -332,7 +333,7 @@ def backward(
         launch = launch_of("query_gradients", q, v)
         tiles = tiles_of(queries, launch.block_m, cu_seqlens_q, options.block_mask)
         of_tiles = None if sinks is None else lse.new_zeros(batch, heads, tiles.number)
-        with torch.cuda.device_of(q):  # Triton launches on the current device
+        with launching(launch.name, q):
             query_gradients_kernel[(tiles.number, batch * heads)](
                 **arguments(launch, operands, options, tiles, offsets),
                 outer_scale=scale,
@@ -353,7 +354,7 @@ def backward(
             launch = launch_of("key_gradients", q, v)
             tiles = tiles_of(keys, launch.block_n, cu_seqlens_k, options.block_mask)
             live = (None, None) if options.block_mask is None else _by_key_block(options.block_mask, keys)
-            with torch.cuda.device_of(q):  # Triton launches on the current device
+            with launching(launch.name, q):
                 key_gradients_kernel[(tiles.number, batch * kv_heads)](
                     **arguments(launch, operands, options, tiles, offsets),
                     outer_scale=scale,
