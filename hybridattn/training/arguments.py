@@ -1,6 +1,7 @@
 """What a training run is told: a YAML file, and ``--field value`` over it."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,6 +80,7 @@ class RunArguments(TrainingArguments):
     report_to: None | str | list[str] = "tensorboard"  # in this order: HfArgumentParser takes the second kind
     save_total_limit: int | None = 3
     per_device_eval_batch_size: int = 1
+    ddp_find_unused_parameters: bool | None = False
     rows_per_step: int | None = field(
         default=None,
         metadata={"help": "Rows per optimiser step over all processes; gradient accumulation follows from it."},
@@ -126,6 +128,15 @@ def _mapping(name: str, value: dict | str | None) -> dict[str, Any] | None:
     return value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 3e-4 is a number, as people write it, and not a string, as YAML 1.1 has it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -148,7 +159,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     if not path.is_file():
         raise ValueError(f"CONFIG: expected a YAML file or one of {shipped()}, got {arguments[0]!r}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got an error: {error}") from error
     if not isinstance(values, dict):
@@ -158,7 +169,6 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
         raise ValueError(f"{path}: expected fields of {[kind.__name__ for kind in kinds]}, got {unknown}")
     parser = _Parser(kinds, allow_abbrev=False)
     parser.set_defaults(**{"output_dir": f"runs/{path.stem}", **values})
-    # argparse turns defaults that are strings into the field's type, so 3e-4, a string to YAML, is a number.
     model, data, run, unknown = parser.parse_args_into_dataclasses(
         arguments[1:], return_remaining_strings=True, look_for_args_file=False
     )

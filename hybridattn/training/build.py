@@ -1,5 +1,6 @@
 """The tokenizer and the model of a run."""
 
+import warnings
 from fnmatch import fnmatch
 from typing import Any
 
@@ -101,6 +102,8 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
 
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear", **options})
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return peft.get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {error}") from error

@@ -157,10 +157,16 @@ class PackedBatches(IterableDataset):
         """Look at the documents of the first block, and read a row.
 
         Raises:
-            ValueError: as when batches are read.
+            ValueError: as when batches are read; the source cannot be read, or has no such column.
         """
         self.source.load_state_dict(copy.deepcopy(self.start))
-        for number, document in enumerate(islice(self.source, self.block)):
+        try:
+            documents = list(islice(self.source, self.block))
+        except Exception as error:  # whatever a reader says of a broken file
+            raise ValueError(f"data: expected readable documents, got {error}") from error
+        if documents and self.column not in documents[0]:
+            raise ValueError(f"column: expected one of {sorted(documents[0])}, got {self.column!r}")
+        for number, document in enumerate(documents):
             self._check(document.get(self.column), number)
         next(self._rows())
 

@@ -15,43 +15,32 @@ COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
 
 def open_documents(
     data: str,
-    column: str,
     *,
     subset: str | None = None,
     split: str = "train",
     sample_by: str = "document",
 ) -> Any:
-    """Open a stream of documents and look at the first one.
+    """Open a stream of documents; nothing is read yet.
 
     Args:
         data: ``"python"``, the sources of Python's standard library; a file or folder of jsonl, parquet or text; or the
             name of a data set on the Hugging Face Hub.
-        column: the column that will be read; "text" for files of text.
         subset: of a data set on the Hub.
         split: of a data set on the Hub; of the standard library ``"train"`` or ``"test"``, one file in 16.
         sample_by: what a document is in files of text: ``"document"`` (a file), ``"paragraph"`` or ``"line"``.
 
     Returns:
-        A ``datasets.IterableDataset``, whose state can be saved and loaded.
+        A ``datasets.IterableDataset``, whose state can be saved and loaded. Texts of files of text and of the standard
+        library are in the column "text".
 
     Raises:
-        ValueError: nothing of that name, files that are empty or of several kinds, or no such column.
+        ValueError: nothing of that name, or files that are empty or of several kinds.
     """
     if data == PYTHON:
-        source = _standard_library(split)
-    elif Path(data).exists():
-        source = _files(Path(data), sample_by)
-    else:
-        source = _hub(data, subset, split)
-    try:
-        first = next(iter(source), None)
-    except Exception as error:  # whatever a reader says of a broken file
-        raise ValueError(f"data: expected readable documents in {data}, got {error}") from error
-    if first is None:
-        raise ValueError(f"data: expected at least one document, got none in {data}")
-    if column not in first:
-        raise ValueError(f"column: expected one of {sorted(first)} in {data}, got {column!r}")
-    return source
+        return _standard_library(split)
+    if Path(data).exists():
+        return _files(Path(data), sample_by)
+    return _hub(data, subset, split)
 
 
 def _hub(name: str, subset: str | None, split: str) -> Any:

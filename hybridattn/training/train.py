@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from . import checkpoints
 from .arguments import DataArguments, ModelArguments, RunArguments, parse
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 2 for bad input, 1 for a loss that is not finite, 143 after a SIGTERM; the reason is one line
         on stderr.
     """
+    logging.disable_progress_bar()  # of every file that is written or read; the training keeps its own
     try:
         return run(*parse(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FloatingPointError) as error:
@@ -85,9 +87,7 @@ def training_batches(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, data: DataArguments, args: RunArguments
 ) -> PackedBatches:
     """This process's batches, the first block of documents already looked at."""
-    source = open_documents(
-        data.data, data.column, subset=data.subset, split=data.split, sample_by=data.sample_by
-    )
+    source = open_documents(data.data, subset=data.subset, split=data.split, sample_by=data.sample_by)
     batches = PackedBatches(
         source,
         tokenizer,
@@ -111,9 +111,7 @@ def held_out_batches(
     """The first rows of the held-out data, the same at every evaluation; None where it is not asked for."""
     if args.eval_strategy == "no" or data.eval_data is None:
         return None
-    source = open_documents(
-        data.eval_data, data.column, subset=data.subset, split=data.eval_split, sample_by=data.sample_by
-    )
+    source = open_documents(data.eval_data, subset=data.subset, split=data.eval_split, sample_by=data.sample_by)
     batches = PackedBatches(
         source,
         tokenizer,
@@ -124,6 +122,7 @@ def held_out_batches(
         block=1,
         skip_empty=data.skip_empty,
     )
+    batches.check()
     rows = list(islice(batches, data.eval_rows // at_once))
     for row in rows:
         del row["place"]
