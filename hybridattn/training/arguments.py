@@ -51,7 +51,7 @@ class DataArguments:
     subset: str | None = field(default=None, metadata={"help": "Of a data set on the Hub."})
     split: str = field(default="train", metadata={"help": "Of a data set on the Hub, or 'test' of 'python'."})
     column: str = field(default="text", metadata={"help": "Column of texts, or of lists of token ids."})
-    sample_by: str = field(default="document", metadata={"help": "A text file is one document, or 'paragraph's, 'line's."})
+    sample_by: str = field(default="document", metadata={"help": "Of text files: 'document', 'paragraph' or 'line'."})
     length: int = field(default=2048, metadata={"help": "Tokens per row."})
     shuffle: int = field(default=1000, metadata={"help": "Documents read ahead and put in random order; 1 for none."})
     skip_empty: bool = field(default=False, metadata={"help": "Leave out documents without tokens."})
@@ -77,7 +77,7 @@ class RunArguments(TrainingArguments):
     adam_beta2: float = 0.95
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
-    report_to: None | str | list[str] = "tensorboard"  # in this order: HfArgumentParser takes the second kind
+    report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036  (HfArgumentParser takes the second kind)
     save_total_limit: int | None = 3
     per_device_eval_batch_size: int = 1
     ddp_find_unused_parameters: bool | None = False
@@ -167,7 +167,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     kinds = (ModelArguments, DataArguments, RunArguments)
     if unknown := sorted(set(values) - {entry.name for kind in kinds for entry in fields(kind)}):
         raise ValueError(f"{path}: expected fields of {[kind.__name__ for kind in kinds]}, got {unknown}")
-    parser = _Parser(kinds, allow_abbrev=False)
+    parser = _Parser(kinds, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     parser.set_defaults(**{"output_dir": f"runs/{path.stem}", **values})
     model, data, run, unknown = parser.parse_args_into_dataclasses(
         arguments[1:], return_remaining_strings=True, look_for_args_file=False

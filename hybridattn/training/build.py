@@ -33,7 +33,9 @@ def build_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: expected 'bytes', a folder or a name on the Hub, got {name!r}: {error}") from error
+        raise ValueError(
+            f"tokenizer: expected 'bytes', a folder or a name on the Hub, got {name!r}: {error}"
+        ) from error
 
 
 def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -46,11 +48,14 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
         try:
             config = AutoConfig.from_pretrained(arguments.model)
         except OSError as error:
-            raise ValueError(f"model: expected a folder or a name on the Hub, got {arguments.model!r}: {error}") from error
+            raise ValueError(
+                f"model: expected a folder or a name on the Hub, got {arguments.model!r}: {error}"
+            ) from error
     else:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         special = {name: getattr(tokenizer, name) for name in names}
-        config = new_config(arguments.preset, {**special, **(arguments.config or {})})
+        options: Any = arguments.config or {}
+        config = new_config(arguments.preset, {**special, **options})
     vocab_size: int = getattr(config.get_text_config(), "vocab_size")  # noqa: B009  (no attribute of the base class)
     if len(tokenizer) > vocab_size:
         raise ValueError(f"tokenizer: expected at most vocab_size {vocab_size} tokens, got {len(tokenizer)}")
@@ -89,7 +94,8 @@ def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrain
             raise ValueError(f"freeze: expected patterns of parameter names, got {pattern!r}, which fits none")
         for parameter in fitting:
             parameter.requires_grad_(False)
-    return model if arguments.lora is None else add_lora(model, arguments.lora)
+    options: Any = arguments.lora
+    return model if options is None else add_lora(model, options)
 
 
 def add_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:

@@ -64,8 +64,8 @@ class PackedBatches(IterableDataset):
         process, processes: which one this is of how many.
 
     Every batch has ``input_ids``, ``labels`` and ``position_ids``, int64 ``[1, rows * length]``, ``cu_seq_lens_q`` and
-    ``cu_seq_lens_k``, int32 ``[sequences + 1]``, ``max_length_q`` and ``max_length_k``, and ``place``, the stream's after
-    it, the same on all processes. The first label of each sequence is -100: nothing predicts it.
+    ``cu_seq_lens_k``, int32 ``[sequences + 1]``, ``max_length_q`` and ``max_length_k``, and ``place``, the stream's
+    after it, the same on all processes. The first label of each sequence is -100: nothing predicts it.
 
     Raises:
         ValueError: while it is read: no document, a document without tokens or that is neither text nor token ids, or a

@@ -67,7 +67,7 @@ def _files(path: Path, sample_by: str) -> Any:
     if len(builders) > 1:
         raise ValueError(f"data: expected files of one kind in {path}, got {sorted(builders)}")
     (builder,) = builders
-    options = {"sample_by": sample_by} if builder == "text" else {}
+    options: Any = {"sample_by": sample_by} if builder == "text" else {}
     # A list keeps the order of the names; a pattern would be resolved by each file system in its own.
     return datasets.load_dataset(builder, data_files=list(map(str, files)), split="train", streaming=True, **options)
 

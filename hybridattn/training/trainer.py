@@ -87,7 +87,9 @@ class StreamTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
         """As Trainer's, in chunks of logits where the model is ours."""
-        return super().compute_loss(model, {**inputs, "skip_logits": True} if self._skips_logits else inputs, *args, **kwargs)
+        if self._skips_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
         """As Trainer's; a loss that is not finite ends the run, its batch saved.
@@ -102,9 +104,11 @@ class StreamTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):  # waits for the device, once per micro-batch
             step = self.state.global_step + 1
-            path = Path(self.args.output_dir, f"not-finite-step{step}-process{self.args.process_index}.pt")
+            path = Path(self.args.output_dir or ".", f"not-finite-step{step}-process{self.args.process_index}.pt")
             torch.save({**inputs, "place": self.place, "loss": loss.item()}, path)
-            raise FloatingPointError(f"loss: expected a finite value, got {loss.item()} at step {step}; batch in {path}")
+            raise FloatingPointError(
+                f"loss: expected a finite value, got {loss.item()} at step {step}; batch in {path}"
+            )
         return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -115,12 +119,18 @@ class StreamTrainer(Trainer):
             tokens = steps * self.settings["rows_per_step"] * self.settings["length"]
             logs["tokens_per_second"] = tokens / seconds
             if self._flops_of is not None:
-                done = self.accelerator.reduce(torch.tensor(self._flops, device=self.args.device), "mean")
-                logs["mfu"] = float(done) / seconds / self._peak
+                logs["mfu"] = self._reduced(self._flops, "mean") / seconds / self._peak
             logs["memory_gb"] = self._memory() / 1e9
             logs["eta_minutes"] = seconds / steps * (self.state.max_steps - self.state.global_step) / 60
             self._clock, self._clock_step, self._flops = now, self.state.global_step, 0.0
         super().log(logs, *args, **kwargs)
+
+    def _reduced(self, value: float, how: str) -> float:
+        """The "mean" or "sum" of a number over the processes."""
+        if self.args.world_size == 1:
+            return value
+        every: Any = self.accelerator.reduce(torch.tensor(value, device=self.args.device), how)
+        return every.item()
 
     def _memory(self) -> int:
         """Peak bytes: of the device's allocations, or on a CPU of the process."""
@@ -142,7 +152,7 @@ class StreamTrainer(Trainer):
             shutil.rmtree(self._staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-        unlogged = self.accelerator.reduce(self._tr_loss.clone(), "mean").item(), self._globalstep_last_logged
+        unlogged = self._reduced(self._tr_loss.item(), "mean"), self._globalstep_last_logged
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             staged = self._staging / f"checkpoint-{self.state.global_step}"
@@ -167,7 +177,7 @@ class _Steps(TrainerCallback):
         self.trainer, self.terminated = trainer, False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
+        trainer, args = self.trainer, self.trainer.args
         self.previous = signal.signal(signal.SIGTERM, self._note)
         if state.global_step and not trainer.finished:
             loss, trainer._globalstep_last_logged = trainer._unlogged
@@ -177,7 +187,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = float(self.trainer.place["passes"])
-        if self._agreed(args):
+        if self.trainer._reduced(self.terminated, "sum"):  # all processes stop after the same step
             self.trainer.interrupted = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -185,10 +195,3 @@ class _Steps(TrainerCallback):
 
     def _note(self, *_) -> None:
         self.terminated = True  # nothing else in a signal handler: the step is finished first
-
-    def _agreed(self, args: RunArguments) -> bool:
-        """Whether any process was told to end: all of them stop after the same step."""
-        if args.world_size == 1:
-            return self.terminated
-        flag = torch.tensor(float(self.terminated), device=args.device)
-        return bool(self.trainer.accelerator.reduce(flag, "sum") > 0)

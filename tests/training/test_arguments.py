@@ -56,7 +56,9 @@ def test_configurations_make_models_of_the_right_size(name: str):
 def test_fields_over_a_file(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("preset: gla_340m\ntokenizer: bytes\nmax_steps: 5\nlearning_rate: 5e-3\nfreeze: [a.*, b]\n")
-    model, data, run = parse([str(path), "--length", "16", "--max_steps=7", "--bf16", "--config", '{"vocab_size": 300}'])
+    model, data, run = parse(
+        [str(path), "--length", "16", "--max_steps=7", "--bf16", "--config", '{"vocab_size": 300}']
+    )
     assert (data.length, run.max_steps, run.learning_rate, run.bf16) == (16, 7, 0.005, True)
     assert (model.config, model.freeze, run.output_dir) == ({"vocab_size": 300}, ["a.*", "b"], "runs/mine")
 

@@ -292,7 +292,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
-        if skip_logits:
+        if skip_logits and labels is not None:
             loss: Any = next_token_loss(
                 outputs.last_hidden_state, self.lm_head.weight, labels, kwargs.get("num_items_in_batch")
             )

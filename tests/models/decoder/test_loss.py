@@ -36,7 +36,9 @@ def test_it_is_the_cross_entropy_of_the_logits(items: int | None):
     hidden, weight, labels = operands()
     value = loss.next_token_loss(hidden, weight, labels, items)
     logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
-    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / (items or (labels[:, 1:] != -100).sum())
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / (
+        items or (labels[:, 1:] != -100).sum()
+    )
     torch.testing.assert_close(value, expected)
     grads, wanted = (torch.autograd.grad(x, (hidden, weight)) for x in (value, expected))
     torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-6)
