@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,9 +97,16 @@ class RunArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         # Batches are packed, counted and divided between processes by us; a stream is resumed, never replayed.
         self.remove_unused_columns, self.prediction_loss_only, self.ignore_data_skip = False, True, True
-        super().__post_init__()
+        with warnings.catch_warnings():  # the new name, activation_checkpointing, is unknown before transformers 5.23
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError(f"max_steps: expected a positive number (the data is a stream), got {self.max_steps}")
+        if self.n_gpu > 1:  # Trainer would split packed rows between them
+            raise ValueError(
+                f"expected one GPU per process, got {self.n_gpu}: start with torchrun --nproc-per-node {self.n_gpu} "
+                "-m hybridattn.training.train, or choose one by CUDA_VISIBLE_DEVICES"
+            )
         if self.dataloader_num_workers not in (0, 1):
             raise ValueError(f"dataloader_num_workers: expected 0 or 1, got {self.dataloader_num_workers}")
         if self.load_best_model_at_end or self.auto_find_batch_size:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..layers import LinearAttention, ShortConvolution, SoftmaxAttention
-from ..layers.decayed_linear_attention import DecayedLinearAttention
+from hybridattn.layers import LinearAttention, ShortConvolution, SoftmaxAttention
+from hybridattn.layers.decayed_linear_attention import DecayedLinearAttention
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
@@ -41,7 +42,7 @@ class StreamTrainer(Trainer):
         super().__init__(**kwargs, data_collator=_single)
         self.batches, self.settings = batches, settings
         self.place: dict[str, Any] = {}
-        self.interrupted = self.finished = False
+        self.interrupted = self.finished = self._terminated = False
         self._staging: Path | None = None
         self._unlogged = (0.0, 0)  # loss since the last log line, and that line's step, of a resumed run
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -71,7 +72,11 @@ class StreamTrainer(Trainer):
             self.place, self._unlogged = kept["place"], tuple(kept["unlogged"])
             self.batches.place = Place(**self.place)
             self.finished = int(checkpoint.name.rpartition("-")[2]) >= self.args.max_steps
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        before = signal.signal(signal.SIGTERM, self._note_termination)
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by accelerate: batches are those of this process already, and know their place."""
@@ -125,6 +130,9 @@ class StreamTrainer(Trainer):
             self._clock, self._clock_step, self._flops = now, self.state.global_step, 0.0
         super().log(logs, *args, **kwargs)
 
+    def _note_termination(self, *_) -> None:
+        self._terminated = True  # nothing else in a signal handler: the step is finished first
+
     def _reduced(self, value: float, how: str) -> float:
         """The "mean" or "sum" of a number over the processes."""
         if self.args.world_size == 1:
@@ -144,7 +152,9 @@ class StreamTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, aside; with the data's place, and renamed when all processes are done."""
-        if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        trained: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parts = (x.to_local() if isinstance(x, DTensor) else x for x in trained)  # FSDP: this process's
+        if not all(part.isfinite().all() for part in parts):
             raise FloatingPointError(f"parameters: expected finite values, got others at step {self.state.global_step}")
         folder = Path(super()._get_output_dir(trial))
         self._staging = folder / checkpoints.STAGING
@@ -174,11 +184,10 @@ class _Steps(TrainerCallback):
     """What has to happen between steps."""
 
     def __init__(self, trainer: StreamTrainer):
-        self.trainer, self.terminated = trainer, False
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, args = self.trainer, self.trainer.args
-        self.previous = signal.signal(signal.SIGTERM, self._note)
         if state.global_step and not trainer.finished:
             loss, trainer._globalstep_last_logged = trainer._unlogged
             trainer._tr_loss += loss
@@ -187,11 +196,5 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = float(self.trainer.place["passes"])
-        if self.trainer._reduced(self.terminated, "sum"):  # all processes stop after the same step
+        if self.trainer._reduced(float(self.trainer._terminated), "sum"):  # all processes stop after the same step
             self.trainer.interrupted = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous)
-
-    def _note(self, *_) -> None:
-        self.terminated = True  # nothing else in a signal handler: the step is finished first

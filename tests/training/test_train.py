@@ -107,6 +107,7 @@ def test_a_step_does_not_depend_on_how_it_is_divided(train, curve, whole):
 def test_two_processes_train_to_the_same_loss(tiny: Path, curve, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     options = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1"]
+    options += ["--eval_strategy", "steps", "--eval_steps", "6", "--eval_data", "python", "--eval_rows", "5"]
     done = subprocess.run(
         [*command, "hybridattn.training.train", str(tiny), *options],
         capture_output=True,
@@ -140,12 +141,12 @@ def test_log_lines(train, tmp_path):
     for line in (line for line in history if "loss" in line):
         assert all(line[key] > 0 for key in ("tokens_per_second", "mfu", "memory_gb", "learning_rate", "grad_norm"))
         assert line["eta_minutes"] >= 0
-        assert line["epoch"] == 0  # complete passes over the documents
+        assert line["epoch"] in (0, 1)  # complete passes over the documents
     assert sum("eval_loss" in line for line in history) == 2
     assert list((tmp_path / "logged" / "runs").rglob("events.out.*"))
 
 
-@pytest.mark.parametrize("option", ["--torch_compile", "--activation_checkpointing", "--bf16"])
+@pytest.mark.parametrize("option", ["--torch_compile", "--gradient_checkpointing", "--bf16"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")
 def test_ways_to_run(train, curve, whole, option: str):
     if option == "--torch_compile":
@@ -155,6 +156,7 @@ def test_ways_to_run(train, curve, whole, option: str):
     assert curve("other")[0][1] == pytest.approx(curve("whole")[0][1], rel=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
 def test_lora_improves_on_another_text_and_merges(whole, tmp_path, capsys):
     text = tmp_path / "second.txt"
     text.write_text("abc" * 2000)
