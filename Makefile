@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 # from whatever else runs on the machine.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test test-oldest lint clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,16 @@ ifeq ($(ARGS),)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpreter
 endif
 
+# The models with the oldest transformers that is supported, in a virtual environment of its own.
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),tests/models)
+
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed -e '/^transformers==/d' -e '/^huggingface_hub==/d' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt 'transformers==5.17.*' -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis
 	find hybridattn tests -name __pycache__ -type d -prune -exec rm -rf {} +

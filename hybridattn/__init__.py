@@ -34,7 +34,26 @@ if TYPE_CHECKING:
         TaylorLinearAttention,
         decay_slopes,
     )
-    from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM, HybridAttnModel
+    from hybridattn.models.decoder import (
+        HybridAttnConfig,
+        HybridAttnForCausalLM,
+        HybridAttnForSequenceClassification,
+        HybridAttnModel,
+    )
+    from hybridattn.models.families import (
+        HybridAttnBasedConfig,
+        HybridAttnBasedForCausalLM,
+        HybridAttnBasedForSequenceClassification,
+        HybridAttnBasedModel,
+        HybridAttnGLAConfig,
+        HybridAttnGLAForCausalLM,
+        HybridAttnGLAForSequenceClassification,
+        HybridAttnGLAModel,
+        HybridAttnJRTConfig,
+        HybridAttnJRTForCausalLM,
+        HybridAttnJRTForSequenceClassification,
+        HybridAttnJRTModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -63,7 +82,20 @@ _MODULES = {
     "decay_slopes": "hybridattn.layers",
     "HybridAttnConfig": "hybridattn.models.decoder",
     "HybridAttnForCausalLM": "hybridattn.models.decoder",
+    "HybridAttnForSequenceClassification": "hybridattn.models.decoder",
     "HybridAttnModel": "hybridattn.models.decoder",
+    "HybridAttnGLAConfig": "hybridattn.models.families",
+    "HybridAttnGLAForCausalLM": "hybridattn.models.families",
+    "HybridAttnGLAForSequenceClassification": "hybridattn.models.families",
+    "HybridAttnGLAModel": "hybridattn.models.families",
+    "HybridAttnBasedConfig": "hybridattn.models.families",
+    "HybridAttnBasedForCausalLM": "hybridattn.models.families",
+    "HybridAttnBasedForSequenceClassification": "hybridattn.models.families",
+    "HybridAttnBasedModel": "hybridattn.models.families",
+    "HybridAttnJRTConfig": "hybridattn.models.families",
+    "HybridAttnJRTForCausalLM": "hybridattn.models.families",
+    "HybridAttnJRTForSequenceClassification": "hybridattn.models.families",
+    "HybridAttnJRTModel": "hybridattn.models.families",
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the table above)
@@ -91,7 +123,20 @@ __all__ = [  # noqa: RUF022 (in the order of the table above)
     "decay_slopes",
     "HybridAttnConfig",
     "HybridAttnForCausalLM",
+    "HybridAttnForSequenceClassification",
     "HybridAttnModel",
+    "HybridAttnGLAConfig",
+    "HybridAttnGLAForCausalLM",
+    "HybridAttnGLAForSequenceClassification",
+    "HybridAttnGLAModel",
+    "HybridAttnBasedConfig",
+    "HybridAttnBasedForCausalLM",
+    "HybridAttnBasedForSequenceClassification",
+    "HybridAttnBasedModel",
+    "HybridAttnJRTConfig",
+    "HybridAttnJRTForCausalLM",
+    "HybridAttnJRTForSequenceClassification",
+    "HybridAttnJRTModel",
     "__version__",
 ]
 
@@ -113,7 +158,7 @@ def _register_auto_classes(_module: Any) -> None:
     transformers has no plug-ins. Its configuration_auto is the one module that can be waited for: by the time
     modeling_auto is loaded, importing model code runs into transformers' own circular imports.
     """
-    import_module("hybridattn.models.decoder.configuration")
+    import_module("hybridattn.models.families.registration")
 
 
 wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_auto_classes)

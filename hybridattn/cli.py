@@ -91,6 +91,7 @@ def info(
 
     from hybridattn.models.decoder import HybridAttnForCausalLM
     from hybridattn.models.decoder.accounting import cache_spec
+    from hybridattn.models.presets import PUBLISHED
 
     config = _load_config(model)
     with torch.device("meta"):
@@ -115,6 +116,8 @@ def info(
         start = end + 1
     table.add_section()
     table.add_row("model", "", _parameters(net), *map(_state, specs))
+    if model in PUBLISHED:
+        table.add_row("published", "", *PUBLISHED[model])
     Console().print(table)
 
 
@@ -136,7 +139,7 @@ def _load_config(model: str) -> "HybridAttnConfig":
     from hybridattn.models.presets import PRESETS
 
     if model in PRESETS:
-        return HybridAttnConfig(**PRESETS[model])
+        return PRESETS[model]()
     if not Path(model, "config.json").is_file():
         raise ValueError(f"expected a folder with config.json or one of the presets {sorted(PRESETS)}, got {model!r}")
     config = AutoConfig.from_pretrained(model)
@@ -152,6 +155,18 @@ def _bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} GB"
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder with GLA of flash-linear-attention, or a released BASED.")],
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Rewrite a checkpoint of another library to this library's configuration and names."""
+    from hybridattn.models import convert as conversion
+
+    model = conversion.convert(source, target)
+    print(f"{target}: {len(model.config.mixers)} layers, {model.num_parameters():,} parameters")
 
 
 @app.command()

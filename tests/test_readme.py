@@ -24,7 +24,16 @@ def test_commands_exist(run_python):
     verbs = set(
         re.findall(r"^    hybridattn ((?:kernels )?[a-z]+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     )
-    kernels = {"kernels bench", "kernels check", "kernels compile", "kernels tune"}
-    assert verbs == {"demo", "train", "info", "env"} | kernels
+    assert verbs == {
+        "convert",
+        "demo",
+        "info",
+        "train",
+        "kernels bench",
+        "kernels check",
+        "kernels compile",
+        "kernels tune",
+        "env",
+    }
     for verb in verbs:
         run_python(f"from hybridattn.cli import main; main({[*verb.split(), '--help']!r})")

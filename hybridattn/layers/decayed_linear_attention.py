@@ -8,17 +8,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, is_step, normalize, positive, store
+from .mixer import (
+    Cache,
+    CacheSpec,
+    TokenMixer,
+    check_rows,
+    is_step,
+    keep_state,
+    kept_state,
+    normalize,
+    positive,
+    store,
+)
 from .rotary import apply_rotary, token_positions
+from .short_convolution import ShortConvolution
 
 
 class DecayedLinearAttention(TokenMixer):
     """``W_o (gate(W_g x) * norm(o))``, o being linear attention with decay of q, k and v = act(W x).
 
     A subclass says what the decay is (``log_decay``) and which ``gate``, ``activation`` and norm (``g_norm``, of a
-    head's values [V] or of all [H,V]) it has.
+    head's values [V] or of all [H,V]) it has. With ``conv_size`` taps, q, k and v each pass a short convolution first.
 
-    The cache holds the fp32 state [N,H,K,V] and, with rotary positions, the number of tokens [N] in it.
+    The cache holds the state [N,H,K,V], the last inputs of convolutions and, with rotary positions, the number
+    of tokens [N] in it.
     """
 
     gate: Callable[[Tensor], Tensor] = staticmethod(F.silu)
@@ -32,6 +45,7 @@ class DecayedLinearAttention(TokenMixer):
         value_dim: int,
         rope_theta: float | None = None,
         backend: str | None = None,
+        conv_size: int | None = None,
     ):
         super().__init__()
         self.num_heads, self.backend, self.rope_theta = positive("num_heads", num_heads), backend, rope_theta
@@ -44,6 +58,10 @@ class DecayedLinearAttention(TokenMixer):
         self.v_proj = nn.Linear(hidden_size, values, bias=False)
         self.g_proj = nn.Linear(hidden_size, values, bias=False)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
+        self.q_conv, self.k_conv, self.v_conv = (
+            None if conv_size is None else ShortConvolution(size, conv_size, activation="silu", cache_name=name)
+            for name, size in (("q_conv", keys), ("k_conv", keys), ("v_conv", values))
+        )
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         """Natural log <= 0 of the decay: [H], [B,T,H] or [B,T,H,K]."""
@@ -53,7 +71,10 @@ class DecayedLinearAttention(TokenMixer):
         return q, k, v
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        spec: CacheSpec = {"state": ((batch_size, self.num_heads, self.key_dim, self.value_dim), torch.float32)}
+        state = (batch_size, self.num_heads, self.key_dim, self.value_dim)
+        spec: CacheSpec = {"state": (state, self.state_dtype or torch.float32)}
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            spec |= {} if conv is None else conv.cache_spec(batch_size, tokens, dtype)
         return spec if self.rope_theta is None else {**spec, "lengths": ((batch_size,), torch.int64)}
 
     def forward(
@@ -64,14 +85,21 @@ class DecayedLinearAttention(TokenMixer):
         cache: Cache | None = None,
     ) -> Tensor:
         check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
-        q, k, v = self.activation(*(p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)))
-        q, k, v = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (q, k, v))
+        q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
+        q, k, v = (
+            x if conv is None else conv(x, cu_seqlens=cu_seqlens, cache=cache)
+            for x, conv in zip((q, k, v), convolutions, strict=True)
+        )
+        q, k, v = self.activation(q, k, v)
+        q, k = (rearrange(x, "b t (h d) -> b t h d", d=self.key_dim) for x in (q, k))
+        v = rearrange(v, "b t (h d) -> b t h d", d=self.value_dim)
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = token_positions(hidden_states, cu_seqlens, cache)
             q, k = (apply_rotary(x, position_ids, self.rope_theta) for x in (q, k))
         g = self.log_decay(hidden_states)
-        state = cache.get("state") if cache is not None else None
+        state = kept_state(cache, "state") if cache is not None and "state" in cache else None
         if state is not None and is_step(hidden_states, cu_seqlens):
             o = gated_linear_attention_step(q, k, v, g, state, backend=self.backend)
         else:
@@ -85,8 +113,8 @@ class DecayedLinearAttention(TokenMixer):
                 cu_seqlens=cu_seqlens,
                 backend=self.backend,
             )
-            if cache is not None and state is not None:
-                store(cache, "state", state)
+        if cache is not None and state is not None:
+            keep_state(cache, "state", state, self.state_dtype)
         if cache is not None and self.rope_theta is not None:
             _count(cache, hidden_states, cu_seqlens)
         o = rearrange(normalize(self.g_norm, o), "b t h d -> b t (h d)")

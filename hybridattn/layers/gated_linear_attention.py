@@ -67,10 +67,12 @@ class GatedLinearAttention(DecayedLinearAttention):
         gate_rank: of the gate per channel: inner dimension of its low-rank projection.
         gate_normalizer: of the gate per channel: the log-decay is ``logsigmoid(gate) / gate_normalizer``.
         gate_bias_range: of the gate per channel: its bias starts uniform between these; at zero by default.
+        gate_min: least log-decay that a gate can have, at most 0; None is no limit.
+        conv_size: taps of short convolutions of q, k and v, each followed by silu; None is none.
         norm_eps: of the output norm.
         backend: of the operator.
 
-    The cache holds the fp32 state [N,H,K,V].
+    The cache holds the state [N,H,K,V] and the last inputs of the convolutions.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class GatedLinearAttention(DecayedLinearAttention):
         gate_rank: int = 16,
         gate_normalizer: float = 16.0,
         gate_bias_range: Sequence[float] | None = None,
+        gate_min: float | None = None,
+        conv_size: int | None = None,
         norm_eps: float = 1e-5,
         backend: str | None = None,
     ):
@@ -90,22 +94,23 @@ class GatedLinearAttention(DecayedLinearAttention):
             raise ValueError(f"gate_per: expected 'channel' or 'head', got {gate_per!r}")
         if not gate_normalizer > 0:
             raise ValueError(f"gate_normalizer: expected a positive number, got {gate_normalizer!r}")
+        if gate_min is not None and not gate_min <= 0:
+            raise ValueError(f"gate_min: expected a number of at most 0 or None, got {gate_min!r}")
         key_dim = head_size(hidden_size, 2 * positive("num_heads", num_heads)) if key_dim is None else key_dim
         value_dim = head_size(hidden_size, num_heads) if value_dim is None else value_dim
-        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend=backend)
-        self.gate_per, self.gate_normalizer = gate_per, gate_normalizer
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend=backend, conv_size=conv_size)
+        self.gate_per, self.gate_normalizer, self.gate_min = gate_per, gate_normalizer, gate_min
         if gate_per == "head":
             self.gk_proj = HeadDecay(hidden_size, num_heads)
         else:
-            self.gk_proj = nn.Sequential(
-                nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False),
-                UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0)),
-            )
+            self.gk_proj = nn.Sequential()
+            self.gk_proj.down = nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False)
+            self.gk_proj.up = UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0))
         self.g_norm = nn.RMSNorm(value_dim, eps=norm_eps)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
-        gate = self.gk_proj(hidden_states)
-        if self.gate_per == "head":
-            return gate
-        g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_normalizer
-        return rearrange(g, "b t (h d) -> b t h d", h=self.num_heads)
+        g = self.gk_proj(hidden_states)
+        if self.gate_per == "channel":
+            g = F.logsigmoid(g.to(compute_dtype(g))) / self.gate_normalizer
+            g = rearrange(g, "b t (h d) -> b t h d", d=self.key_dim)
+        return g if self.gate_min is None else g.clamp(min=self.gate_min)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import NormalizedState, linear_attention, linear_attention_step
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, positive, store
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, keep_state, kept_state, positive
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 
@@ -28,8 +28,7 @@ class LinearAttention(TokenMixer):
         normalize: divide by the sum of the weights; without it the output is scaled by K^-0.5.
         backend: of the operator.
 
-    The cache holds the fp32 state [N,H,K,V] and, if ``normalize``, the
-    sum of keys [N,H,K].
+    The cache holds the state [N,H,K,V] and, if ``normalize``, the sum of keys [N,H,K].
     """
 
     attend = staticmethod(linear_attention)
@@ -60,8 +59,9 @@ class LinearAttention(TokenMixer):
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         keys = (batch_size, self.num_heads, self.state_dim)
-        spec: CacheSpec = {"state": ((*keys, self.value_dim), torch.float32)}
-        return {**spec, "k_sum": (keys, torch.float32)} if self.normalize else spec
+        kept = self.state_dtype or torch.float32
+        spec: CacheSpec = {"state": ((*keys, self.value_dim), kept)}
+        return {**spec, "k_sum": (keys, kept)} if self.normalize else spec
 
     def forward(
         self,
@@ -79,19 +79,22 @@ class LinearAttention(TokenMixer):
         check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
         phi = FEATURE_MAPS[self.feature_map]
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (rearrange(x, "b t (h d) -> b t h d", h=self.num_heads) for x in (phi(q), phi(k), v))
+        q, k = (rearrange(phi(x), "b t (h d) -> b t h d", d=self.key_dim) for x in (q, k))
+        v = rearrange(v, "b t (h d) -> b t h d", d=self.value_dim)
         options = {"normalize": self.normalize, "backend": self.backend}
         state = None
         if cache is not None and "state" in cache:
-            state = NormalizedState(cache["state"], cache["k_sum"]) if self.normalize else cache["state"]
+            state = kept_state(cache, "state")
+            if self.normalize:
+                state = NormalizedState(state, kept_state(cache, "k_sum"))
         if state is not None and is_step(hidden_states, cu_seqlens):
             o = self.step(q, k, v, state, **options)
         else:
             o, state = attend(
                 q, k, v, initial_state=state, output_final_state=cache is not None, cu_seqlens=cu_seqlens, **options
             )
-            if cache is not None and state is not None:
-                kept = state if isinstance(state, NormalizedState) else (state,)
-                for name, value in zip(("state", "k_sum"), kept, strict=False):
-                    store(cache, name, value)
+        if cache is not None and state is not None:
+            kept = state if isinstance(state, NormalizedState) else (state,)
+            for name, value in zip(("state", "k_sum"), kept, strict=False):
+                keep_state(cache, name, value, self.state_dtype)
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))

@@ -23,7 +23,13 @@ class Cache(dict[str, Tensor]):
 
 
 class TokenMixer(nn.Module):
-    """A layer that mixes tokens of a sequence: hidden_states [B,T,hidden_size] -> the same."""
+    """A layer that mixes tokens of a sequence: hidden_states [B,T,hidden_size] -> the same.
+
+    Attributes:
+        state_dtype: what recurrent states are kept in between calls; None: as computed, in fp32.
+    """
+
+    state_dtype: torch.dtype | None = None
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         """What the cache holds after a prompt of ``tokens`` per sequence, activations being of ``dtype``."""
@@ -66,6 +72,18 @@ def check_rows(cache: Cache | None, name: str, rows: int) -> None:
         raise ValueError(f"cache: expected a hybridattn.layers.Cache or None, got {type(cache).__name__}")
     if cache is not None and name in cache and cache[name].shape[0] != rows:
         raise ValueError(f"cache: expected one made for {rows} sequences, got {cache[name].shape[0]}")
+
+
+def kept_state(cache: Cache, name: str) -> Tensor:
+    """A recurrent state to compute with: the very tensor that is kept if it has the precision, else a copy in fp32."""
+    state = cache[name]
+    return state if state.dtype in (torch.float32, torch.float64) else state.float()
+
+
+def keep_state(cache: Cache, name: str, state: Tensor, dtype: torch.dtype | None) -> None:
+    """Keep a recurrent state that was computed, in ``dtype`` if given."""
+    if state is not cache.get(name):  # a step has updated it in place
+        store(cache, name, state if dtype is None else state.to(dtype))
 
 
 def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -67,7 +67,8 @@ class PrefixLinearAttention(TaylorLinearAttention):
         prefix = _prefix(hidden_states, cu_seqlens, prefix_lengths)
         k = (self.k_prefix_proj or self.k_proj)(prefix)
         v = (self.v_prefix_proj or self.v_proj)(prefix)
-        k, v = (rearrange(x, "n m (h d) -> n m h d", h=self.num_heads) for x in (k, v))
+        k = rearrange(k, "n m (h d) -> n m h d", d=self.key_dim)
+        v = rearrange(v, "n m (h d) -> n m h d", d=self.value_dim)
         attend = partial(prefix_linear_attention, k_prefix=k, v_prefix=v, prefix_lengths=prefix_lengths)
         return self._mix(hidden_states, cu_seqlens, cache, attend)
 

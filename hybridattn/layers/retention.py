@@ -26,7 +26,7 @@ class Retention(DecayedLinearAttention):
         norm_eps: of the output norm.
         backend: of the operator.
 
-    The cache holds the fp32 state [N,H,K,V] and, with rotary positions, the number of tokens [N] in it.
+    The cache holds the state [N,H,K,V] and, with rotary positions, the number of tokens [N] in it.
     """
 
     def __init__(

@@ -19,17 +19,25 @@ class ShortConvolution(TokenMixer):
         kernel_size: taps, the current token included.
         activation: None or ``"silu"``.
         bias: add a bias per channel.
+        cache_name: what the inputs are kept under, where convolutions share a cache.
 
-    The cache holds the last ``kernel_size - 1`` inputs.
+    The weight [D,1,kernel_size] is laid out as in ``nn.Conv1d``. The cache holds the last ``kernel_size - 1`` inputs.
     """
 
-    def __init__(self, hidden_size: int, kernel_size: int = 4, activation: str | None = None, bias: bool = False):
+    def __init__(
+        self,
+        hidden_size: int,
+        kernel_size: int = 4,
+        activation: str | None = None,
+        bias: bool = False,
+        cache_name: str = "conv",
+    ):
         super().__init__()
         if activation not in (None, "silu"):
             raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
         self.hidden_size, self.kernel_size = positive("hidden_size", hidden_size), positive("kernel_size", kernel_size)
-        self.activation = activation
-        self.weight = nn.Parameter(torch.empty(hidden_size, kernel_size))
+        self.activation, self.cache_name = activation, cache_name
+        self.weight = nn.Parameter(torch.empty(hidden_size, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
         self.reset_parameters()
 
@@ -39,7 +47,7 @@ class ShortConvolution(TokenMixer):
             nn.init.zeros_(self.bias)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        return {"conv": ((batch_size, self.kernel_size - 1, self.hidden_size), dtype)}
+        return {self.cache_name: ((batch_size, self.kernel_size - 1, self.hidden_size), dtype)}
 
     def forward(
         self,
@@ -53,8 +61,8 @@ class ShortConvolution(TokenMixer):
         if cu_seqlens is not None:
             check_cu_seqlens("cu_seqlens", cu_seqlens, hidden_states.shape[0], hidden_states.shape[1], False)
         rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        check_rows(cache, "conv", rows)
-        tail = cache.get("conv") if cache is not None else None
+        check_rows(cache, self.cache_name, rows)
+        tail = cache.get(self.cache_name) if cache is not None else None
         if tail is None:
             tail = hidden_states.new_zeros(rows, past, self.hidden_size)
         if cu_seqlens is None:
@@ -63,7 +71,7 @@ class ShortConvolution(TokenMixer):
         else:
             o, tail = self._packed(hidden_states, tail, cu_seqlens)
         if cache is not None:
-            store(cache, "conv", tail)
+            store(cache, self.cache_name, tail)
         return F.silu(o) if self.activation == "silu" else o
 
     def _convolve(self, padded: Tensor) -> Tensor:
@@ -72,9 +80,9 @@ class ShortConvolution(TokenMixer):
             return padded[:, :0]
         weight, bias = self.weight.to(padded.dtype), None if self.bias is None else self.bias.to(padded.dtype)
         if padded.shape[1] == self.kernel_size:  # one token: a convolution call costs several times its arithmetic
-            o = (padded * weight.mT).sum(1, keepdim=True)
+            o = (padded * weight[:, 0].mT).sum(1, keepdim=True)
             return o if bias is None else o + bias
-        return F.conv1d(padded.mT, weight[:, None], bias, groups=self.hidden_size).mT
+        return F.conv1d(padded.mT, weight, bias, groups=self.hidden_size).mT
 
     def _packed(self, hidden_states: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Sequences with their tails before them, end to end; what follows the last one has zeros before it."""

@@ -17,7 +17,7 @@ class TaylorLinearAttention(LinearAttention):
         value_dim: V, per head; hidden_size / num_heads by default.
         backend: of the operator.
 
-    The cache holds the fp32 state [N,H,P,V] and the sum of the features [N,H,P].
+    The cache holds the state [N,H,P,V] and the sum of the features [N,H,P].
     """
 
     attend = staticmethod(taylor_linear_attention)

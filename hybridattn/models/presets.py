@@ -1,23 +1,87 @@
-"""Published and handy shapes, as keyword arguments of ``HybridAttnConfig``."""
+"""Published shapes, by name: ``PRESETS[name]()`` is the configuration, with further fields where they are given."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
-_GLA = {"gla": {"num_heads": 4, "gate_rank": 16, "gate_normalizer": 16.0}}
+from .decoder import HybridAttnConfig
+from .families import HybridAttnBasedConfig, HybridAttnGLAConfig, HybridAttnJRTConfig
+from .families.based import stack
 
-PRESETS: dict[str, dict[str, Any]] = {
+_BASED_1B3 = [1, 6, 11, 16, 21, 27, 33]
+_GLA_340M = {"gla": {"num_heads": 4}, "full": {"num_heads": 16}}
+
+PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
     # Yang et al., "Gated Linear Attention Transformers" (2024), section 5.1
-    "gla_340m": {"hidden_size": 1024, "intermediate_size": 2816, "mixers": ["gla"] * 24, "mixer_options": _GLA},
-    "gla_1b3": {"hidden_size": 2048, "intermediate_size": 5632, "mixers": ["gla"] * 24, "mixer_options": _GLA},
-    "transformer_340m": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "mixers": ["full"] * 24,
-        "mixer_options": {"full": {"num_heads": 16}},
-    },
-    "hybrid_340m": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "mixers": ["full", *["gla"] * 7] * 3,
-        "mixer_options": {**_GLA, "full": {"num_heads": 16}},
-    },
+    "gla_340m": partial(HybridAttnGLAConfig, hidden_size=1024, tie_word_embeddings=True),
+    "gla_1b3": partial(HybridAttnGLAConfig, hidden_size=2048, tie_word_embeddings=True),
+    # Arora et al., "Simple linear attention language models .." (BASED, 2024), table 1, and their attention baselines
+    "based_360m": HybridAttnBasedConfig,
+    "based_1b3": partial(
+        HybridAttnBasedConfig, hidden_size=1792, intermediate_size=3584, mixers=stack(36, _BASED_1B3, "taylor")
+    ),
+    "transformer_360m": partial(
+        HybridAttnConfig,
+        vocab_size=50264,
+        hidden_size=1024,
+        intermediate_size=2816,
+        mixers=["full"] * 24,
+        mixer_options={"full": {"num_heads": 16}},
+    ),
+    "transformer_1b3": partial(
+        HybridAttnConfig,
+        vocab_size=50264,
+        hidden_size=1680,
+        intermediate_size=4608,
+        mixers=["full"] * 36,
+        mixer_options={"full": {"num_heads": 24}},
+    ),
+    # Arora et al., "Just read twice" (JRT-RNN, 2024)
+    "jrt_360m": HybridAttnJRTConfig,
+    "jrt_1b3": partial(
+        HybridAttnJRTConfig, hidden_size=1792, intermediate_size=3584, mixers=stack(36, _BASED_1B3, "prefix")
+    ),
+    # Constant decays, gates per head and softmax layers in the frame of gla_340m
+    "retnet_340m": partial(
+        HybridAttnConfig,
+        hidden_size=1024,
+        intermediate_size=1408,
+        mixers=["retention"] * 24,
+        mixer_options={"retention": {"num_heads": 4}},
+    ),
+    "lightning_340m": partial(
+        HybridAttnConfig,
+        hidden_size=1024,
+        intermediate_size=2496,
+        mixers=["lightning"] * 24,
+        mixer_options={"lightning": {"num_heads": 8}},
+    ),
+    "head_gated_340m": partial(
+        HybridAttnConfig,
+        hidden_size=1024,
+        intermediate_size=2816,
+        mixers=["gla"] * 24,
+        mixer_options={"gla": {"num_heads": 4, "gate_per": "head", "conv_size": 4}},
+    ),
+    "hybrid_340m": partial(
+        HybridAttnConfig,
+        hidden_size=1024,
+        intermediate_size=2816,
+        mixers="1 full : 7 gla",
+        num_hidden_layers=24,
+        mixer_options=_GLA_340M,
+    ),
+}
+
+# What was published of them: parameters, and the state of a sequence, in elements or in bytes of 16-bit numbers. Of
+# BASED that counts both halves of the symmetric features (273 instead of 153 for d' = 16) and three inputs of a
+# convolution instead of two.
+PUBLISHED: dict[str, tuple[str, str]] = {
+    "gla_340m": ("340M", ""),
+    "gla_1b3": ("1.3B", ""),
+    "based_360m": ("360M", "2.83M"),
+    "based_1b3": ("1.35B", "6.90M"),
+    "transformer_360m": ("360M", "98 kB a token"),
+    "transformer_1b3": ("1.33B", "242 kB a token"),
+    "jrt_360m": ("360M", ""),
+    "jrt_1b3": ("1.3B", ""),
 }

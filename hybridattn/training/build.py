@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
+from hybridattn.models.decoder import HybridAttnConfig
 from hybridattn.models.presets import PRESETS
 
 from .arguments import ModelArguments
@@ -72,7 +72,7 @@ def new_config(preset: str | None, options: dict[str, Any]) -> HybridAttnConfig:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
     if unknown := sorted(set(options) - set(HybridAttnConfig().to_dict())):
         raise ValueError(f"config: expected arguments of HybridAttnConfig, got {unknown}")
-    return HybridAttnConfig(**{**(PRESETS[preset] if preset else {}), **options})
+    return (PRESETS[preset] if preset else HybridAttnConfig)(**options)
 
 
 def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
@@ -82,7 +82,7 @@ def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrain
         ValueError: no such model, a pattern that fits no parameter, or adapters that do not fit.
     """
     if arguments.model is None:
-        model: Any = HybridAttnForCausalLM(config)  # pyright: ignore[reportArgumentType]
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(arguments.model, config=config, dtype=torch.float32)

@@ -48,6 +48,7 @@ class Prefixed(PrefixLinearAttention):
 
 MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
+    "gla, short convolutions": lambda: GatedLinearAttention(D, num_heads=2, conv_size=3, gate_min=-0.02),
     "gla, a gate per head": lambda: GatedLinearAttention(D, num_heads=2, gate_per="head"),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
@@ -232,7 +233,7 @@ def test_gated_linear_attention_is_the_published_layer():
     def heads(y: Tensor) -> Tensor:
         return y.unflatten(-1, (2, -1))
 
-    gate = x @ layer.gk_proj[0].weight.T @ layer.gk_proj[1].weight.T + layer.gk_proj[1].bias
+    gate = x @ layer.gk_proj.down.weight.T @ layer.gk_proj.up.weight.T + layer.gk_proj.up.bias
     decay = heads(torch.sigmoid(gate) ** (1 / 16))
     q, k, v = (heads(x @ p.weight.T) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     state, outputs = torch.zeros(2, 3, 6).double(), []

@@ -53,7 +53,7 @@ def test_documents_never_see_each_other(texts: Path):
         hidden_size=16,
         mixers=["gla", "full", "conv"],
         mixer_options={"gla": {"num_heads": 2}, "full": {"num_heads": 2}},
-        conv_size=3,
+        input_conv_size=3,
     )
     model = HybridAttnForCausalLM(config).eval()
     x = next(iter(batches(texts)))

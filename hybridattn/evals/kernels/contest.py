@@ -8,6 +8,7 @@ a right one is timed. One line of JSON per figure, so that a run that was cut of
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,11 @@ from ..report.provenance import provenance
 from ..throughput.measure import timed
 from .check import error, origin
 
-COMPARED = 768  # first tokens of every result that are compared with the reference: all works are causal
+COMPARED = 768  # first tokens of every result that are compared with the reference
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative L2 of operands rounded once
 GPU_LENGTHS, CPU_LENGTHS = (4096, 16384, 1024, 65536), (1024,)  # the most telling first
+SOFTMAX_LENGTHS = (16384, 4096, 32768, 1024)
+CACHES = ((32768, 16), (524288, 1), (4096, 128), (4096, 16), (131072, 4), (32768, 1))  # tokens, batch
 
 Inputs = dict[str, Tensor]
 Call = Callable[..., Tensor]
@@ -51,6 +54,8 @@ class Work(NamedTuple):
         flop: useful operations of a forward pass per token and head, from the shape.
         step: one new token after a state, instead of a sequence.
         cache: one new token whose keys and values are all tokens'; its inputs end with the rows' lengths.
+        window: tokens that one sees, itself included; None is all.
+        causal: no token sees later ones.
         key_dim: K, if not the usual one.
     """
 
@@ -58,6 +63,8 @@ class Work(NamedTuple):
     flop: Callable[[Shape], float]
     step: bool = False
     cache: bool = False
+    window: int | None = None
+    causal: bool = True
     key_dim: int | None = None
 
 
@@ -65,53 +72,69 @@ def _linear_flop(shape: Shape) -> float:
     return 4 * shape.key_dim * shape.value_dim + CHUNK * (shape.key_dim + shape.value_dim)
 
 
+def _softmax(window: int | None = None, causal: bool = True) -> Work:
+    def flop(shape: Shape) -> float:
+        seen = shape.tokens if not causal else shape.tokens / 2 if window is None else min(window, shape.tokens)
+        return 2 * seen * (shape.key_dim + shape.value_dim)
+
+    return Work(None, flop, window=window, causal=causal)
+
+
 WORKS = {
     "gated, per channel": Work(1, _linear_flop),
     "gated step": Work(1, lambda shape: 5 * shape.key_dim * shape.value_dim, step=True),
-    "softmax, causal": Work(None, lambda shape: shape.tokens * (shape.key_dim + shape.value_dim)),
+    "softmax, causal": _softmax(),
     "softmax, one token": Work(None, lambda shape: 2 * (shape.key_dim + shape.value_dim), cache=True),
     "gated, per head": Work(0, _linear_flop),
-    "softmax, window 512": Work(None, lambda s: 2 * min(512, s.tokens) * (s.key_dim + s.value_dim)),
+    "softmax, window 512": _softmax(window=512),
+    "softmax, window 4096": _softmax(window=4096),
+    "softmax, full": _softmax(causal=False),
     "taylor": Work(None, lambda s: 2 * (s.key_dim + 1) * (s.key_dim + 2) * s.value_dim, key_dim=16),
 }
 
 
 def contestants(work: str, device: torch.device, peers: bool) -> Iterator[tuple[str, Call]]:
     """Names and calls: ours first; then, with ``peers``, what is installed and runs on the device."""
-    ours: dict[str, Call] = {
-        "gated, per channel": lambda q, k, v, g: gated_linear_attention(q, k, v, g)[0],
-        "gated step": gated_linear_attention_step,
-        "softmax, causal": flash_attention,
-        "softmax, one token": lambda q, k, v, lengths: flash_decode(q, k, v, cache_lengths=lengths),
-        "softmax, window 512": lambda q, k, v: flash_attention(q, k, v, window=512),
-        "gated, per head": lambda q, k, v, g: gated_linear_attention(q, k, v, g)[0],
-        "taylor": lambda q, k, v: taylor_linear_attention(q, k, v)[0],
-    }
-    yield "hybridattn", ours[work]
-    if peers and work == "softmax, causal":
-        yield from _sdpa(device)
+    yield "hybridattn", ours(work)
+    if peers and work.startswith("softmax") and not WORKS[work].cache:
+        yield from _softmax_peers(WORKS[work], device)
     if peers and work == "softmax, one token":
         yield "SDPA", _sdpa_one_token
     if peers and device.type == "cuda" and find_spec("fla"):
         yield from _flash_linear_attention(work)
 
 
-def _sdpa(device: torch.device) -> Iterator[tuple[str, Call]]:
+def ours(work: str, backend: str | None = None) -> Call:
+    """This library's operator for a work."""
+    chosen = WORKS[work]
+    if chosen.cache:
+        return lambda q, k, v, lengths: flash_decode(q, k, v, cache_lengths=lengths, backend=backend)
+    if work == "gated step":
+        return partial(gated_linear_attention_step, backend=backend)
+    if work.startswith("softmax"):
+        return partial(flash_attention, window=chosen.window, causal=chosen.causal, backend=backend)
+    operator = taylor_linear_attention if work == "taylor" else gated_linear_attention
+    return lambda *x: operator(*x, backend=backend)[0]
+
+
+def _softmax_peers(work: Work, device: torch.device) -> Iterator[tuple[str, Call]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def scaled_dot_product(backend: SDPBackend) -> Call:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=work.causal).transpose(1, 2)
 
         return call
 
-    yield "SDPA flash", scaled_dot_product(SDPBackend.FLASH_ATTENTION)
-    if device.type == "cuda":
+    if work.window is None:
+        yield "SDPA flash", scaled_dot_product(SDPBackend.FLASH_ATTENTION)
+    if work.window is None and device.type == "cuda":
         yield "SDPA cuDNN", scaled_dot_product(SDPBackend.CUDNN_ATTENTION)
         yield "SDPA efficient", scaled_dot_product(SDPBackend.EFFICIENT_ATTENTION)
-        yield "FlexAttention", _flex_attention()
+    if device.type == "cuda":
+        yield "FlexAttention", _flex_attention(work)
 
 
 def _sdpa_one_token(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -120,7 +143,7 @@ def _sdpa_one_token(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _flex_attention() -> Call:
+def _flex_attention(work: Work) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -128,17 +151,19 @@ def _flex_attention() -> Call:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = q.shape[1]
-        if tokens not in masks:
+        if tokens not in masks and work.causal:
+            reach = work.window or tokens
             masks[tokens] = create_block_mask(
-                lambda b, h, t, s: t >= s, None, None, tokens, tokens, device=q.device.type
+                lambda b, h, t, s: (t >= s) & (t - s < reach), None, None, tokens, tokens, device=q.device.type
             )
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return compiled(q, k, v, block_mask=masks[tokens]).transpose(1, 2)  # pyright: ignore
+        return compiled(q, k, v, block_mask=masks.get(tokens)).transpose(1, 2)  # pyright: ignore
 
     return call
 
 
 def _flash_linear_attention(work: str) -> Iterator[tuple[str, Call]]:
+    from fla.ops.attn.parallel import parallel_attn  # pyright: ignore[reportMissingImports]
     from fla.ops.based import parallel_based  # pyright: ignore[reportMissingImports]
     from fla.ops.gla import chunk_gla, fused_recurrent_gla  # pyright: ignore[reportMissingImports]
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
@@ -149,10 +174,13 @@ def _flash_linear_attention(work: str) -> Iterator[tuple[str, Call]]:
         return o
 
     theirs: dict[str, tuple[str, Call]] = {
-        "gated, per channel": ("fla chunk_gla", lambda q, k, v, g: chunk_gla(q, k, v, g)[0]),
+        "gated, per channel": ("fla chunk_gla", lambda q, k, v, g: chunk_gla(q, k, v, g)[0]),  # pyright: ignore[reportCallIssue]
         "gated step": ("fla fused_recurrent_gla", step),
-        "gated, per head": ("fla chunk_simple_gla", lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]),
+        "gated, per head": ("fla chunk_simple_gla", lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]),  # pyright: ignore
         "taylor": ("fla parallel_based", parallel_based),
+        "softmax, causal": ("fla parallel_attn", parallel_attn),
+        "softmax, window 512": ("fla parallel_attn", partial(parallel_attn, window_size=512)),
+        "softmax, window 4096": ("fla parallel_attn", partial(parallel_attn, window_size=4096)),
     }
     if work in theirs:
         yield theirs[work]
@@ -186,21 +214,11 @@ def make_inputs(work: Work, shape: Shape, dtype: torch.dtype, device: torch.devi
 
 
 def first_row(work: Work, x: Inputs) -> Inputs:
-    """The first row in fp64; of a sequence its first tokens, whose outputs what comes later cannot change."""
+    """The first row in fp64; of a sequence its first tokens, or queries where these see later keys."""
     row = {name: value[:1] if name == "lengths" else value[:1].double() for name, value in x.items()}
-    return row if work.step or work.cache else {name: value[:, :COMPARED] for name, value in row.items()}
-
-
-def reference_of(work: str) -> Call:
-    return {
-        "gated, per channel": lambda q, k, v, g: gated_linear_attention(q, k, v, g, backend="reference")[0],
-        "gated, per head": lambda q, k, v, g: gated_linear_attention(q, k, v, g, backend="reference")[0],
-        "gated step": lambda *x: gated_linear_attention_step(*x, backend="reference"),
-        "softmax, causal": lambda q, k, v: flash_attention(q, k, v, backend="reference"),
-        "softmax, window 512": lambda q, k, v: flash_attention(q, k, v, window=512, backend="reference"),
-        "softmax, one token": lambda q, k, v, n: flash_decode(q, k, v, cache_lengths=n, backend="reference"),
-        "taylor": lambda q, k, v: taylor_linear_attention(q, k, v, backend="reference")[0],
-    }[work]
+    if work.step or work.cache:
+        return row
+    return {name: value[:, :COMPARED] if work.causal or name == "q" else value for name, value in row.items()}
 
 
 def wrong_by(name: str, call: Call, x: Inputs) -> float:
@@ -210,15 +228,16 @@ def wrong_by(name: str, call: Call, x: Inputs) -> float:
     if work.step or work.cache:
         big = {key: value.clone() for key, value in x.items()}
         with torch.no_grad():
-            expected, actual = reference_of(name)(*small.values()), call(*big.values())
+            expected, actual = ours(name, "reference")(*small.values()), call(*big.values())
         return error(actual[:1], expected)
     results = []
-    for run, inputs in ((reference_of(name), small), (call, x)):
+    for run, inputs in ((ours(name, "reference"), small), (call, x)):
         leaves = [value.detach().requires_grad_() for value in inputs.values()]
         o = run(*leaves)[:1, :COMPARED]
         do = torch.cos(torch.arange(o.numel(), device=o.device)).view(o.shape)
         gradients = torch.autograd.grad(o, leaves, do.to(o.dtype))
-        results.append([o.detach(), *(gradient[:1, :COMPARED] for gradient in gradients)])
+        compared = (gradient[:1, : like.shape[1]] for gradient, like in zip(gradients, small.values(), strict=True))
+        results.append([o.detach(), *compared])
     return max(error(actual, expected) for expected, actual in zip(*results, strict=True))
 
 
@@ -236,7 +255,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, samples: int) -
         times = [start.elapsed_time(end) / 1e3 for start, end in events]
     else:
         times = [timed(call) for _ in range(samples)]
-    tenths = statistics.quantiles(times, n=10)
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
     return {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1], "samples": samples}
 
 
@@ -288,18 +307,27 @@ def measure(
 
 
 def plan(device: torch.device) -> Iterator[tuple[str, Shape]]:
-    """Works and shapes: about as many tokens at every length on a GPU, and a step for a large batch."""
-    on_gpu = device.type == "cuda"
-    dim, heads = (128, 16) if on_gpu else (64, 4)
-    for tokens in GPU_LENGTHS if on_gpu else CPU_LENGTHS:
+    """Works and shapes; on a GPU about as many tokens at every length, and steps for several batches."""
+    if device.type != "cuda":
+        for tokens in CPU_LENGTHS:
+            for name, work in WORKS.items():
+                shape = Shape(1, tokens, 4, work.key_dim or 64, 64)
+                yield name, shape._replace(batch=8, tokens=1) if work.step else shape
+        return
+    for tokens in GPU_LENGTHS:
         for name, work in WORKS.items():
-            batch = max(1, 32768 // tokens) if on_gpu else 1
-            shape = Shape(batch, tokens, heads, work.key_dim or dim, dim)
-            if not work.step:
-                yield name, shape
-            elif tokens == GPU_LENGTHS[0] or not on_gpu:
-                for batch in (64, 256, 1) if on_gpu else (8,):
-                    yield name, shape._replace(batch=batch, tokens=1)
+            if not work.step and not name.startswith("softmax"):
+                yield name, Shape(max(1, 32768 // tokens), tokens, 16, work.key_dim or 128, 128)
+    for batch in (64, 256, 1):
+        yield "gated step", Shape(batch, 1, 16, 128, 128)
+    for heads, dim in ((16, 128), (32, 64)):
+        for tokens in SOFTMAX_LENGTHS:
+            for name in ("softmax, causal", "softmax, full"):
+                yield name, Shape(max(1, 32768 // tokens), tokens, heads, dim, dim)
+        for name in ("softmax, window 512", "softmax, window 4096"):
+            yield name, Shape(1, 32768, heads, dim, dim)
+    for tokens, batch in CACHES:
+        yield "softmax, one token", Shape(batch, tokens, 16, 128, 128)
 
 
 def run(device: str, peers: bool, samples: int = 15, out: Path | None = None) -> Path:

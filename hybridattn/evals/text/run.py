@@ -27,7 +27,7 @@ OPTIONS = {
         "gla": {"num_heads": 2, "key_dim": 32, "gate_rank": 16, "gate_bias_range": [0.0, 4.0]},
         "window": {"num_heads": 2, "window": 64},
     },
-    "conv_size": 4,
+    "input_conv_size": 4,
     "mlp": "swiglu",
     "intermediate_size": 344,
     "initializer": "fan_in",

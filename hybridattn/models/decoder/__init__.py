@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .configuration import HybridAttnConfig
-    from .modeling import HybridAttnForCausalLM, HybridAttnModel
+    from .modeling import HybridAttnForCausalLM, HybridAttnForSequenceClassification, HybridAttnModel
 
-__all__ = ["HybridAttnConfig", "HybridAttnForCausalLM", "HybridAttnModel"]
+__all__ = ["HybridAttnConfig", "HybridAttnForCausalLM", "HybridAttnForSequenceClassification", "HybridAttnModel"]
 
 
 def __getattr__(name: str) -> Any:

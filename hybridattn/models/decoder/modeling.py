@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -18,7 +18,6 @@ from transformers.utils.output_capturing import capture_outputs
 from ...kernels.runtime.checks import reads_values
 from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
 from ...layers.gated_linear_attention import HeadDecay, UniformBiasLinear
-from ...layers.mixer import Cache as MixerCache
 from ...layers.mixer import CacheSpec
 from ...layers.slopes import Slopes
 from ..packing import Packing
@@ -49,7 +48,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         name = config.mixers[layer_idx]
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.conv = None if config.conv_size is None else ShortConvolution(config.hidden_size, config.conv_size)
+        self.conv = None
+        if config.input_conv_size is not None:
+            self.conv = ShortConvolution(config.hidden_size, config.input_conv_size, cache_name="input_conv")
         self.mixer = build_mixer(
             name,
             config.hidden_size,
@@ -58,17 +59,16 @@ class DecoderLayer(GradientCheckpointingLayer):
             layer_idx=layer_idx,
             num_layers=len(config.mixers),
         )
+        self.mixer.state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
         self.mlp = None
         if config.intermediate_size is not None:
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        """The mixer's, and the input convolution's under names of its own."""
-        spec = dict(self.mixer.cache_spec(batch_size, tokens, dtype))
-        for name, kept in ({} if self.conv is None else self.conv.cache_spec(batch_size, tokens, dtype)).items():
-            spec["input_" + name] = kept
-        return spec
+        """The mixer's and the input convolution's."""
+        spec = self.mixer.cache_spec(batch_size, tokens, dtype)
+        return spec if self.conv is None else spec | self.conv.cache_spec(batch_size, tokens, dtype)
 
     def forward(
         self,
@@ -84,7 +84,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         if packing is not None:
             x, cu_seqlens = packing.pack(x), packing.cu_seqlens
         if self.conv is not None:
-            x = x + _convolve(self.conv, x, cu_seqlens, cache)
+            x = x + self.conv(x, cu_seqlens=cu_seqlens, cache=cache)
         prefix = {"prefix_lengths": prefix_lengths} if isinstance(self.mixer, PrefixLinearAttention) else {}
         x = self.mixer(x, cu_seqlens=cu_seqlens, position_ids=position_ids, cache=cache, **prefix)
         if packing is not None:
@@ -95,18 +95,6 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-def _convolve(conv: ShortConvolution, x: Tensor, cu_seqlens: Tensor | None, cache: MixerCache | None) -> Tensor:
-    """The input convolution, its cache kept apart from that of a mixer with a convolution of its own."""
-    if cache is None:
-        return conv(x, cu_seqlens=cu_seqlens)
-    own = MixerCache()
-    if "input_conv" in cache:
-        own["conv"] = cache["input_conv"]
-    x = conv(x, cu_seqlens=cu_seqlens, cache=own)
-    cache["input_conv"] = own["conv"]
-    return x
-
-
 class HybridAttnPreTrainedModel(PreTrainedModel):
     config_class = HybridAttnConfig
     base_model_prefix = "model"
@@ -115,6 +103,10 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
     _can_record_outputs = {"hidden_states": DecoderLayer}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Nothing: transformers would copy this file into checkpoints, where it cannot be imported."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -178,6 +170,8 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             prefix_lengths: integers [N], of a row's first real tokens, which ``prefix`` mixers read both ways; with a
                 cache in the first call only. ``generate`` takes them too.
         """
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError("output_attentions: expected False (no mixer forms its attention weights), got True")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
         hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -236,10 +230,13 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HybridAttnConfig):
         super().__init__(config)
-        self.model = HybridAttnModel(config)
+        self.model: HybridAttnModel = AutoModel.from_config(config)  # of the configuration's family
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -316,5 +313,10 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         return model_kwargs
 
 
+class HybridAttnForSequenceClassification(GenericForSequenceClassification, HybridAttnPreTrainedModel):
+    """The decoder with a classifier on the last token of every row that is not ``config.pad_token_id``."""
+
+
 AutoModel.register(HybridAttnConfig, HybridAttnModel, exist_ok=True)
 AutoModelForCausalLM.register(HybridAttnConfig, HybridAttnForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(HybridAttnConfig, HybridAttnForSequenceClassification, exist_ok=True)

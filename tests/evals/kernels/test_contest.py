@@ -101,11 +101,15 @@ def test_a_wrong_gradient_is_seen():
 
 
 def test_the_plan_has_every_work_and_the_lengths_of_the_goals():
-    for device, lengths in ((CPU, CPU_LENGTHS), (torch.device("cuda"), (1024, 4096, 16384, 65536))):
+    linear, softmax, caches = {1024, 4096, 16384, 65536}, {1024, 4096, 16384, 32768}, {4096, 32768, 131072, 524288}
+    for device, expected in ((CPU, [set(CPU_LENGTHS)] * 4), (torch.device("cuda"), [linear, softmax, {32768}, caches])):
         planned = list(plan(device))
         assert {name for name, _ in planned} == set(WORKS)
-        assert {shape.tokens for name, shape in planned if not WORKS[name].step} == set(lengths)
         assert len(set(planned)) == len(planned)
+        for work, lengths in zip(
+            ("gated, per channel", "softmax, full", "softmax, window 4096", "softmax, one token"), expected, strict=True
+        ):
+            assert {shape.tokens for name, shape in planned if name == work} == lengths
 
 
 def test_bad_options():

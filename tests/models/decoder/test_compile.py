@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
         hidden_size=16,
         mixers=STACKS[request.param],
         mixer_options=OPTIONS,
-        conv_size=3 if request.param == "hybrid" else None,
+        input_conv_size=3 if request.param == "hybrid" else None,
         initializer="fan_in",
     )
     return HybridAttnForCausalLM(config).eval()

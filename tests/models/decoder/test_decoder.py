@@ -14,6 +14,7 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.decoder.accounting import cache_bytes, cache_elements, cache_spec
 from hybridattn.models.decoder.cache import allocated_bytes
 from hybridattn.models.decoder.mixers import MIXERS
+from hybridattn.models.families import HybridAttnBasedConfig, HybridAttnGLAConfig, HybridAttnJRTConfig
 
 VOCAB, PAD, LENGTHS, TOKENS = 40, 0, (23, 17, 1), 23
 OPTIONS = {
@@ -28,8 +29,8 @@ OPTIONS = {
 }
 STACKS: dict[str, dict[str, Any]] = {
     **{name: {"mixers": [name, name]} for name in MIXERS},
-    "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "conv_size": 4},
-    "prefix hybrid": {"mixers": ["conv", "prefix", "window", "prefix"], "conv_size": 3},
+    "hybrid": {"mixers": ["conv", "gla", "window", "full", "linear"], "input_conv_size": 4},
+    "prefix hybrid": {"mixers": ["conv", "prefix", "window", "prefix"], "input_conv_size": 3},
     "options": {
         "mixers": ["full", "window", "gla"],
         "mixer_options": {
@@ -45,6 +46,24 @@ STACKS: dict[str, dict[str, Any]] = {
         },
     },
     "no mlp": {"mixers": ["full", "gla"], "mlp": "none"},
+    "pattern, short convolutions": {
+        "mixers": "1 window : 2 gla",
+        "num_hidden_layers": 3,
+        "mixer_options": {
+            "gla": {"num_heads": 2, "conv_size": 3, "gate_min": -0.5, "gate_bias_range": [-40.0, 4.0]},
+            "window": {"num_heads": 2, "window": 5},
+        },
+    },
+}
+GLA: dict[str, Any] = {"num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 32}
+FAMILIES: dict[str, tuple[type[HybridAttnConfig], dict[str, Any]]] = {
+    "gla family": (HybridAttnGLAConfig, GLA),
+    "gla family, options": (
+        HybridAttnGLAConfig,
+        {**GLA, "use_short_conv": True, "clamp_min": -0.1, "attn": {"layers": [1], "num_heads": 2, "window_size": 5}},
+    ),
+    "based family": (HybridAttnBasedConfig, {"mixers": ["conv", "taylor", "window"], "mixer_options": OPTIONS}),
+    "jrt family": (HybridAttnJRTConfig, {"mixers": ["conv", "prefix", "window"], "mixer_options": OPTIONS}),
 }
 
 
@@ -52,17 +71,25 @@ def make_config(stack: str, **changes: Any) -> HybridAttnConfig:
     options = {
         "vocab_size": VOCAB,
         "hidden_size": 16,
-        "mixer_options": OPTIONS,
         "initializer": "fan_in",
         "pad_token_id": PAD,
+        "bos_token_id": None,
         "eos_token_id": 1,
     }
-    return HybridAttnConfig(**{**options, **STACKS[stack], **changes})
+    if stack in FAMILIES:
+        family, fields = FAMILIES[stack]
+        return family(**{**options, "intermediate_size": 32, **fields, **changes})
+    return HybridAttnConfig(**{**options, "mixer_options": OPTIONS, **STACKS[stack], **changes})
 
 
-@pytest.fixture(params=STACKS)
+def build(config: HybridAttnConfig, **changes: Any) -> HybridAttnForCausalLM:
+    """A model of the configuration's class, with some fields of it changed."""
+    return AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **changes})).eval()
+
+
+@pytest.fixture(params=[*STACKS, *FAMILIES])
 def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
-    return HybridAttnForCausalLM(make_config(request.param)).eval()
+    return build(make_config(request.param))
 
 
 def tokens(batch: int = 3, length: int = TOKENS) -> Tensor:
@@ -194,7 +221,7 @@ def test_cache_bytes_are_what_the_formula_says(model: HybridAttnForCausalLM, dty
 
 def test_state_elements_of_a_known_shape():
     """GLA keeps K x V per head; a window keeps its keys and values; a full layer those of every token."""
-    config = make_config("hybrid", mixers=["gla", "window", "full"], conv_size=None)
+    config = make_config("hybrid", mixers=["gla", "window", "full"], input_conv_size=None)
     specs = cache_spec(config, batch_size=1, tokens=100, dtype=torch.bfloat16)
     assert [cache_elements(spec) for spec in specs] == [2 * 4 * 8, 2 * 5 * 16, 2 * 100 * 2 * 4]
 
@@ -214,10 +241,10 @@ def test_cache_rows_can_be_selected_and_repeated(model: HybridAttnForCausalLM):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load(model: HybridAttnForCausalLM, tied: bool, tmp_path: Path):
-    model = HybridAttnForCausalLM(HybridAttnConfig(**{**model.config.to_dict(), "tie_word_embeddings": tied})).eval()
+    model = build(model.config, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is HybridAttnForCausalLM
+    assert type(loaded) is type(model)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
     ids = tokens()
@@ -228,13 +255,13 @@ def test_save_and_load(model: HybridAttnForCausalLM, tied: bool, tmp_path: Path)
 
 def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
     """Loading builds on the meta device: what the file lacks must come from _init_weights, not from memory."""
-    config = make_config("hybrid", mixers=["gla"], conv_size=4)
+    config = make_config("hybrid", mixers=["gla"], input_conv_size=4)
     model = HybridAttnForCausalLM(config)
     kept = {k: v for k, v in model.state_dict().items() if "gk_proj" not in k and "conv" not in k}
     model.save_pretrained(tmp_path, state_dict=kept)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(p.isfinite().all() for p in loaded.parameters())
-    bias = loaded.model.layers[0].mixer.gk_proj[1].bias
+    bias = loaded.model.layers[0].mixer.gk_proj.up.bias
     assert bias.min() >= -40
     assert bias.max() <= 4
     assert bias.std() > 1
@@ -316,7 +343,7 @@ def test_trainer(tmp_path: Path):
 
 
 def test_backends_agree(model: HybridAttnForCausalLM):
-    reference = HybridAttnForCausalLM(HybridAttnConfig(**{**model.config.to_dict(), "backend": "reference"})).eval()
+    reference = build(model.config, backend="reference")
     reference.load_state_dict(model.state_dict())
     ids = tokens()
     close(model(ids).logits, reference(ids).logits)
@@ -349,14 +376,14 @@ def test_given_positions_beside_padding():
 def test_the_input_convolution_is_added():
     """With weights of zero it changes nothing; with the identity the mixer's input is doubled."""
     plain = HybridAttnForCausalLM(make_config("linear")).eval()
-    model = HybridAttnForCausalLM(make_config("linear", conv_size=3)).eval()
+    model = HybridAttnForCausalLM(make_config("linear", input_conv_size=3)).eval()
     assert all("conv" in name for name in model.load_state_dict(plain.state_dict(), strict=False).missing_keys)
     ids, convolutions = tokens(), [layer.conv for layer in model.model.layers]
     for conv in convolutions:
         conv.weight.zero_()
     close(model(ids).logits, plain(ids).logits)
     for conv, layer in zip(convolutions, plain.model.layers, strict=True):
-        conv.weight[:, -1] = 1
+        conv.weight[:, :, -1] = 1
         layer.input_layernorm.weight *= 2
     close(model(ids).logits, plain(ids).logits)
 

@@ -18,7 +18,7 @@ def model() -> HybridAttnForCausalLM:
         hidden_size=16,
         mixers=["conv", "prefix", "window", "prefix"],
         mixer_options={"prefix": {"num_heads": 2, "key_dim": 4}, "window": {"num_heads": 2, "window": 5}},
-        conv_size=3,
+        input_conv_size=3,
         initializer="fan_in",
         pad_token_id=PAD,
         eos_token_id=1,

@@ -1,0 +1,241 @@
+"""Checkpoints of other libraries, rewritten to ``HybridAttnForCausalLM`` with this library's names.
+
+Read are flash-linear-attention's GLA (``model_type: gla``) and the released models of BASED: a GPT-2 configuration with
+``mixer``, ``alt_mixer`` and ``alt_mixer_2``. Every weight is accounted for: unknown, missing and misshapen names are
+listed and nothing is written.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .decoder import HybridAttnConfig, HybridAttnForCausalLM
+from .families import HybridAttnGLAConfig, HybridAttnGLAForCausalLM
+
+# What lies beside the weights and belongs to the text, not to the architecture.
+TOKENIZER_FILES = ("token*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+# Counters of the trainer's that stand in released files of BASED, and frequencies that follow from the configuration.
+IGNORED = re.compile(r"(^|\.)(train|val|test)_metrics\.|\.rotary_emb\.inv_freq$")
+NAMES = {
+    r"^transformer\.embeddings\.word_embeddings\.": "model.embed_tokens.",
+    r"^transformer\.ln_f\.": "model.norm.",
+    r"^transformer\.": "model.",
+    r"\.norm1\.": ".input_layernorm.",
+    r"\.norm2\.": ".post_attention_layernorm.",
+    r"\.mlp\.fc2\.": ".mlp.down_proj.",
+    r"\.mixer\.proj_([qkv])\.": r".mixer.\1_proj.",
+    r"\.mixer\.conv1?\.conv\.": ".mixer.conv.",
+}
+# Fields of BASED's GPT-2 configurations that would change the function, and the value they must have.
+EXPECTED = {
+    "activation_function": "swiglu",
+    "rms_norm": True,
+    "prenorm": True,
+    "parallel_block": False,
+    "qkv_proj_bias": False,
+    "out_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "n_head_kv": None,
+    "lm_head_bias": False,
+    "word_embed_proj_dim": None,
+    "fixed_decay": False,
+}
+DEFAULTS = {  # where a field is absent: those of the code that reads these files
+    "activation_function": "gelu_new",
+    "rms_norm": False,
+    "qkv_proj_bias": True,
+    "out_proj_bias": True,
+    "mlp_fc1_bias": True,
+    "mlp_fc2_bias": True,
+}
+
+
+def convert(source: str | Path, target: str | Path) -> HybridAttnForCausalLM:
+    """Rewrite the checkpoint in folder ``source`` to a new folder ``target``; its tokenizer's files are copied.
+
+    Returns:
+        The model as it was saved.
+
+    Raises:
+        ValueError: the source is no checkpoint of a known format, a field of its configuration asks for what this
+            library has nothing for, a weight is unknown, missing or misshapen, or the target is not empty.
+    """
+    source, target = Path(source), Path(target)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"source: expected a folder with config.json, got {str(source)!r}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"target: expected a new or empty folder, got {str(target)!r}")
+    fields = json.loads((source / "config.json").read_text())
+    if fields.get("model_type") == HybridAttnGLAConfig.model_type:
+        model = _from_gla(source)
+    elif "mixer" in fields or "alt_mixer" in fields:
+        model = _from_based(fields, read_weights(source))
+    else:
+        raise ValueError(
+            f"source: expected model_type 'gla' or the mixers of BASED in config.json, got {fields.get('model_type')!r}"
+        )
+    model.save_pretrained(target)
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copy(file, target)
+    return model
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights in a folder, safetensors before pickles; pickles are read with ``weights_only=True``."""
+    for ending, read in (("safetensors", load_file), ("bin", _unpickle)):
+        stem = "model" if ending == "safetensors" else "pytorch_model"
+        index = folder / f"{stem}.{ending}.index.json"
+        if (folder / f"{stem}.{ending}").is_file():
+            return read(folder / f"{stem}.{ending}")
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {name: x for file in files for name, x in read(folder / file).items()}
+    raise ValueError(f"source: expected model.safetensors or pytorch_model.bin in {str(folder)!r}, got neither")
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _from_gla(source: Path) -> HybridAttnForCausalLM:
+    loaded: Any = HybridAttnGLAForCausalLM.from_pretrained(source, output_loading_info=True)
+    theirs, info = loaded
+    _check_names(info["unexpected_keys"], info["missing_keys"])
+    shared = (
+        *("vocab_size", "hidden_size", "intermediate_size", "mixers", "mixer_options", "rms_norm_eps", "dtype"),
+        *("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+    config = HybridAttnConfig(**{name: getattr(theirs.config, name) for name in shared})
+    return _filled(config, theirs.state_dict())
+
+
+def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
+    for name, expected in EXPECTED.items():
+        if (got := fields.get(name, DEFAULTS.get(name, expected))) != expected:
+            raise ValueError(f"{name}: expected {expected!r} in a BASED model, got {got!r}")
+    weights = {name.removeprefix("model."): x for name, x in weights.items() if not IGNORED.search(name)}
+    embeddings = weights.get("transformer.embeddings.word_embeddings.weight")
+    fc1 = weights.get("transformer.layers.0.mlp.fc1.weight")
+    if embeddings is None or fc1 is None:
+        raise ValueError("source: expected transformer.embeddings.word_embeddings.weight and an MLP, got neither")
+    mixers, options = _based_mixers(fields)
+    config = HybridAttnConfig(
+        vocab_size=len(embeddings),  # padded to a multiple
+        hidden_size=fields["n_embd"],
+        intermediate_size=len(fc1) // 2,
+        mixers=mixers,
+        mixer_options=options,
+        rms_norm_eps=fields.get("layer_norm_epsilon", 1e-5),
+        tie_word_embeddings=fields.get("tie_word_embeddings", True),
+        max_position_embeddings=fields.get("n_positions") or 2048,
+        bos_token_id=fields.get("bos_token_id"),
+        eos_token_id=fields.get("eos_token_id"),
+        dtype=embeddings.dtype,
+    )
+    renamed = dict(pair for name, x in weights.items() for pair in _based_names(name, x, mixers))
+    for layer, mixer in enumerate(mixers):
+        if mixer == "conv":  # these biases are options there
+            prefix = f"model.layers.{layer}.mixer."
+            for part in ("in_proj", "conv", "out_proj"):
+                if (weight := renamed.get(f"{prefix}{part}.weight")) is not None:
+                    renamed.setdefault(f"{prefix}{part}.bias", weight.new_zeros(len(weight)))
+    if config.tie_word_embeddings and "lm_head.weight" in renamed:
+        if not torch.equal(renamed["lm_head.weight"], renamed["model.embed_tokens.weight"]):
+            raise ValueError("lm_head.weight: expected the embeddings, with tie_word_embeddings, got other values")
+    elif config.tie_word_embeddings:
+        renamed["lm_head.weight"] = renamed["model.embed_tokens.weight"]
+    return _filled(config, renamed)
+
+
+def _based_mixers(fields: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The mixer of every layer and the options of each."""
+    kinds = [_based_mixer(fields, name) for name in ("mixer", "alt_mixer", "alt_mixer_2")]
+    chosen = [
+        2 if layer in (fields.get("alt_mixer_2_layers") or ()) else int(layer in (fields.get("alt_mixer_layers") or ()))
+        for layer in range(fields["n_layer"])
+    ]
+    options: dict[str, dict[str, Any]] = {}
+    for kind in sorted(set(chosen)):
+        name, found = kinds[kind]
+        if options.setdefault(name, found) != found:
+            raise ValueError(f"alt_mixer_2: expected one kind of {name} layers, got two")
+    return [kinds[kind][0] for kind in chosen], options
+
+
+def _based_mixer(fields: dict[str, Any], role: str) -> tuple[str, dict[str, Any]]:
+    heads, rotary = fields["n_head"], fields.get("rotary_emb_fraction", 0.0)
+    if rotary not in (0, 1):
+        raise ValueError(f"rotary_emb_fraction: expected 0 or 1, got {rotary!r}")
+    theta = fields.get("rotary_emb_base", 10000.0) if rotary else None
+    mixer = fields.get(role)
+    if mixer is None:
+        return "full", {"num_heads": heads, "rope_theta": theta}
+    target = mixer["_target_"].rpartition(".")[2]
+    if target == "SlidingAttention":  # their window is half of what is configured, besides the token itself
+        return "window", {"num_heads": heads, "rope_theta": theta, "window": mixer["window_size"] // 2 + 1}
+    if target == "LinearAttention":
+        features = mixer["feature_map"]["_target_"].rpartition(".")[2]
+        if features != "TaylorExp":
+            raise ValueError(f"{role}: expected the feature map TaylorExp, got {features!r}")
+        return "taylor", {"num_heads": mixer.get("num_heads", 16), "key_dim": mixer.get("feature_dim", 16)}
+    if target in ("BaseConv", "BaseConvWithSiLU4"):
+        taps = mixer.get("kernel_sizes", mixer.get("kernel_size", 3))
+        taps = taps[0] if isinstance(taps, list) else taps
+        return "conv", {"kernel_size": taps, "expand": mixer.get("expand_proj", 2) // 2}
+    raise ValueError(f"{role}: expected BaseConv, LinearAttention or SlidingAttention, got {target!r}")
+
+
+def _based_names(name: str, x: Tensor, mixers: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """A weight under our name, or its parts under theirs."""
+    for theirs, ours in NAMES.items():
+        name = re.sub(theirs, ours, name)
+    layer = re.match(r"model\.layers\.(\d+)\.mixer\.out_proj\.", name)
+    if layer and int(layer[1]) < len(mixers) and mixers[int(layer[1])] != "conv":
+        name = name.replace("out_proj", "o_proj")
+    if name.endswith(".mlp.fc1.weight"):  # what is gated, then the gate
+        for part, half in zip(("up_proj", "gate_proj"), x.chunk(2), strict=True):
+            yield name.replace("fc1", part), half
+    elif name.endswith(".mixer.Wqkv.weight"):
+        for part, third in zip("qkv", x.chunk(3), strict=True):
+            yield name.replace("Wqkv", f"{part}_proj"), third
+    else:
+        yield name, x
+
+
+def _filled(config: HybridAttnConfig, weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
+    """The model of a configuration with exactly these weights."""
+    with torch.device("meta"):
+        model = HybridAttnForCausalLM(config)
+    expected = model.state_dict()
+    _check_names(set(weights) - set(expected), set(expected) - set(weights))
+    wrong = [
+        f"{name} {list(x.shape)} for {list(expected[name].shape)}"
+        for name, x in weights.items()
+        if x.shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"source: expected weights of the configuration's shapes, got {', '.join(sorted(wrong))}")
+    model = HybridAttnForCausalLM._from_config(config, dtype=config.dtype)
+    model.load_state_dict(weights)
+    return model
+
+
+def _check_names(unknown: set[str], missing: set[str]) -> None:
+    if unknown or missing:
+        raise ValueError(
+            f"source: expected every weight of the model and no other; "
+            f"unknown: {', '.join(sorted(unknown)) or 'none'}; missing: {', '.join(sorted(missing)) or 'none'}"
+        )

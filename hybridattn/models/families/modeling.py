@@ -1,0 +1,74 @@
+"""The families' model classes: the decoder's, since Auto classes want one for every configuration class."""
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from ..decoder.modeling import HybridAttnForCausalLM, HybridAttnForSequenceClassification, HybridAttnModel
+from .based import HybridAttnBasedConfig, HybridAttnJRTConfig
+from .gla import HybridAttnGLAConfig
+
+
+class HybridAttnGLAModel(HybridAttnModel):
+    config_class = HybridAttnGLAConfig
+
+
+class HybridAttnGLAForCausalLM(HybridAttnForCausalLM):
+    config_class = HybridAttnGLAConfig
+
+
+class HybridAttnGLAForSequenceClassification(HybridAttnForSequenceClassification):
+    config_class = HybridAttnGLAConfig
+
+
+class HybridAttnBasedModel(HybridAttnModel):
+    config_class = HybridAttnBasedConfig
+
+
+class HybridAttnBasedForCausalLM(HybridAttnForCausalLM):
+    config_class = HybridAttnBasedConfig
+
+
+class HybridAttnBasedForSequenceClassification(HybridAttnForSequenceClassification):
+    config_class = HybridAttnBasedConfig
+
+
+class HybridAttnJRTModel(HybridAttnModel):
+    config_class = HybridAttnJRTConfig
+
+
+class HybridAttnJRTForCausalLM(HybridAttnForCausalLM):
+    config_class = HybridAttnJRTConfig
+
+
+class HybridAttnJRTForSequenceClassification(HybridAttnForSequenceClassification):
+    config_class = HybridAttnJRTConfig
+
+
+FAMILIES = (
+    (HybridAttnGLAConfig, HybridAttnGLAModel, HybridAttnGLAForCausalLM, HybridAttnGLAForSequenceClassification),
+    (HybridAttnBasedConfig, HybridAttnBasedModel, HybridAttnBasedForCausalLM, HybridAttnBasedForSequenceClassification),
+    (HybridAttnJRTConfig, HybridAttnJRTModel, HybridAttnJRTForCausalLM, HybridAttnJRTForSequenceClassification),
+)
+for config, model, causal, classifier in FAMILIES:
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal, exist_ok=True)
+    AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
+
+# Names in flash-linear-attention's files -> ours, in this order; transformers turns all of it around when it saves.
+# They are registered for our class names, since its own classes share the model type.
+GLA_NAMES = {
+    "embeddings": "embed_tokens",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    r"\.attn\.": ".mixer.",
+    "g_norm_swish_gate": "g_norm",
+    "gk_proj.0": "gk_proj.down",
+    "gk_proj.1": "gk_proj.up",
+    "q_conv1d": "q_conv",
+    "k_conv1d": "k_conv",
+    "v_conv1d": "v_conv",
+}
+for model in FAMILIES[0][1:]:
+    names = (WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in GLA_NAMES.items())
+    register_checkpoint_conversion_mapping(model.__name__, [*names], overwrite=True)

@@ -1,0 +1,166 @@
+"""GLA in the format of flash-linear-attention: its own files open as they are, and ours open there."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybridattn import HybridAttnGLAConfig, HybridAttnGLAForCausalLM
+
+VARIANTS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "clamped": {"clamp_min": -0.01},
+    "short convolutions": {"use_short_conv": True, "conv_size": 3},
+    "not fused": {"fuse_norm": False, "fuse_swiglu": False},
+    "all": {"tie_word_embeddings": True, "clamp_min": -0.01, "use_short_conv": True, "expand_k": 1.0, "expand_v": 2.0},
+}
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(run_python: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written by flash-linear-attention, in a process that knows nothing of this library."""
+    if find_spec("fla") is None:  # not imported here: model type gla would be its from then on
+        pytest.skip("flash-linear-attention is not installed")
+    folder = tmp_path_factory.mktemp("fla")
+    run_python(f"""
+import torch
+from fla.models.gla import GLAConfig, GLAForCausalLM
+torch.manual_seed(0)
+for name, options in {VARIANTS}.items():
+    model = GLAForCausalLM(GLAConfig(**{SIZES}, **options))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained({str(folder)!r} + "/" + name)
+""")
+    return folder
+
+
+def logits(weights: dict[str, Tensor], options: dict, ids: Tensor) -> Tensor:
+    """The published formulas (section 4.4 and appendix), a token at a time in fp64, on the names of the file."""
+    w = {name: x.double() for name, x in weights.items()}
+    heads, embed = SIZES["num_heads"], w["model.embeddings.weight"]
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+    def convolved(x: Tensor, name: str) -> Tensor:
+        kernel = w.get(f"{name}_conv1d.weight")
+        if kernel is None:
+            return x
+        taps = kernel.shape[-1]
+        padded = torch.cat((x.new_zeros(taps - 1, x.shape[1]), x))
+        return F.silu(sum(padded[i : i + len(x)] * kernel[:, 0, i] for i in range(taps)))
+
+    rows = []
+    for row in ids:
+        x = embed[row]
+        for layer in range(SIZES["num_hidden_layers"]):
+            at = f"model.layers.{layer}."
+            h = norm(x, w[f"{at}attn_norm.weight"])
+            q, k, v = (
+                convolved(h @ w[f"{at}attn.{n}_proj.weight"].T, f"{at}attn.{n}").unflatten(-1, (heads, -1))
+                for n in "qkv"
+            )
+            gate = h @ w[f"{at}attn.gk_proj.0.weight"].T @ w[f"{at}attn.gk_proj.1.weight"].T
+            gate = F.logsigmoid(gate + w[f"{at}attn.gk_proj.1.bias"]) / 16
+            gate = gate.clamp(min=options.get("clamp_min", -torch.inf)).unflatten(-1, (heads, -1))
+            state, outputs = x.new_zeros(heads, q.shape[-1], v.shape[-1]), []
+            for t in range(len(row)):
+                state = gate[t].exp()[..., None] * state + k[t][..., None] * v[t][:, None]
+                outputs.append(torch.einsum("hk,hkv->hv", q[t] * q.shape[-1] ** -0.5, state))
+            scale = w.get(f"{at}attn.g_norm_swish_gate.weight", w.get(f"{at}attn.g_norm.weight"))
+            o = norm(torch.stack(outputs), scale).flatten(1) * F.silu(h @ w[f"{at}attn.g_proj.weight"].T)
+            x = x + o @ w[f"{at}attn.o_proj.weight"].T
+            h = norm(x, w[f"{at}mlp_norm.weight"])
+            h = F.silu(h @ w[f"{at}mlp.gate_proj.weight"].T) * (h @ w[f"{at}mlp.up_proj.weight"].T)
+            x = x + h @ w[f"{at}mlp.down_proj.weight"].T
+        rows.append(norm(x, w["model.norm.weight"]) @ w.get("lm_head.weight", embed).T)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_their_files_open_as_they_are(name: str, checkpoints: Path):
+    from safetensors.torch import load_file
+
+    model = HybridAttnGLAForCausalLM.from_pretrained(checkpoints / name).double()
+    ids = torch.randint(0, 40, (2, 37))
+    expected = logits(load_file(checkpoints / name / "model.safetensors"), VARIANTS[name], ids)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-6)
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache).logits, expected[:, 20:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("imports", ["import hybridattn, fla.models", "import fla.models, hybridattn"])
+def test_both_libraries(imports: str, checkpoints: Path, run_python: Callable[..., str], tmp_path: Path):
+    """Imported in either order: theirs opens model type gla, ours by its class; each opens what the other saved."""
+    run_python(f"""
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    {imports}
+    from transformers import AutoConfig, AutoModelForCausalLM
+    import fla.models
+    AutoConfig.for_model("gla")
+ours = [str(w.message) for w in caught if "flash-linear-attention is imported" in str(w.message)]
+assert len(ours) == 1, ours
+import torch
+from fla.models.gla import GLAForCausalLM
+from hybridattn import HybridAttnGLAForCausalLM
+for name in {list(VARIANTS)}:
+    theirs = AutoModelForCausalLM.from_pretrained({str(checkpoints)!r} + "/" + name)
+    assert type(theirs) is GLAForCausalLM
+    folder = {str(tmp_path)!r} + "/" + name
+    HybridAttnGLAForCausalLM.from_pretrained({str(checkpoints)!r} + "/" + name).save_pretrained(folder)
+    back, report = GLAForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    for (one, x), (other, y) in zip(theirs.state_dict().items(), back.state_dict().items(), strict=True):
+        assert one == other and torch.equal(x, y), (one, other)
+""")
+
+
+def test_ours_alone_needs_no_other(checkpoints: Path, run_python: Callable[..., str]):
+    run_python(
+        f"""
+import hybridattn
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(checkpoints / "plain")!r})
+assert type(model).__name__ == "HybridAttnGLAForCausalLM"
+""",
+        blocked=("fla",),
+    )
+
+
+def test_softmax_layers():
+    attn = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 6}
+    config = HybridAttnGLAConfig(**SIZES, attn=attn)
+    assert config.mixers == ["gla", "window"]
+    mixer = HybridAttnGLAForCausalLM(config).model.layers[1].mixer
+    assert (mixer.num_heads, mixer.num_key_value_heads, mixer.window) == (4, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"feature_map": "relu"}, "feature_map: expected None"),
+        ({"use_gv": True}, "use_gv: expected False"),
+        ({"use_output_gate": False}, "use_output_gate: expected True"),
+        ({"hidden_act": "powlu"}, "hidden_act: expected 'swish'"),
+        ({"attnres_block_size": 2}, "attnres_block_size: expected None"),
+        ({"num_kv_heads": 1}, "num_kv_heads: expected None or num_heads 2"),
+        ({"expand_k": 0.3}, "expand_k: expected a dimension that 2 heads share"),
+        ({"attn": {"layers": [0], "num_heads": 2, "qkv_bias": True}}, "attn: expected layers, num_heads"),
+        ({"attn": {"layers": [0]}}, "attn: expected layers, num_heads"),
+        ({"attn": {"layers": [2], "num_heads": 2}}, "attn: expected layers from 0 to 1"),
+    ],
+)
+def test_what_would_change_the_function_is_refused(options: dict, named: str):
+    with pytest.raises(ValueError, match=named):
+        HybridAttnGLAConfig(**{**SIZES, **options})

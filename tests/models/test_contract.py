@@ -1,0 +1,330 @@
+"""What users of transformers expect of any model, for every family and three hybrids; test_decoder.py has the rest."""
+
+import copy
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from hybridattn import (
+    HybridAttnBasedConfig,
+    HybridAttnConfig,
+    HybridAttnForCausalLM,
+    HybridAttnGLAConfig,
+    HybridAttnJRTConfig,
+)
+from hybridattn.models.decoder.accounting import cache_bytes
+from hybridattn.models.decoder.cache import allocated_bytes
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "initializer": "fan_in",
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gla": {"num_heads": 2, "gate_bias_range": [-40.0, 4.0]},
+    "window": {"num_heads": 2, "window": 5},
+    "full": {"num_heads": 4, "num_key_value_heads": 2},
+    "taylor": {"num_heads": 2, "key_dim": 4},
+    "prefix": {"num_heads": 2, "key_dim": 4},
+    "lightning": {"num_heads": 2},
+}
+CONFIGS: dict[str, Callable[..., HybridAttnConfig]] = {
+    "gla": lambda **more: HybridAttnGLAConfig(**{**SIZES, "num_hidden_layers": 2, "num_heads": 2, **more}),
+    "based": lambda **more: HybridAttnBasedConfig(
+        **{**SIZES, "mixers": ["conv", "taylor", "window"], "mixer_options": OPTIONS, **more}
+    ),
+    "jrt": lambda **more: HybridAttnJRTConfig(
+        **{**SIZES, "mixers": ["conv", "prefix", "window"], "mixer_options": OPTIONS, **more}
+    ),
+    "full and gla": lambda **more: HybridAttnConfig(
+        **{**SIZES, "mixers": "1 full : 2 gla", "mixer_options": OPTIONS, **more}
+    ),
+    "window and lightning": lambda **more: HybridAttnConfig(
+        **{**SIZES, "mixers": ["window", "lightning"], "mixer_options": OPTIONS, **more}
+    ),
+    "convolutions and full": lambda **more: HybridAttnConfig(
+        **{**SIZES, "mixers": ["conv", "full"], "mixer_options": OPTIONS, "input_conv_size": 3, **more}
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> HybridAttnConfig:
+    return CONFIGS[request.param]()
+
+
+@pytest.fixture
+def model(config: HybridAttnConfig) -> HybridAttnForCausalLM:
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, after <pad> and <eos>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    bytes_ = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(2, SIZES["vocab_size"], shape)
+
+
+def test_pipeline(model: HybridAttnForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path))
+    out = generate(["ab", "abcdef"], max_new_tokens=4, do_sample=False, batch_size=2, return_full_text=False)
+    prompt = tokenizer("ab", return_tensors="pt").input_ids
+    alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert out[0][0]["generated_text"] == tokenizer.decode(alone[0, 2:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_sequence_classification(model: HybridAttnForCausalLM, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    classify = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    assert torch.equal(classify.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    rows = ids(2, 9)
+    for side in ("left", "right"):
+        padded = torch.cat((rows.new_zeros(2, 4), rows) if side == "left" else (rows, rows.new_zeros(2, 4)), 1)
+        out = classify(padded, attention_mask=(padded != 0).long(), labels=torch.tensor([0, 2]))
+        torch.testing.assert_close(out.logits, classify(rows).logits, rtol=1e-4, atol=2e-5)
+        assert out.loss.isfinite()
+
+
+@torch.no_grad()
+def test_sharded_files(model: HybridAttnForCausalLM, tmp_path: Path):
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert all(x.isfinite().all() for x in (*loaded.parameters(), *loaded.buffers()))
+    rows = ids(2, 9)
+    assert torch.equal(loaded(rows).logits, model(rows).logits)
+
+
+def test_linear_maps_in_eight_bits(run_python: Callable[..., str], tmp_path: Path):
+    """Loaded so by torchao, through transformers: all but the head; the results are those of rounded maps."""
+    save_all(tmp_path)
+    run_python(f"""
+import torch, hybridattn
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
+for name in ("gla", "jrt", "full and gla"):
+    folder = {str(tmp_path)!r} + "/" + name
+    quantized = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, device_map="cpu")
+    exact = AutoModelForCausalLM.from_pretrained(folder)
+    rows, logits = torch.load(folder + "/expected")
+    for one, other in zip(model.model.modules(), exact.model.modules(), strict=True):
+        if isinstance(one, torch.nn.Linear):
+            assert isinstance(one.weight, Int8Tensor)
+            other.weight.data = one.weight.dequantize()
+    torch.testing.assert_close(model(rows).logits, exact(rows).logits, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(exact(rows).logits, logits)
+    assert model.generate(rows, max_new_tokens=2, eos_token_id=-1).shape == (2, 11)
+""")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_stay_finite(model: HybridAttnForCausalLM, dtype: torch.dtype):
+    """With hot gates at 4,096 tokens, and at most 1.5 times as far from fp32 as the token-by-token operators."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gk_proj.up.bias"):
+            parameter.uniform_(-900, 4)  # log decays to -56 a token
+    rows = ids(1, 4096)
+    exact = model(rows).logits
+    reference = AutoModelForCausalLM.from_config(
+        type(model.config)(**{**model.config.to_dict(), "backend": "reference"})
+    )
+    reference.load_state_dict(model.state_dict())
+    rounded, formula = model.to(dtype)(rows).logits, reference.to(dtype)(rows).logits
+    assert rounded.dtype == dtype
+    assert rounded.isfinite().all()
+    assert (rounded - exact).norm() <= 1.5 * (formula - exact).norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_states_of_sixteen_bits(config: HybridAttnConfig, dtype: str):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    small = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), "state_dtype": dtype})).eval()
+    small.load_state_dict(model.state_dict())
+    rows, logits = ids(2, 40), []
+    for net in (model, small):
+        cache = net(rows[:, :20], use_cache=True).past_key_values
+        logits.append(torch.cat([net(rows[:, t : t + 1], past_key_values=cache).logits for t in range(20, 40)], 1))
+        assert allocated_bytes(cache) == cache_bytes(net.config, batch_size=2, tokens=20, dtype=torch.float32) + grown(
+            net.config, 40
+        )
+    exact, rounded = logits
+    assert (rounded - exact).norm() <= 0.05 * exact.norm()
+    if set(config.mixers) & {"gla", "taylor", "prefix", "lightning"}:
+        assert not torch.equal(rounded, exact)
+
+
+def grown(config: HybridAttnConfig, tokens: int) -> int:
+    """Bytes that full attention allocates beyond a prompt of 20 tokens to hold ``tokens``, fp32, two rows."""
+    layers = config.mixers.count("full")
+    full = AutoModelForCausalLM.from_config(CONFIGS["full and gla"](mixers=["full"])).eval() if layers else None
+    if full is None:
+        return 0
+    cache = full(ids(2, 20), use_cache=True).past_key_values
+    before = allocated_bytes(cache)
+    for _ in range(20, tokens):
+        full(ids(2, 1), past_key_values=cache)
+    return layers * (allocated_bytes(cache) - before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gla", "based"])
+def test_memory_stays_where_it_is(name: str):
+    """Over ten thousand steps: neither the cache nor the process grows."""
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    cache, token, process = model(ids(1, 8), use_cache=True).past_key_values, ids(1, 1), psutil.Process()
+    sizes = []
+    for step in range(10_000):
+        if step % 3_333 == 0:
+            sizes.append((allocated_bytes(cache), process.memory_info().rss))
+        model(token, past_key_values=cache)
+    assert len({state for state, _ in sizes}) == 1
+    assert sizes[-1][1] - sizes[1][1] < 2**20
+
+
+def test_what_cannot_be_is_refused(model: HybridAttnForCausalLM):
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        model(ids(1, 3), output_attentions=True)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(ids(1, 3), max_new_tokens=2, assistant_model=model)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+def test_lora(model: HybridAttnForCausalLM, tmp_path: Path):
+    """Adapters of every linear map train, are saved, loaded and merged; the model itself stays as it was."""
+    plain, rows = copy.deepcopy(model), ids(4, 12)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = tuned(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    expected = tuned(input_ids=rows).logits
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(loaded(input_ids=rows).logits, expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(rows).logits, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(merged(rows).logits, AutoModelForCausalLM.from_config(model.config)(rows).logits)
+
+
+def test_trainer_on_packed_rows_in_bf16(model: HybridAttnForCausalLM, tmp_path: Path):
+    """Rows of different lengths flattened into one: the same loss as one by one, and training lowers it."""
+    rows = [{"input_ids": list(range(2, 2 + n))} for n in (7, 12, 9, 1, 10)]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collate(rows)
+    with torch.no_grad():
+        packed = model(**batch).loss
+        alone = [torch.tensor([row["input_ids"]]) for row in rows if len(row["input_ids"]) > 1]
+        losses = [model(x, labels=x).loss * (x.shape[1] - 1) for x in alone]
+        torch.testing.assert_close(packed, sum(losses) / sum(x.shape[1] - 1 for x in alone))
+        positions = {name: x for name, x in batch.items() if name in ("input_ids", "position_ids")}
+        with pytest.raises(ValueError, match="position_ids: expected none that start again"):
+            model(**positions)
+    options = {"output_dir": tmp_path, "max_steps": 12, "logging_steps": 6, "report_to": [], "disable_tqdm": True}
+    args = TrainingArguments(
+        **options, use_cpu=True, bf16=True, learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no"
+    )
+    trainer = Trainer(model, args, train_dataset=rows * 8, data_collator=collate)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[1] < logged[0]
+
+
+def test_checkpoints_open_without_an_import(
+    run_python: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With trust_remote_code=True, in programs that do not import the library; also what these save themselves."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    save_all(tmp_path / "first")
+    for folder, after in pairwise(tmp_path / name for name in ("first", "again", "third")):
+        run_python(f"""
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+for name in {list(CONFIGS)}:
+    folder = {str(folder)!r} + "/" + name
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    rows, expected = torch.load({str(tmp_path)!r} + "/first/" + name + "/expected")
+    assert torch.equal(model(rows).logits, expected)
+    model.save_pretrained({str(after)!r} + "/" + name)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+    assert type(classifier).__name__ == type(model).__name__.replace("CausalLM", "SequenceClassification")
+""")
+
+
+def save_all(folder: Path) -> None:
+    """A model of every configuration, in a folder of its name, with tokens and the logits expected of them."""
+    for name, make in CONFIGS.items():
+        model, rows = AutoModelForCausalLM.from_config(make()).eval(), ids(2, 9)
+        model.save_pretrained(folder / name)
+        torch.save((rows, model(rows).logits), folder / name / "expected")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="spawns processes with gloo")
+def test_tensor_parallel(run_python: Callable[..., str], tmp_path: Path):
+    """Two processes, each with half of every matrix that the plan shares out, compute what one does."""
+    save_all(tmp_path)
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"""
+import torch, hybridattn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+for name in {list(CONFIGS)}:
+    model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name, tp_plan="auto")
+    halves = [n for n, x in model.named_parameters() if isinstance(x, DTensor) and x.to_local().shape != x.shape]
+    assert any("mlp.down_proj" in n for n in halves)
+    assert any("mixer.o_proj" in n for n in halves) == ("layers.*.mixer.o_proj" in model.config.base_model_tp_plan)
+    rows, expected = torch.load({str(tmp_path)!r} + "/" + name + "/expected")
+    torch.testing.assert_close(model(rows).logits, expected, rtol=1e-4, atol=1e-5)
+torch.distributed.destroy_process_group()
+""")
+    run_python(f"""
+import subprocess, sys
+command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", {str(worker)!r}]
+done = subprocess.run(command, capture_output=True, text=True)
+assert done.returncode == 0, done.stderr
+""")
+    assert [name for name, make in CONFIGS.items() if "layers.*.mixer.o_proj" in make().base_model_tp_plan] == [
+        "gla",
+        "full and gla",
+    ]

@@ -1,0 +1,256 @@
+"""Checkpoints of other libraries, rewritten: against the published formulas evaluated on their own names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from hybridattn import HybridAttnForCausalLM, HybridAttnGLAConfig, HybridAttnGLAForCausalLM
+from hybridattn.models.convert import convert
+
+VOCAB, D, INNER, HEADS, FEATURES, WINDOW = 40, 16, 24, 2, 4, 12
+MIXERS = "based.models.mixers."
+FIELDS: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB - 3,  # padded to a multiple of 8 in the file
+    "pad_vocab_size_multiple": 8,
+    "n_embd": D,
+    "n_head": HEADS,
+    "n_layer": 4,
+    "n_inner": INNER,
+    "n_positions": 64,
+    "mixer": {"_target_": MIXERS + "convolution.BaseConv", "expand_proj": 4, "kernel_sizes": [3], "use_bias": True},
+    "alt_mixer": {
+        "_target_": MIXERS + "linear_attention.LinearAttention",
+        "feature_map": {"_target_": MIXERS + "linear_attention.TaylorExp", "input_dim": FEATURES},
+        "feature_dim": FEATURES,
+        "num_heads": HEADS,
+    },
+    "alt_mixer_2": {"_target_": MIXERS + "slide_attention.SlidingAttention", "window_size": WINDOW, "num_heads": HEADS},
+    "alt_mixer_layers": [1],
+    "alt_mixer_2_layers": [2],
+    "rms_norm": True,
+    "activation_function": "swiglu",
+    "rotary_emb_fraction": 1,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "qkv_proj_bias": False,
+    "out_proj_bias": False,
+    "residual_in_fp32": True,
+    "layer_norm_epsilon": 1e-5,
+}
+
+
+def based(prefix: str = "", conv: str = "conv") -> dict[str, Tensor]:
+    """Random weights under the names of the released files."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.embeddings.word_embeddings.weight": (VOCAB, D),
+        "transformer.ln_f.weight": (D,),
+    }
+    for layer, kind in enumerate(("conv", "linear", "slide", "conv")):
+        mixer: dict[str, tuple[int, ...]] = {
+            "conv": {
+                "in_proj.weight": (4 * D, D),
+                "in_proj.bias": (4 * D,),
+                f"{conv}.conv.weight": (2 * D, 1, 3),
+                "out_proj.weight": (D, 2 * D),
+                "out_proj.bias": (D,),
+            },
+            "linear": {
+                "proj_q.weight": (HEADS * FEATURES, D),
+                "proj_k.weight": (HEADS * FEATURES, D),
+                "proj_v.weight": (D, D),
+                "out_proj.weight": (D, D),
+            },
+            "slide": {"Wqkv.weight": (3 * D, D), "out_proj.weight": (D, D)},
+        }[kind]
+        shapes |= {f"transformer.layers.{layer}.mixer.{name}": shape for name, shape in mixer.items()}
+        shapes[f"transformer.layers.{layer}.mlp.fc1.weight"] = (2 * INNER, D)
+        shapes[f"transformer.layers.{layer}.mlp.fc2.weight"] = (D, INNER)
+        shapes |= {f"transformer.layers.{layer}.norm{i}.weight": (D,) for i in (1, 2)}
+    weights = {prefix + name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    weights[f"{prefix}lm_head.weight"] = weights[f"{prefix}transformer.embeddings.word_embeddings.weight"]
+    return weights
+
+
+def write(folder: Path, weights: dict[str, Tensor], **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**FIELDS, **changes}))
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def logits(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """The published formulas (BASED, section 4), a token at a time in fp64, on the names of the file."""
+    w = {name: x.double() for name, x in weights.items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w[f"{name}.weight"]
+
+    def phi(x: Tensor) -> Tensor:
+        pairs = (x[..., :, None] * x[..., None, :]).flatten(-2) / (2**0.5 * FEATURES**0.5)
+        return torch.cat((torch.ones_like(x[..., :1]), x / FEATURES**0.25, pairs), -1)
+
+    def rotated(x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
+
+    def mix(x: Tensor, at: str, kind: str) -> Tensor:
+        if kind == "conv":
+            left, right = (x @ w[f"{at}in_proj.weight"].T + w[f"{at}in_proj.bias"]).chunk(2, -1)
+            padded = torch.cat((left.new_zeros(2, left.shape[1]), left))
+            kernel = w[f"{at}conv.conv.weight"][:, 0]
+            left = F.silu(sum(padded[i : i + len(x)] * kernel[:, i] for i in range(3)))
+            return (left * right) @ w[f"{at}out_proj.weight"].T + w[f"{at}out_proj.bias"]
+        if kind == "linear":
+            q, k, v = ((x @ w[f"{at}proj_{n}.weight"].T).unflatten(-1, (HEADS, -1)) for n in "qkv")
+            scores = torch.einsum("thf,shf->hts", phi(q), phi(k)).tril()
+        else:
+            q, k, v = (x @ w[f"{at}Wqkv.weight"].T).unflatten(-1, (3, HEADS, -1)).unbind(1)
+            scores = torch.einsum("thd,shd->hts", rotated(q), rotated(k)) / q.shape[-1] ** 0.5
+            distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
+            scores = scores.exp() * ((distance >= 0) & (distance <= WINDOW // 2))
+        o = torch.einsum("hts,shd->thd", scores / scores.sum(-1, keepdim=True), v).flatten(1)
+        return o @ w[f"{at}out_proj.weight"].T
+
+    rows = []
+    for row in ids:
+        x = w["transformer.embeddings.word_embeddings.weight"][row]
+        for layer, kind in enumerate(("conv", "linear", "slide", "conv")):
+            at = f"transformer.layers.{layer}."
+            x = x + mix(norm(x, f"{at}norm1"), f"{at}mixer.", kind)
+            value, gate = (norm(x, f"{at}norm2") @ w[f"{at}mlp.fc1.weight"].T).chunk(2, -1)
+            x = x + (value * F.silu(gate)) @ w[f"{at}mlp.fc2.weight"].T
+        rows.append(norm(x, "transformer.ln_f") @ w["lm_head.weight"].T)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def test_based(tmp_path: Path):
+    weights = based()
+    source = write(tmp_path / "source", weights)
+    (source / "tokenizer.json").write_text("{}")
+    convert(source, tmp_path / "target")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target").double()
+    assert type(model) is HybridAttnForCausalLM
+    assert model.config.mixers == ["conv", "taylor", "window", "conv"]
+    assert (tmp_path / "target" / "tokenizer.json").read_text() == "{}"
+    ids = torch.randint(0, VOCAB, (2, 31))
+    torch.testing.assert_close(model(ids).logits, logits(weights, ids), rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_what_surrounds_the_weights_is_ignored_by_name(tmp_path: Path):
+    """A prefix, counters of the trainer, frequencies; another name of the convolution; files in parts."""
+    weights = based("model.", "conv1")
+    expected = convert(write(tmp_path / "one", weights), tmp_path / "first").state_dict()
+    extra = {f"{kind}_metrics.num-tokens.count": torch.tensor(7) for kind in ("train", "val", "test")}
+    extra["model.transformer.layers.2.mixer.rotary_emb.inv_freq"] = torch.ones(4)
+    source = write(tmp_path / "two", {})
+    (source / "pytorch_model.bin").unlink()
+    files = {"a.safetensors": list(weights)[:9], "b.safetensors": list(weights)[9:]}
+    for file, names in files.items():
+        save_file({name: weights[name].clone() for name in names} | (extra if file[0] == "b" else {}), source / file)
+    index = {name: file for file, names in files.items() for name in names}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for (one, x), (other, y) in zip(
+        expected.items(), convert(source, tmp_path / "second").state_dict().items(), strict=True
+    ):
+        assert one == other
+        assert torch.equal(x, y)
+
+
+@torch.no_grad()
+def test_gla(tmp_path: Path):
+    """Also what the family opens as it is, with a vocabulary, tied embeddings and a dtype of its own."""
+    config = HybridAttnGLAConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_heads=2,
+        tie_word_embeddings=True,
+        use_short_conv=True,
+        clamp_min=-0.1,
+        attn={"layers": [0], "num_heads": 2},
+    )
+    theirs = HybridAttnGLAForCausalLM(config).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "target")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert type(ours) is HybridAttnForCausalLM
+    assert ours.dtype == torch.bfloat16
+    assert "model.layers.1.mixer.q_conv.weight" in load_file(tmp_path / "target" / "model.safetensors")
+    ids = torch.randint(0, 40, (2, 21))
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_every_weight_is_accounted_for(tmp_path: Path):
+    changes = {
+        "unknown: model.layers.1.mixer.surplus.weight; missing: none": {
+            "transformer.layers.1.mixer.surplus.weight": torch.ones(1)
+        },
+        "unknown: none; missing: model.layers.2.mlp.down_proj.weight": {"transformer.layers.2.mlp.fc2.weight": None},
+        r"layers\.1\.mixer\.q_proj\.weight \[3, 16\] for \[8, 16\]": {
+            "transformer.layers.1.mixer.proj_q.weight": torch.ones(3, D)
+        },
+        "unknown: model.embeddings.position_embeddings.weight": {
+            "transformer.embeddings.position_embeddings.weight": torch.ones(64, D)
+        },
+        "lm_head.weight: expected the embeddings": {"lm_head.weight": torch.ones(VOCAB, D)},
+    }
+    for number, (named, change) in enumerate(changes.items()):
+        weights = {name: x for name, x in {**based(), **change}.items() if x is not None}
+        with pytest.raises(ValueError, match=named):
+            convert(write(tmp_path / f"source{number}", weights), tmp_path / "target")
+        assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rotary_emb_fraction": 0.5}, "rotary_emb_fraction: expected 0 or 1, got 0.5"),
+        ({"activation_function": "gelu_new"}, "activation_function: expected 'swiglu'"),
+        ({"rms_norm": False}, "rms_norm: expected True"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: expected False"),
+        ({"alt_mixer": {"_target_": "x.Hyena"}}, "alt_mixer: expected BaseConv, LinearAttention or SlidingAttention"),
+        (
+            {"alt_mixer": {"_target_": "x.LinearAttention", "feature_map": {"_target_": "x.Hedgehog"}}},
+            "alt_mixer: expected the feature map TaylorExp, got 'Hedgehog'",
+        ),
+        ({"mixer": None, "alt_mixer": None, "model_type": "gpt2"}, "transformer.embeddings|unknown"),
+    ],
+)
+def test_configurations_that_ask_for_something_else(changes: dict[str, Any], named: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=named):
+        convert(write(tmp_path / "source", based(), **changes), tmp_path / "target")
+
+
+def test_folders(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"source: expected a folder with config\.json"):
+        convert(tmp_path, tmp_path / "target")
+    source = write(tmp_path / "source", based())
+    with pytest.raises(ValueError, match="target: expected a new or empty folder"):
+        convert(source, source)
+    (source / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"source: expected model\.safetensors or pytorch_model\.bin"):
+        convert(source, tmp_path / "target")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="expected model_type 'gla' or the mixers of BASED"):
+        convert(source, tmp_path / "target")
+
+
+def test_layers_of_two_kinds_under_one_name(tmp_path: Path):
+    """Two windows of different sizes cannot be told apart by the mixer's name."""
+    first = FIELDS["alt_mixer_2"]
+    with pytest.raises(ValueError, match="expected one kind of window layers, got two"):
+        convert(
+            write(tmp_path / "source", based(), alt_mixer={**first, "window_size": 2 * WINDOW}), tmp_path / "target"
+        )

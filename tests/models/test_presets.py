@@ -1,0 +1,78 @@
+"""The published shapes: their parameters and the state they keep."""
+
+import pytest
+import torch
+
+from hybridattn import HybridAttnForCausalLM
+from hybridattn.layers import BaseConv, SoftmaxAttention, TaylorLinearAttention
+from hybridattn.models.decoder.accounting import cache_elements, cache_spec
+from hybridattn.models.decoder.configuration import expand_pattern
+from hybridattn.models.presets import PRESETS
+
+PARAMETERS = {
+    "gla_340m": 340e6,
+    "gla_1b3": 1.3e9,
+    "based_360m": 360e6,
+    "based_1b3": 1.35e9,
+    "transformer_360m": 360e6,
+    "transformer_1b3": 1.33e9,
+    "retnet_340m": 340e6,
+    "lightning_340m": 340e6,
+    "head_gated_340m": 340e6,
+    "hybrid_340m": 340e6,
+}
+
+
+def on_meta(name: str) -> HybridAttnForCausalLM:
+    with torch.device("meta"):
+        return HybridAttnForCausalLM(PRESETS[name]())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_within_one_percent(name: str):
+    assert on_meta(name).num_parameters() == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "d", "linear", "published"),
+    [("based_360m", 1024, [1, 6, 11, 16, 21], 2.83e6), ("based_1b3", 1792, [1, 6, 11, 16, 21, 27, 33], 6.90e6)],
+)
+def test_state_of_based(name: str, d: int, linear: list[int], published: float):
+    """Where the layers are, and the published number of elements: with all 273 features and three inputs of a conv."""
+    kinds = {BaseConv: "conv", TaylorLinearAttention: "taylor", SoftmaxAttention: "window"}
+    layers = [kinds[type(layer.mixer)] for layer in on_meta(name).model.layers]
+    assert [i for i, kind in enumerate(layers) if kind == "taylor"] == linear
+    assert [i for i, kind in enumerate(layers) if kind == "window"] == [i + 1 for i in linear]
+    spec = cache_spec(PRESETS[name](), batch_size=1, tokens=2**15, dtype=torch.bfloat16)
+    ours = {kind: {cache_elements(x) for x, k in zip(spec, layers, strict=True) if k == kind} for kind in set(layers)}
+    heads, window = 16, 128
+    assert ours == {
+        "taylor": {heads * 153 * (d // heads + 1)},
+        "window": {2 * window * d},
+        "conv": {2 * 2 * d},
+    }
+    convs = len(layers) - 2 * len(linear)
+    counted = len(linear) * (heads * 273 * (d // heads + 1) + 2 * window * d) + convs * 3 * 2 * d
+    assert counted == pytest.approx(published, rel=0.005)
+    assert sum(map(cache_elements, spec)) < 0.8 * counted
+
+
+@pytest.mark.parametrize(("name", "published"), [("transformer_360m", 98e3), ("transformer_1b3", 242e3)])
+def test_bytes_per_token_of_attention(name: str, published: float):
+    """Of keys and values in 16 bits, in one more token of context."""
+    per_token = [
+        sum(cache_elements(x) for x in cache_spec(PRESETS[name](), batch_size=1, tokens=t, dtype=torch.bfloat16))
+        for t in (100, 101)
+    ]
+    assert 2 * (per_token[1] - per_token[0]) == pytest.approx(published, rel=0.005)
+
+
+def test_patterns():
+    assert expand_pattern("1 full : 2 gla", 6) == ["full", "gla", "gla"] * 2
+    assert expand_pattern("2 gla:1 window") == ["gla", "gla", "window"]
+    assert PRESETS["hybrid_340m"]().mixers == ["full", *["gla"] * 7] * 3
+    with pytest.raises(ValueError, match=r"num_hidden_layers: expected a multiple of 3 .* got 7"):
+        expand_pattern("1 full : 2 gla", 7)
+    for pattern in ("full : gla", "0 full", "1 full, 2 gla", "1 full :", ""):
+        with pytest.raises(ValueError, match="mixers: expected a pattern"):
+            expand_pattern(pattern, 8)
