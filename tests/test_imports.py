@@ -9,7 +9,7 @@ import pytest
 import hybridattn
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("accelerate", "datasets", "lm_eval", "matplotlib", "peft")
+EXTRAS = ("accelerate", "datasets", "lm_eval", "matplotlib", "peft", "tensorboard")
 
 
 def modules_of(wing: str) -> list[str]:

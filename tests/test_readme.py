@@ -28,6 +28,7 @@ def test_commands_exist(run_python):
         "convert",
         "demo",
         "info",
+        "train",
         "kernels bench",
         "kernels check",
         "kernels compile",
