@@ -1,6 +1,7 @@
 """The tokenizer and the model of a run."""
 
 import warnings
+from dataclasses import fields
 from fnmatch import fnmatch
 from typing import Any
 
@@ -44,6 +45,7 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         ValueError: no such preset or model, a wrong option, or a tokenizer larger than the vocabulary.
     """
+    options: Any = arguments.config or {}
     if arguments.model is not None:
         try:
             config = AutoConfig.from_pretrained(arguments.model)
@@ -52,13 +54,13 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
                 f"model: expected a folder or a name on the Hub, got {arguments.model!r}: {error}"
             ) from error
     else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        special = {name: getattr(tokenizer, name) for name in names}
-        options: Any = arguments.config or {}
-        config = new_config(arguments.preset, {**special, **options})
+        config = new_config(arguments.preset, options)
     vocab_size: int = getattr(config.get_text_config(), "vocab_size")  # noqa: B009  (no attribute of the base class)
     if len(tokenizer) > vocab_size:
         raise ValueError(f"tokenizer: expected at most vocab_size {vocab_size} tokens, got {len(tokenizer)}")
+    if arguments.model is None:
+        for name in {"bos_token_id", "eos_token_id", "pad_token_id"} - set(options):
+            setattr(config, name, getattr(tokenizer, name))
     return config
 
 
@@ -70,9 +72,11 @@ def new_config(preset: str | None, options: dict[str, Any]) -> HybridAttnConfig:
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
-    if unknown := sorted(set(options) - set(HybridAttnConfig().to_dict())):
-        raise ValueError(f"config: expected arguments of HybridAttnConfig, got {unknown}")
-    return (PRESETS[preset] if preset else HybridAttnConfig)(**options)
+    make: Any = PRESETS[preset] if preset else HybridAttnConfig
+    family = getattr(make, "func", make)  # of a preset that fills in some fields
+    if unknown := sorted(set(options) - {field.name for field in fields(family)}):
+        raise ValueError(f"config: expected arguments of {family.__name__}, got {unknown}")
+    return make(**options)
 
 
 def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
