@@ -63,11 +63,13 @@ def _read(layer: TokenMixer, keys: Tensor, values: Tensor) -> Tensor:
     if isinstance(layer, DecayedLinearAttention):
         gates = layer.log_decay(torch.randn(*keys.shape[:2], layer.q_proj.in_features))
         _, state = gated_linear_attention(keys, keys, values, gates, output_final_state=True)
+        assert state is not None
         return keys @ state  # [B,N,1,K] @ [B,1,K,V]
     assert isinstance(layer, LinearAttention)
     keys = FEATURE_MAPS[layer.feature_map](keys)
     attend = partial(layer.attend, normalize=layer.normalize, output_final_state=True)
     _, state = attend(keys, keys, values)
+    assert state is not None
     # Every key alone, a row each: what it writes itself has no value, so that it only scales what it reads.
     rows = keys.flatten(0, 1)[:, None]
     parts = (state.kv, state.k_sum) if isinstance(state, NormalizedState) else (state,)

@@ -39,7 +39,7 @@ def bits_by_position(
     for start in tqdm(starts, desc=f"text, {length} tokens", unit="window"):
         text = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64)).to(model.device)
         hidden = model.base_model(input_ids=text[None, :-1], use_cache=False).last_hidden_state[0]
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         for first in range(0, length, 1024):  # logits of all tokens at once would not fit
             logits = head(hidden[first : first + 1024]).float()
             loss = F.cross_entropy(logits, text[1 + first : 1 + first + len(logits)], reduction="none")
