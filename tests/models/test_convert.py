@@ -225,6 +225,9 @@ def test_every_weight_is_accounted_for(tmp_path: Path):
             {"alt_mixer": {"_target_": "x.LinearAttention", "feature_map": {"_target_": "x.Hedgehog"}}},
             "alt_mixer: expected the feature map TaylorExp, got 'Hedgehog'",
         ),
+        ({"alt_mixer": {"target": "x.LinearAttention"}}, "_target_: expected it in alt_mixer of a BASED model"),
+        ({"alt_mixer": {"_target_": "x.LinearAttention"}}, "feature_map: expected it in alt_mixer"),
+        ({"alt_mixer_2": {"_target_": "x.SlidingAttention"}}, "window_size: expected it in alt_mixer_2"),
         ({"mixer": None, "alt_mixer": None, "model_type": "gpt2"}, "transformer.embeddings|unknown"),
     ],
 )
@@ -245,6 +248,51 @@ def test_folders(tmp_path: Path):
     (source / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="expected model_type 'gla' or the mixers of BASED"):
         convert(source, tmp_path / "target")
+
+
+def test_configurations_that_lack_a_size(tmp_path: Path):
+    for name in ("n_embd", "n_head", "n_layer"):
+        source = write(tmp_path / name, based())
+        (source / "config.json").write_text(json.dumps({key: x for key, x in FIELDS.items() if key != name}))
+        with pytest.raises(ValueError, match=f"{name}: expected it in config.json of a BASED model"):
+            convert(source, tmp_path / "target")
+
+
+def test_files_of_gla_that_do_not_fit(tmp_path: Path):
+    """Weights of another shape are named; what is no file of weights, or no configuration, is refused as bad input."""
+    config = HybridAttnGLAConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_heads=2)
+    source, target = tmp_path / "source", tmp_path / "target"
+    HybridAttnGLAForCausalLM(config).save_pretrained(source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    convert(source, tmp_path / "good")
+    assert (tmp_path / "good" / "chat_template.jinja").read_text() == "{{ messages }}"
+    file = source / "model.safetensors"
+    save_file({**load_file(file), "model.layers.0.attn.q_proj.weight": torch.ones(3, 16)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.q_proj\.weight \[3, 16\] for \[8, 16\]"):
+        convert(source, target)
+    file.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="source: expected weights in"):
+        convert(source, target)
+    file.unlink()
+    with pytest.raises(ValueError, match="source: expected weights in"):
+        convert(source, target)
+    for text, named in (("{", "expected JSON"), ("[]", "expected a mapping")):
+        (source / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"source: {named} in .*config.json"):
+            convert(source, target)
+    assert not target.exists()
+
+
+def test_pickles(tmp_path: Path):
+    """Of the older format as well, which cannot be mapped; what is neither is refused."""
+    weights = based()
+    source = write(tmp_path / "source", weights)
+    torch.save(weights, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    model = convert(source, tmp_path / "target")
+    assert torch.equal(model.model.norm.weight, weights["transformer.ln_f.weight"])
+    (source / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match="source: expected weights in"):
+        convert(source, tmp_path / "other")
 
 
 def test_layers_of_two_kinds_under_one_name(tmp_path: Path):
