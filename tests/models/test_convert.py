@@ -148,6 +148,18 @@ def test_based(tmp_path: Path):
 
 
 @torch.no_grad()
+def test_based_of_untied_embeddings(tmp_path: Path):
+    weights = {**based(), "lm_head.weight": 0.3 * torch.randn(VOCAB, D)}
+    model = convert(
+        write(tmp_path / "source", weights, tie_word_embeddings=False, bos_token_id=7, eos_token_id=8),
+        tmp_path / "target",
+    ).double()
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (7, 8)
+    ids = torch.randint(0, VOCAB, (2, 31))
+    torch.testing.assert_close(model(ids).logits, logits(weights, ids), rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
 def test_what_surrounds_the_weights_is_ignored_by_name(tmp_path: Path):
     """A prefix, counters of the trainer, frequencies; another name of the convolution; files in parts."""
     weights = based("model.", "conv1")
@@ -179,6 +191,10 @@ def test_gla(tmp_path: Path):
         tie_word_embeddings=True,
         use_short_conv=True,
         clamp_min=-0.1,
+        norm_eps=0.3,
+        bos_token_id=3,
+        eos_token_id=[4, 5],
+        pad_token_id=6,
         attn={"layers": [0], "num_heads": 2},
     )
     theirs = HybridAttnGLAForCausalLM(config).to(torch.bfloat16)
@@ -187,6 +203,7 @@ def test_gla(tmp_path: Path):
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
     assert type(ours) is HybridAttnForCausalLM
     assert ours.dtype == torch.bfloat16
+    assert (ours.config.bos_token_id, ours.config.eos_token_id, ours.config.pad_token_id) == (3, [4, 5], 6)
     assert "model.layers.1.mixer.q_conv.weight" in load_file(tmp_path / "target" / "model.safetensors")
     ids = torch.randint(0, 40, (2, 21))
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
@@ -251,6 +268,12 @@ def test_folders(tmp_path: Path):
 
 
 def test_configurations_that_lack_a_size(tmp_path: Path):
+    """And those that lack a field whose default would be another model."""
+    for name in ("activation_function", "rms_norm", "mlp_fc1_bias", "mlp_fc2_bias", "qkv_proj_bias", "out_proj_bias"):
+        source = write(tmp_path / name, based())
+        (source / "config.json").write_text(json.dumps({key: x for key, x in FIELDS.items() if key != name}))
+        with pytest.raises(ValueError, match=f"{name}: expected .* in a BASED model"):
+            convert(source, tmp_path / "target")
     for name in ("n_embd", "n_head", "n_layer"):
         source = write(tmp_path / name, based())
         (source / "config.json").write_text(json.dumps({key: x for key, x in FIELDS.items() if key != name}))
