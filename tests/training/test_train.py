@@ -96,6 +96,8 @@ def test_the_result_generates_and_continues_elsewhere(train, whole, tmp_path):
 def test_other_data_in_the_same_folder_is_refused(train, whole, capsys):
     assert train("whole", "--length", "32") == 2
     assert "length: expected 64" in capsys.readouterr().err
+    assert train("whole", "--data_seed", "7") == 2
+    assert "data_seed: expected None" in capsys.readouterr().err
 
 
 def test_a_step_does_not_depend_on_how_it_is_divided(train, curve, whole):
@@ -188,6 +190,10 @@ def test_lora_improves_on_another_text_and_merges(whole, tmp_path, capsys):
         (("--config", '{"vocab_size": 100}'), "vocab_size 100 tokens, got 258"),
         (("--config", '{"mixer": []}'), "['mixer']"),
         (("--config", "{"), "config: expected JSON"),
+        (("--config", '{"vocab_size": "258"}'), "'vocab_size' expected int"),
+        (("--freeze", "*"), "freeze: expected patterns that leave something to train"),
+        (("--rows_per_step", "0"), "rows_per_step: expected a positive number, got 0"),
+        (("--per_device_train_batch_size", "0"), "per_device_train_batch_size: expected a positive number, got 0"),
         (("--preset", "gla_7t"), "gla_7t"),
         (("--model", "elsewhere"), "both"),
         (("--lora", "{}"), "lora: expected a saved model"),
