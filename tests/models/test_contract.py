@@ -299,6 +299,27 @@ def save_all(folder: Path) -> None:
         torch.save((rows, model(rows).logits), folder / name / "expected")
 
 
+@pytest.mark.parametrize(
+    ("mixer", "option"),
+    [
+        ("gla", {"conv_size": 3}),
+        ("gla", {"gate_per": "head"}),
+        ("full", {"sinks": True}),
+        ("full", {"alibi": True, "rope_theta": None}),
+    ],
+)
+def test_what_is_kept_per_head_is_not_shared_out(mixer: str, option: dict[str, Any]):
+    """The plan shares the weights of a mixer out only where nothing else of it has heads."""
+    options = {"num_heads": 2}
+    plan, without = (
+        HybridAttnConfig(**SIZES, mixers=[mixer], mixer_options={mixer: {**options, **more}}).base_model_tp_plan
+        for more in ({}, option)
+    )
+    assert "layers.*.mixer.o_proj" in plan
+    assert not any("mixer" in name for name in without)
+    assert "layers.*.mlp.down_proj" in without
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="spawns processes with gloo")
 def test_tensor_parallel(run_python: Callable[..., str], tmp_path: Path):
     """Two processes, each with half of every matrix that the plan shares out, compute what one does."""

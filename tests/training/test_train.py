@@ -123,18 +123,35 @@ def test_two_processes_train_to_the_same_loss(tiny: Path, curve, whole, tmp_path
     assert len(list((tmp_path / "two" / "checkpoint-6").glob("rng_state_*.pth"))) == 2
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(train, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(train, tmp_path, monkeypatch, capsys, value: str):
     compute = StreamTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
-        return compute(self, *args, **kwargs) * (float("nan") if self.state.global_step == 3 else 1)
+        return compute(self, *args, **kwargs) * (float(value) if self.state.global_step == 3 else 1)
 
     monkeypatch.setattr(StreamTrainer, "compute_loss", compute_loss)
     assert train("nan") == 1
-    assert "got nan at step 4" in capsys.readouterr().err
+    assert f"got {value} at step 4" in capsys.readouterr().err
     saved = torch.load(tmp_path / "nan" / "not-finite-step4-process0.pt")
     assert saved["input_ids"].shape == (1, 2 * 64)
     assert checkpoints.latest(tmp_path / "nan")[0] == tmp_path / "nan" / "checkpoint-2"
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch, capsys):
+    """As after a gradient that is not finite, of a loss that is."""
+    step = StreamTrainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            model.model.norm.weight.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(StreamTrainer, "training_step", training_step)
+    assert train("inf") == 1
+    assert "parameters: expected finite values, got others at step 4" in capsys.readouterr().err
+    assert checkpoints.latest(tmp_path / "inf")[0] == tmp_path / "inf" / "checkpoint-2"
 
 
 def test_log_lines(train, tmp_path):
