@@ -1,6 +1,7 @@
 """What users of transformers expect of any model, for every family and three hybrids; test_decoder.py has the rest."""
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -276,6 +277,15 @@ def test_checkpoints_open_without_an_import(
     """With trust_remote_code=True, in programs that do not import the library; also what these save themselves."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     save_all(tmp_path / "first")
+    for name, make in CONFIGS.items():  # one class brings the others in, so that a missing entry would not be noticed
+        family = type(make()).__name__.removesuffix("Config")
+        classes = json.loads((tmp_path / "first" / name / "config.json").read_text())["auto_map"]
+        assert {auto: path.partition(f".{family}")[2] for auto, path in classes.items()} == {
+            "AutoConfig": "Config",
+            "AutoModel": "Model",
+            "AutoModelForCausalLM": "ForCausalLM",
+            "AutoModelForSequenceClassification": "ForSequenceClassification",
+        }
     for folder, after in pairwise(tmp_path / name for name in ("first", "again", "third")):
         run_python(f"""
 import torch
