@@ -22,8 +22,9 @@ from torch import Tensor
 from .decoder import HybridAttnConfig, HybridAttnForCausalLM
 from .families import HybridAttnGLAConfig, HybridAttnGLAForCausalLM
 
-# What lies beside the weights and belongs to the text, not to the architecture.
-TOKENIZER_FILES = (
+# What lies beside the weights and belongs to text and generation, not to the architecture.
+COPIED_FILES = (
+    "generation_config.json",
     "token*.json",
     "vocab.*",
     "merges.txt",
@@ -63,6 +64,16 @@ EXPECTED = {
     "word_embed_proj_dim": None,
     "fixed_decay": False,
 }
+# Options of its mixers: read here, or without a say in what is computed.
+KNOWN = {
+    "SlidingAttention": {"_target_", "window_size", "num_heads", "causal"},
+    "LinearAttention": {
+        *("_target_", "feature_map", "feature_dim", "num_heads", "l_max"),
+        *("parallel_implementation", "inference_implementation", "silent"),
+    },
+    "BaseConv": {"_target_", "l_max", "kernel_size", "kernel_sizes", "expand_proj", "use_bias", "use_cuda"},
+}
+KNOWN["BaseConvWithSiLU4"] = KNOWN["BaseConv"] | {"implicit_long_conv"}
 DEFAULTS = {  # where a field is absent: those of the code that reads these files
     "activation_function": "gelu_new",
     "rms_norm": False,
@@ -74,7 +85,7 @@ DEFAULTS = {  # where a field is absent: those of the code that reads these file
 
 
 def convert(source: str | Path, target: str | Path) -> HybridAttnForCausalLM:
-    """Rewrite the checkpoint in folder ``source`` to a new folder ``target``; its tokenizer's files are copied.
+    """Rewrite the checkpoint in folder ``source`` to a new folder ``target``, with files of tokenizer and generation.
 
     Returns:
         The model as it was saved.
@@ -98,7 +109,7 @@ def convert(source: str | Path, target: str | Path) -> HybridAttnForCausalLM:
             f"source: expected model_type 'gla' or the mixers of BASED in config.json, got {fields.get('model_type')!r}"
         )
     model.save_pretrained(target)
-    for pattern in TOKENIZER_FILES:
+    for pattern in COPIED_FILES:
         for file in source.glob(pattern):
             shutil.copy(file, target)
     return model
@@ -193,6 +204,9 @@ def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAtt
 def _based_mixers(fields: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """The mixer of every layer and the options of each."""
     kinds = [_based_mixer(fields, name) for name in ("mixer", "alt_mixer", "alt_mixer_2")]
+    for name in ("alt_mixer_layers", "alt_mixer_2_layers"):
+        if outside := [layer for layer in fields.get(name) or () if layer not in range(_needed(fields, "n_layer"))]:
+            raise ValueError(f"{name}: expected layers from 0 to {fields['n_layer'] - 1}, got {outside}")
     chosen = [
         2 if layer in (fields.get("alt_mixer_2_layers") or ()) else int(layer in (fields.get("alt_mixer_layers") or ()))
         for layer in range(_needed(fields, "n_layer"))
@@ -214,6 +228,8 @@ def _based_mixer(fields: dict[str, Any], role: str) -> tuple[str, dict[str, Any]
     if mixer is None:
         return "full", {"num_heads": heads, "rope_theta": theta}
     target = _needed(mixer, "_target_", role).rpartition(".")[2]
+    if unknown := sorted(set(mixer) - KNOWN.get(target, set(mixer))):
+        raise ValueError(f"{role}: expected options of {target} that change nothing else, got {unknown}")
     if target == "SlidingAttention":  # their window is half of what is configured, besides the token itself
         return "window", {
             "num_heads": heads,
@@ -221,13 +237,17 @@ def _based_mixer(fields: dict[str, Any], role: str) -> tuple[str, dict[str, Any]
             "window": _needed(mixer, "window_size", role) // 2 + 1,
         }
     if target == "LinearAttention":
-        features = _needed(_needed(mixer, "feature_map", role), "_target_", role).rpartition(".")[2]
-        if features != "TaylorExp":
-            raise ValueError(f"{role}: expected the feature map TaylorExp, got {features!r}")
+        feature_map = _needed(mixer, "feature_map", role)
+        features = _needed(feature_map, "_target_", role).rpartition(".")[2]
+        if features != "TaylorExp" or set(feature_map) - {"_target_", "input_dim"}:
+            raise ValueError(f"{role}: expected the feature map TaylorExp with input_dim alone, got {feature_map}")
         return "taylor", {"num_heads": mixer.get("num_heads", 16), "key_dim": mixer.get("feature_dim", 16)}
     if target in ("BaseConv", "BaseConvWithSiLU4"):
         taps = mixer.get("kernel_sizes", mixer.get("kernel_size", 3))
-        taps = taps[0] if isinstance(taps, list) else taps
+        if isinstance(taps, list):
+            if len(taps) != 1:
+                raise ValueError(f"{role}: expected one size in kernel_sizes, got {taps}")
+            (taps,) = taps
         return "conv", {"kernel_size": taps, "expand": mixer.get("expand_proj", 2) // 2}
     raise ValueError(f"{role}: expected BaseConv, LinearAttention or SlidingAttention, got {target!r}")
 

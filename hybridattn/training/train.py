@@ -1,5 +1,7 @@
 """``hybridattn train``: pretraining and fine-tuning. Also under ``torchrun -m`` and ``accelerate launch -m``."""
 
+import hashlib
+import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()  # of every file that is written or read; the training keeps its own
     try:
         return run(*parse(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, PermissionError, NotADirectoryError) as error:
         print("hybridattn:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 
@@ -55,6 +57,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgum
     settings = {**data_args.stream(), "rows_per_step": run_args.rows_per_step, "seed": run_args.seed}
     settings["data_seed"] = run_args.data_seed
     settings["parameters"] = model.num_parameters()
+    settings["tokenizer"] = fingerprint(tokenizer)
     trainer = StreamTrainer(
         model=model,
         args=run_args,
@@ -66,8 +69,14 @@ def run(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgum
     trainer.resume(checkpoint)
     if trainer.interrupted and trainer.state.global_step < run_args.max_steps:
         return TERMINATED
+    trainer.check_finite()
     save(trainer, folder)
     return 0
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer from others: a hash of its tokens."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> Path | None:

@@ -130,6 +130,13 @@ class StreamTrainer(Trainer):
             self._clock, self._clock_step, self._flops = now, self.state.global_step, 0.0
         super().log(logs, *args, **kwargs)
 
+    def check_finite(self) -> None:
+        """Raise a FloatingPointError if a trained parameter is not finite."""
+        trained: Any = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parts = (x.to_local() if isinstance(x, DTensor) else x for x in trained)  # FSDP: this process's
+        if not all(part.isfinite().all() for part in parts):
+            raise FloatingPointError(f"parameters: expected finite values, got others at step {self.state.global_step}")
+
     def _note_termination(self, *_) -> None:
         self._terminated = True  # nothing else in a signal handler: the step is finished first
 
@@ -152,10 +159,7 @@ class StreamTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, aside; with the data's place, and renamed when all processes are done."""
-        trained: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        parts = (x.to_local() if isinstance(x, DTensor) else x for x in trained)  # FSDP: this process's
-        if not all(part.isfinite().all() for part in parts):
-            raise FloatingPointError(f"parameters: expected finite values, got others at step {self.state.global_step}")
+        self.check_finite()
         folder = Path(super()._get_output_dir(trial))
         self._staging = folder / checkpoints.STAGING
         if self.args.should_save:

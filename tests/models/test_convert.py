@@ -240,8 +240,18 @@ def test_every_weight_is_accounted_for(tmp_path: Path):
         ({"alt_mixer": {"_target_": "x.Hyena"}}, "alt_mixer: expected BaseConv, LinearAttention or SlidingAttention"),
         (
             {"alt_mixer": {"_target_": "x.LinearAttention", "feature_map": {"_target_": "x.Hedgehog"}}},
-            "alt_mixer: expected the feature map TaylorExp, got 'Hedgehog'",
+            "alt_mixer: expected the feature map TaylorExp with input_dim alone, got .*Hedgehog",
         ),
+        (
+            {"alt_mixer": {**FIELDS["alt_mixer"], "feature_map": {"_target_": "x.TaylorExp", "temp": 2}}},
+            "alt_mixer: expected the feature map TaylorExp with input_dim alone",
+        ),
+        ({"alt_mixer": {**FIELDS["alt_mixer"], "decay": 1}}, r"alt_mixer: expected options .*, got \['decay'\]"),
+        (
+            {"mixer": {**FIELDS["mixer"], "kernel_sizes": [3, 5]}},
+            r"mixer: expected one size in kernel_sizes, got \[3, 5",
+        ),
+        ({"alt_mixer_layers": [1, 4]}, r"alt_mixer_layers: expected layers from 0 to 3, got \[4\]"),
         ({"alt_mixer": {"target": "x.LinearAttention"}}, "_target_: expected it in alt_mixer of a BASED model"),
         ({"alt_mixer": {"_target_": "x.LinearAttention"}}, "feature_map: expected it in alt_mixer"),
         ({"alt_mixer_2": {"_target_": "x.SlidingAttention"}}, "window_size: expected it in alt_mixer_2"),

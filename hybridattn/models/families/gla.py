@@ -35,7 +35,7 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         use_short_conv, conv_size: short convolutions of q, k and v, with so many taps.
         clamp_min: least log-decay of a gate, None for no limit.
         attn: softmax attention instead in some layers: ``{"layers": [..], "num_heads": .., "num_kv_heads": ..,
-            "window_size": .., "rope_theta": ..}``.
+            "window_size": .., "rope_theta": ..}``; or two of these in a list, one with a window and one without.
         norm_eps: of every norm.
 
     Raises:
@@ -56,7 +56,7 @@ class HybridAttnGLAConfig(HybridAttnConfig):
     use_short_conv: bool = False
     conv_size: int = 4
     clamp_min: float | int | None = None
-    attn: dict[str, Any] | None = None
+    attn: dict[str, Any] | list[dict[str, Any]] | None = None
     norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
@@ -79,9 +79,10 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         self.rms_norm_eps = self.norm_eps
         self.mixers = ["gla"] * (self.num_hidden_layers or 0)
         self.mixer_options = {"gla": self._gated()}
-        if self.attn is not None:
-            name, options, layers = self._softmax(self.attn)
-            self.mixer_options[name] = options
+        for attn in self.attn if isinstance(self.attn, list) else [self.attn] if self.attn else []:
+            name, options, layers = self._softmax(attn)
+            if self.mixer_options.setdefault(name, options) != options:
+                raise ValueError(f"attn: expected one kind of {name} layers, got {self.attn}")
             for layer in layers:
                 self.mixers[layer] = name
         super().__post_init__(**kwargs)

@@ -148,6 +148,15 @@ def test_softmax_layers():
         assert (mixer.num_heads, mixer.num_key_value_heads, mixer.window, mixer.rope_theta) == (4, 2, 6, theta)
 
 
+def test_softmax_layers_of_two_kinds():
+    window = {"layers": [0], "num_heads": 2, "window_size": 4}
+    config = HybridAttnGLAConfig(**{**SIZES, "num_hidden_layers": 3}, attn=[window, {"layers": [2], "num_heads": 4}])
+    assert config.mixers == ["window", "gla", "full"]
+    assert config.mixer_options["full"]["num_heads"] == 4
+    with pytest.raises(ValueError, match="attn: expected one kind of window layers"):
+        HybridAttnGLAConfig(**SIZES, attn=[window, {**window, "layers": [1], "window_size": 5}])
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

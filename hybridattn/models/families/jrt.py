@@ -1,0 +1,50 @@
+"""What a model that reads a prefix both ways is trained on."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+MASKED = 0.15  # of the prefix
+MASKED_WEIGHT = 0.25
+
+
+def prefix_loss(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    mask_token_id: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The training loss of JRT-RNN: next tokens outside the prefix, masked tokens inside, a scalar.
+
+    A token of the prefix is seen by those before it, so that predicting it as their next one would teach nothing. Instead
+    15 % of the prefix are replaced by the mask token and named where they stand; this loss is added with a weight of 1/4.
+    Arora et al., "Just read twice: closing the recall gap for recurrent language models" (2024), section 4.
+
+    Args:
+        model: a causal language model with ``prefix`` mixers.
+        input_ids: [B,T], no padding.
+        prefix_lengths: integers [B]; published: half of T.
+        mask_token_id: what masked tokens are replaced by.
+        generator: of the choice of masked tokens.
+
+    Raises:
+        ValueError: prefixes of another shape or longer than the rows.
+    """
+    batch, tokens = input_ids.shape
+    if prefix_lengths.shape != (batch,) or bool(((prefix_lengths < 0) | (prefix_lengths > tokens)).any()):
+        raise ValueError(f"prefix_lengths: expected {batch} numbers from 0 to {tokens}, got {prefix_lengths.tolist()}")
+    inside = torch.arange(tokens, device=input_ids.device) < prefix_lengths[:, None]
+    drawn = torch.rand(input_ids.shape, generator=generator, device=input_ids.device if generator is None else "cpu")
+    masked = inside & (drawn.to(input_ids.device) < MASKED)
+    logits = model(
+        input_ids=input_ids.masked_fill(masked, mask_token_id), prefix_lengths=prefix_lengths, use_cache=False
+    ).logits.float()
+    wanted = ~inside[:, 1:]  # the last token of a prefix predicts the first one behind it
+    loss = F.cross_entropy(logits[:, :-1][wanted], input_ids[:, 1:][wanted], reduction="sum") / wanted.sum().clamp(
+        min=1
+    )
+    hidden = F.cross_entropy(logits[masked], input_ids[masked], reduction="sum") / masked.sum().clamp(min=1)
+    return loss + MASKED_WEIGHT * hidden
