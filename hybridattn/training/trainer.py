@@ -132,7 +132,8 @@ class StreamTrainer(Trainer):
 
     def check_finite(self) -> None:
         """Raise a FloatingPointError if a trained parameter is not finite."""
-        trained: Any = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        model: Any = self.model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         parts = (x.to_local() if isinstance(x, DTensor) else x for x in trained)  # FSDP: this process's
         if not all(part.isfinite().all() for part in parts):
             raise FloatingPointError(f"parameters: expected finite values, got others at step {self.state.global_step}")

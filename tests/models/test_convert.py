@@ -249,7 +249,7 @@ def test_every_weight_is_accounted_for(tmp_path: Path):
         ({"alt_mixer": {**FIELDS["alt_mixer"], "decay": 1}}, r"alt_mixer: expected options .*, got \['decay'\]"),
         (
             {"mixer": {**FIELDS["mixer"], "kernel_sizes": [3, 5]}},
-            r"mixer: expected one size in kernel_sizes, got \[3, 5",
+            "mixer: expected one size in kernel_sizes",
         ),
         ({"alt_mixer_layers": [1, 4]}, r"alt_mixer_layers: expected layers from 0 to 3, got \[4\]"),
         ({"alt_mixer": {"target": "x.LinearAttention"}}, "_target_: expected it in alt_mixer of a BASED model"),

@@ -19,8 +19,9 @@ def prefix_loss(
 ) -> Tensor:
     """The training loss of JRT-RNN: next tokens outside the prefix, masked tokens inside, a scalar.
 
-    A token of the prefix is seen by those before it, so that predicting it as their next one would teach nothing. Instead
-    15 % of the prefix are replaced by the mask token and named where they stand; this loss is added with a weight of 1/4.
+    A token of the prefix is seen by those before it, so that predicting it as their next one would teach nothing.
+    Instead 15 % of the prefix are replaced by the mask token and named where they stand; this loss is added with a
+    weight of 1/4.
     Arora et al., "Just read twice: closing the recall gap for recurrent language models" (2024), section 4.
 
     Args:
@@ -43,8 +44,6 @@ def prefix_loss(
         input_ids=input_ids.masked_fill(masked, mask_token_id), prefix_lengths=prefix_lengths, use_cache=False
     ).logits.float()
     wanted = ~inside[:, 1:]  # the last token of a prefix predicts the first one behind it
-    loss = F.cross_entropy(logits[:, :-1][wanted], input_ids[:, 1:][wanted], reduction="sum") / wanted.sum().clamp(
-        min=1
-    )
-    hidden = F.cross_entropy(logits[masked], input_ids[masked], reduction="sum") / masked.sum().clamp(min=1)
-    return loss + MASKED_WEIGHT * hidden
+    after = F.cross_entropy(logits[:, :-1][wanted], input_ids[:, 1:][wanted], reduction="sum")
+    hidden = F.cross_entropy(logits[masked], input_ids[masked], reduction="sum")
+    return after / wanted.sum().clamp(min=1) + MASKED_WEIGHT * hidden / masked.sum().clamp(min=1)
