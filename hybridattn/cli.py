@@ -67,16 +67,14 @@ def demo(
     run(out=out, seeds=seeds, steps=steps, only=only)
 
 
-@app.command(
-    "eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True}
-)
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Option("--model", help="A checkpoint's folder, or its name on the Hub.")],
+    model: Annotated[str, typer.Option("--model", "-M", help="A checkpoint's folder, or its name on the Hub.")],
     lengths: Annotated[
         str | None, typer.Option("--lengths", help="Tokens of prompt and answer, such as 1024,4096.")
     ] = None,
-    out: Annotated[Path, typer.Option("--output_path", "--out", help="Folder for the report.")] = Path("reports/eval"),
+    out: Annotated[Path, typer.Option("--output_path", "-o", help="Folder for the report.")] = Path("reports/eval"),
     allow_truncation: Annotated[
         bool, typer.Option("--allow_truncation", help="Go on when prompts are longer than the model's input.")
     ] = False,

@@ -59,7 +59,12 @@ def run(
         raise ValueError("tasks: expected names of tasks or groups such as recall_offline, got none")
     args.model_args = {"pretrained": model, "allow_truncation": allow_truncation, **(args.model_args or {})}
     if "max_length" not in args.model_args:
-        args.model_args["max_length"] = max(lengths) if lengths else longest_input(args.model_args)
+        args.model_args["max_length"] = max(longest_input(args.model_args), *(lengths or [0]))
+    if args.model_args["max_length"] < 1:
+        raise ValueError(
+            "lengths: expected --lengths, or max_length in --model_args, where neither configuration nor tokenizer "
+            f"names the longest input, got neither for {model}"
+        )
     if lengths:
         args.metadata = {"max_seq_lengths": list(lengths), **(args.metadata or {})}
     args.include_path = [TASKS, *([args.include_path] if args.include_path else [])]
@@ -91,11 +96,7 @@ def parse(flags: Sequence[str]) -> Namespace:
 
 
 def longest_input(model_args: dict[str, Any]) -> int:
-    """The longest input that a checkpoint or its tokenizer names, in tokens.
-
-    Raises:
-        ValueError: neither names one. lm-eval would take 2048 and cut what is longer.
-    """
+    """The longest input that a checkpoint or its tokenizer names, in tokens; 0 if none, where lm-eval takes 2048."""
     from lm_eval.models.utils import resolve_max_length
     from transformers import AutoConfig, AutoTokenizer
 
@@ -104,13 +105,7 @@ def longest_input(model_args: dict[str, Any]) -> int:
     trust = {"trust_remote_code": bool(model_args.get("trust_remote_code"))}
     config = AutoConfig.from_pretrained(model_args["pretrained"], **trust)
     tokenizer = AutoTokenizer.from_pretrained(model_args.get("tokenizer", model_args["pretrained"]), **trust)
-    length = resolve_max_length(config, tokenizer, default=0)
-    if length < 1:
-        raise ValueError(
-            "lengths: expected --lengths, or max_length in --model_args, where neither configuration nor tokenizer "
-            f"names the longest input, got neither for {model_args['pretrained']}"
-        )
-    return length
+    return resolve_max_length(config, tokenizer, default=0)
 
 
 def fingerprint(model_args: dict[str, Any]) -> str:

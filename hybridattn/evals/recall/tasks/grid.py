@@ -1,7 +1,7 @@
 """From one row to a data set: every length, depth and load, measured with the model's own tokenizer.
 
 lm-eval calls a task's ``custom_dataset`` with its metadata, which are ``--model_args`` and ``--metadata``: so the
-tokenizer is the model's. What `build` takes may be given there: ``--metadata '{"max_seq_lengths": [8192], "seed": 1}'``.
+tokenizer is the model's, and what `build` takes may be given, as in ``--metadata '{"max_seq_lengths": [8192]}'``.
 """
 
 import math
@@ -74,8 +74,8 @@ def build(
     """Make a task's data set, the split ``test``, as lm-eval takes it.
 
     A row depends on task, seed, length, depth, load and its number alone, beside tokenizer and filler; the forms of a
-    task ask for the same facts. Cells come in turn, in random order, so that ``--limit`` takes of all lengths. A load whose facts do not
-    fit a length is left out there.
+    task ask for the same facts. Cells come in turn, in random order, so that ``--limit`` takes of all lengths. A load
+    whose facts do not fit a length is left out there.
 
     Args:
         task: the generator's name.
