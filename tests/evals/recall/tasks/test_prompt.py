@@ -8,7 +8,7 @@ def test_forms():
     assert assemble("C", "Q?", "A:", "once") == "C\nA:"
     assert assemble("C", "Q?", "A:", "question_first") == "Q?\nC\nA:"
     assert assemble("C", "Q?", "A:", "twice") == "Q?\nC\nC\nA:"
-    with pytest.raises(ValueError, match="form: expected one of .* got 'thrice'"):
+    with pytest.raises(ValueError, match=r"form: expected one of .* got 'thrice'"):
         assemble("C", "Q?", "A:", "thrice")
 
 
