@@ -36,14 +36,15 @@ ifeq ($(ARGS),)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpreter
 endif
 
-# The models with the oldest transformers that is supported, in a virtual environment of its own.
+# The models with the oldest transformers that is supported, in a virtual environment of its own; and with torchao, which
+# every program that imports transformers would pay for.
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),tests/models)
 
 .venv-oldest/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	sed -e '/^transformers==/d' -e '/^huggingface_hub==/d' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt 'transformers==5.17.*' -e '.[dev]'
+	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt 'transformers==5.17.*' torchao -e '.[dev]'
 	touch $@
 
 clean:

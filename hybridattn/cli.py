@@ -95,6 +95,17 @@ def _lengths(wanted: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="A file, or the name of a shipped one.")],
+) -> None:
+    """Pretrain or fine-tune as CONFIG.yaml says; --field value changes it, and the same command again resumes."""
+    from hybridattn.training.train import main
+
+    raise typer.Exit(main([config, *context.args]))
+
+
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_PRESET", help="A saved model's folder, or a preset.")],

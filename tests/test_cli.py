@@ -26,7 +26,7 @@ def test_version(run) -> None:
 def test_help_names_every_verb(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(verb in out for verb in ("demo", "info", "env"))
+    assert all(verb in out for verb in ("demo", "eval", "train", "info", "env"))
 
 
 def test_env(run) -> None:
@@ -48,6 +48,11 @@ def test_env(run) -> None:
         (("demo", "--seeds", "0"), "--seeds"),
         (("demo", "--steps", "many"), "--steps"),
         (("demo", "--only", "nothing"), "nothing"),
+        (("eval",), "--model"),
+        (("eval", "--model", "x", "--lengths", "1k"), "lengths"),
+        (("train",), "CONFIG"),
+        (("train", "no-such-config"), "no-such-config"),
+        (("train", "tiny_cpu", "--max_step", "3"), "--max_step"),
         (("info",), "MODEL_OR_PRESET"),
         (("info", "no-such-preset"), "no-such-preset"),
         (("info", "gla_340m", "--dtype", "int3"), "int3"),

@@ -27,7 +27,9 @@ def test_commands_exist(run_python):
     assert verbs == {
         "convert",
         "demo",
+        "eval",
         "info",
+        "train",
         "kernels bench",
         "kernels check",
         "kernels compile",

@@ -1,1 +1,1 @@
-"""Training: text every machine has, byte baselines, and a training loop that a CPU carries."""
+"""Training: pretraining and fine-tuning from YAML files; byte corpus, baselines and a small loop for the demo."""

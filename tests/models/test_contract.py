@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def test_sharded_files(model: HybridAttnForCausalLM, tmp_path: Path):
     assert torch.equal(loaded(rows).logits, model(rows).logits)
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed: make test-oldest")
 def test_linear_maps_in_eight_bits(run_python: Callable[..., str], tmp_path: Path):
     """Loaded so by torchao, through transformers: all but the head; the results are those of rounded maps."""
     save_all(tmp_path)

@@ -1,16 +1,20 @@
-"""Multi-query associative recall (MQAR), in the form that a CPU trains in a minute.
+"""Multi-query associative recall (MQAR): the published procedure, and a form that a CPU trains in a minute.
 
-N key-value pairs are followed by the N keys in random order; at each of these the model must name the key's value:
+The latter: N key-value pairs are followed by the N keys in random order; at each of these the model must name the key's
+value:
 
     k1 v1 k2 v2 ... kN vN  q1 q2 ... qN        3N tokens, a label at every query
 
 Keys are drawn without replacement from 1 .. V/2 - 1, values likewise from V/2 .. V - 1, anew in every row. All N pairs
 are asked, so every row supervises N look-ups; training cycles through growing N, without which large N is learnt late.
-After Arora et al., "Zoology", 2023, arXiv:2312.04927, section 4 and appendix on MQAR, whose rows also hold filler.
+After Arora et al., "Zoology", 2023, arXiv:2312.04927, section 4 and appendix on MQAR, whose rows (``published_rows``)
+are longer: queries are scattered among filler, most of them soon after the pairs.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,11 +28,26 @@ TEST_PAIRS = (8, 16, 32)
 TEST_ROWS = 256
 TEST_SEED = 7  # training draws from other seeds
 
+PUBLISHED_VOCAB_SIZE = 8192
+PUBLISHED_TRAIN = {(64, 4): 100_000, (128, 8): 20_000, (256, 16): 20_000, (256, 32): 20_000, (256, 64): 20_000}
+"""Rows by (tokens, pairs), gone through 32 times in batches of 256."""
+PUBLISHED_TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+"""(tokens, pairs), a thousand rows each."""
+PUBLISHED_RATES = (1e-3, 10**-2.5, 1e-2, 10**-1.5)
+"""Learning rates that are tried; the best counts."""
+
 
 class Rows(NamedTuple):
-    """MQAR rows: ``tokens`` int64 ``[rows, 3N]`` and ``labels`` int64 ``[rows, N]``, those of the last N positions."""
+    """MQAR rows.
+
+    Attributes:
+        tokens: int64 ``[rows, T]``.
+        positions: int64 ``[rows, N]``, of the queries.
+        labels: int64 ``[rows, N]``, the values of their keys.
+    """
 
     tokens: Tensor
+    positions: Tensor
     labels: Tensor
 
 
@@ -51,7 +70,50 @@ def rows(count: int, pairs: int, *, generator: torch.Generator, vocab_size: int 
     values = distinct(count, vocab_size - half, pairs, generator) + half
     order = distinct(count, pairs, pairs, generator)
     context = torch.stack([keys, values], dim=-1).flatten(1)
-    return Rows(torch.cat([context, keys.gather(1, order)], dim=1), values.gather(1, order))
+    tokens = torch.cat([context, keys.gather(1, order)], dim=1)
+    positions = torch.arange(2 * pairs, 3 * pairs).expand(count, pairs)
+    return Rows(tokens, positions, values.gather(1, order))
+
+
+def published_rows(
+    count: int,
+    length: int,
+    pairs: int,
+    *,
+    generator: torch.Generator,
+    vocab_size: int = PUBLISHED_VOCAB_SIZE,
+    power: float = 0.01,
+    live_filler: bool = False,
+) -> Rows:
+    """Draw rows of the published form: the pairs, then every key once at one of the later even places, and filler.
+
+    Args:
+        count, pairs, generator, vocab_size: as in ``rows``.
+        length: tokens of a row, even and at least 4 * pairs.
+        power: a: the i-th place after the pairs is drawn with a weight of i^(a - 1), without replacement.
+        live_filler: draw filler from the whole vocabulary, as the published code does, so that it may name a key of the
+            row, whose value is then no label; by default it never does.
+
+    Raises:
+        ValueError: too short a row, or too many pairs for the vocabulary.
+    """
+    half, context = vocab_size // 2, 2 * pairs
+    if not 1 <= pairs < half:
+        raise ValueError(f"pairs: expected 1 to {half - 1} for vocab_size={vocab_size}, got {pairs}")
+    if length % 2 or length < 2 * context:
+        raise ValueError(f"length: expected an even number of at least {2 * context} for {pairs} pairs, got {length}")
+    keys = distinct(count, half - 1, pairs, generator) + 1
+    values = distinct(count, vocab_size - half, pairs, generator) + half
+    places = torch.arange(1, (length - context) // 2 + 1, dtype=torch.float64) ** (power - 1)
+    gaps = torch.multinomial(places.expand(count, -1), pairs, generator=generator)
+    positions = context + 2 * gaps
+    tokens = torch.randint(vocab_size, (count, length), generator=generator)
+    if not live_filler:
+        live = torch.zeros(count, vocab_size, dtype=torch.bool).scatter_(1, keys, True)
+        while (named := live.gather(1, tokens)).any():
+            tokens[named] = torch.randint(vocab_size, (int(named.sum()),), generator=generator)
+    tokens[:, :context] = torch.stack([keys, values], dim=-1).flatten(1)
+    return Rows(tokens.scatter_(1, positions, keys), positions, values)
 
 
 def distinct(count: int, below: int, size: int, generator: torch.Generator) -> Tensor:
@@ -62,14 +124,67 @@ def distinct(count: int, below: int, size: int, generator: torch.Generator) -> T
 def query_logits(model: PreTrainedModel, batch: Rows) -> Tensor:
     """Logits at the query positions, ``[rows, N, V]``: gathered before the head, which costs as much as a layer."""
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    return model.lm_head(hidden[:, -batch.labels.shape[1] :])
+    return model.lm_head(hidden[torch.arange(len(hidden))[:, None], batch.positions])
 
 
 @torch.inference_mode()
 def recall(model: PreTrainedModel, pairs: int, *, count: int = TEST_ROWS) -> float:
     """Share of queries answered right on ``count`` held-out rows of ``pairs`` pairs, greedily over the vocabulary."""
     batch = rows(count, pairs, generator=torch.Generator().manual_seed(TEST_SEED), vocab_size=model.config.vocab_size)
+    return accuracy(model, batch)
+
+
+@torch.inference_mode()
+def accuracy(model: PreTrainedModel, batch: Rows) -> float:
+    """Share of the rows' queries that are answered right, greedily over the vocabulary."""
+    batch = Rows(*(x.to(model.device) for x in batch))
     return (query_logits(model, batch).argmax(-1) == batch.labels).float().mean().item()
+
+
+def published_recall(model: PreTrainedModel, *, count: int = 1000, batch: int = 50) -> dict[tuple[int, int], float]:
+    """Accuracy on ``count`` rows of each published test slice, by (tokens, pairs)."""
+    scores = {}
+    for length, pairs in PUBLISHED_TEST:
+        generator = torch.Generator().manual_seed(TEST_SEED)
+        sizes = [min(batch, count - first) for first in range(0, count, batch)]
+        draw = partial(published_rows, generator=generator, vocab_size=model.config.vocab_size)
+        scores[length, pairs] = sum(n * accuracy(model, draw(n, length, pairs)) for n in sizes) / count
+    return scores
+
+
+def recipe_batches(
+    seed: int = 0, *, pairs: Sequence[int] = TRAIN_PAIRS, batch: int = 64, vocab_size: int = VOCAB_SIZE
+) -> Iterator[Rows]:
+    """The CPU recipe's training rows without end: ``batch`` rows of ``pairs[0]`` pairs, of ``pairs[1]``, and so on."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    while True:
+        for n in pairs:
+            yield rows(batch, n, generator=generator, vocab_size=vocab_size)
+
+
+def published_batches(
+    seed: int = 0,
+    *,
+    batch: int = 256,
+    slices: dict[tuple[int, int], int] | None = None,
+    vocab_size: int = PUBLISHED_VOCAB_SIZE,
+) -> Iterator[Rows]:
+    """The published training rows without end: the same ones in every epoch, batches in another order each time.
+
+    Args:
+        seed: of rows and order.
+        batch: rows per step, all of one slice.
+        slices: rows by (tokens, pairs), ``PUBLISHED_TRAIN`` by default; a last incomplete batch is left out.
+        vocab_size: V.
+    """
+    slices = PUBLISHED_TRAIN if slices is None else slices
+    batches = [(*shape, i) for shape, count in slices.items() for i in range(count // batch)]
+    order = torch.Generator().manual_seed(1000 + seed)
+    while True:
+        for place in torch.randperm(len(batches), generator=order).tolist():
+            length, pairs, number = batches[place]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {length} {pairs} {number}".encode()))
+            yield published_rows(batch, length, pairs, generator=generator, vocab_size=vocab_size)
 
 
 def train(
@@ -77,8 +192,7 @@ def train(
     *,
     steps: int,
     seed: int = 0,
-    pairs: Sequence[int] = TRAIN_PAIRS,
-    batch: int = 64,
+    batches: Iterable[Rows] | None = None,
     rate: float = 1e-2,
     warmup: int = 50,
     on_step: Callable[[int], None] = lambda step: None,
@@ -88,9 +202,8 @@ def train(
     Args:
         model: a causal language model with ``model`` (the base) and ``lm_head``; left in evaluation mode.
         steps: optimiser steps.
-        seed: of the rows.
-        pairs: N of the successive steps, repeated.
-        batch: rows per step.
+        seed: of the rows of the CPU recipe, where ``batches`` is None.
+        batches: the rows of each step.
         rate: peak learning rate.
         warmup: steps over which the rate rises.
         on_step: called with the number of steps done.
@@ -98,14 +211,14 @@ def train(
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    generator = torch.Generator().manual_seed(1000 + seed)
+    batches = recipe_batches(seed, vocab_size=model.config.vocab_size) if batches is None else batches
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
     model.train()
-    for step in range(steps):
-        drawn = rows(batch, pairs[step % len(pairs)], generator=generator, vocab_size=model.config.vocab_size)
+    for step, drawn in zip(range(steps), batches, strict=False):
+        drawn = Rows(*(x.to(model.device) for x in drawn))
         loss = F.cross_entropy(query_logits(model, drawn).flatten(0, 1), drawn.labels.flatten())
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss: expected a finite value, got {loss.item()} at step {step}")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,22 @@ TICK = 10  # steps between two signs of life
 
 
 class Job(NamedTuple):
-    """One model to train on MQAR: the arguments of its configuration, optimiser steps, and the seed of everything."""
+    """One model to train on MQAR's CPU recipe.
+
+    Attributes:
+        options: of its configuration.
+        steps: optimiser steps.
+        seed: of everything.
+        rate: peak learning rate.
+        looks: (pairs, every): recall of so many pairs is measured after every so many steps and after the last, and
+            kept beside the weights under ``"recall"``.
+    """
 
     options: dict[str, Any]
     steps: int
     seed: int
+    rate: float = 1e-2
+    looks: tuple[int, int] | None = None
 
 
 def train_all(jobs: Sequence[Job]) -> list[dict[str, np.ndarray]]:
@@ -64,10 +76,19 @@ def work(_rank: int, jobs: list[tuple[int, Job]], taken: Any, reports: Any) -> N
         index, job = jobs[place]
         torch.manual_seed(job.seed)
         model = HybridAttnForCausalLM(HybridAttnConfig(**job.options))
-        mqar.train(
-            model,
-            steps=job.steps,
-            seed=job.seed,
-            on_step=lambda step: reports.put((TICK, {})) if step % TICK == 0 else None,
-        )
-        reports.put((job.steps % TICK, {index: {name: p.numpy() for name, p in model.state_dict().items()}}))
+        curve: list[float] = []
+        on_step = partial(_on_step, job=job, model=model, reports=reports, curve=curve)
+        mqar.train(model, steps=job.steps, seed=job.seed, rate=job.rate, on_step=on_step)
+        weights = {name: p.numpy() for name, p in model.state_dict().items()}
+        if job.looks is not None:
+            weights["recall"] = np.array(curve)
+        reports.put((job.steps % TICK, {index: weights}))
+
+
+def _on_step(step: int, *, job: Job, model: HybridAttnForCausalLM, reports: Any, curve: list[float]) -> None:
+    if step % TICK == 0:
+        reports.put((TICK, {}))
+    if job.looks is not None and (step % job.looks[1] == 0 or step == job.steps):
+        model.eval()
+        curve.append(mqar.recall(model, job.looks[0]))
+        model.train()

@@ -376,11 +376,13 @@ def backward(
     with no_autocast(q):
         delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1) - dlse
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of nothing: all weights become 0
-        if sinks is not None:
-            dsinks = (-(sinks.to(lse.dtype) - lse).exp() * delta).sum((0, 1)).to(sinks.dtype)
         grads = [x.zero_() for x in (dq, dk, dv)]
+        mean = None if sinks is None else torch.zeros_like(lse)
         for part in _parts(q, k, t, s, options, cu_seqlens_q, cu_seqlens_k):
-            _backward(q, k, v, part, lse, do, delta, *grads)
+            _backward(q, k, v, part, lse, do, delta, mean, *grads)
+        if sinks is not None and mean is not None:
+            # Not delta: a sum over all tokens into one number per head would show that o is rounded.
+            dsinks = ((sinks.to(lse.dtype) - lse).exp() * (dlse - mean)).sum((0, 1)).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -394,9 +396,10 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> t
     return dq, dk, dv, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
-def _backward(q, k, v, part: _Part, lse, do, delta, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Write the gradients of the part's q, k and v."""
+def _backward(q, k, v, part: _Part, lse, do, delta, mean: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Write the gradients of the part's q, k and v, and the weighted mean of do v^T over every query's keys."""
     q, lse, do, delta, dq = (x[:, part.queries] for x in (q, lse, do, delta, dq))
+    mean = None if mean is None else mean[:, part.queries]
     k, v, dk, dv = (x[:, part.keys] for x in (k, v, dk, dv))
     scores, dtype, (of_q, of_k) = part.scores, lse.dtype, _shapes(q, k)
     k, v = of_k.rows(k, dtype), of_k.rows(v, dtype)
@@ -404,17 +407,22 @@ def _backward(q, k, v, part: _Part, lse, do, delta, dq: Tensor, dk: Tensor, dv: 
     for t, tiles in scores.plan:
         q_rows, do_rows = of_q.rows(q[:, t], dtype) * scores.factor, of_q.rows(do[:, t], dtype)
         lse_rows, delta_rows = (of_q.rows(x[:, t, :, None], dtype) for x in (lse, delta))
-        dq_rows = torch.zeros_like(q_rows)
+        dq_rows, mean_rows = torch.zeros_like(q_rows), torch.zeros_like(lse_rows)
         for tile in tiles:
             s = tile[0]
             weights, saved = scores.of(q_rows, k[:, s], of_q, t, tile)
             weights = _exp_(weights.sub_(lse_rows))
             dv_rows[:, s].baddbmm_(weights.mT, do_rows)
-            dscores = torch.bmm(do_rows, v[:, s].mT).sub_(delta_rows).mul_(weights)
+            dweights = torch.bmm(do_rows, v[:, s].mT)
+            if mean is not None:
+                mean_rows.add_((weights * dweights).sum(-1, keepdim=True))
+            dscores = dweights.sub_(delta_rows).mul_(weights)
             dscores = scores.backward_(dscores, saved)
             dk_rows[:, s].baddbmm_(dscores.mT, q_rows)
             dq_rows.baddbmm_(dscores, k[:, s])
         of_q.join(dq_rows.mul_(scores.factor), dq[:, t])
+        if mean is not None:
+            of_q.join(mean_rows, mean[:, t, :, None])
     of_k.join(dk_rows, dk)
     of_k.join(dv_rows, dv)
 

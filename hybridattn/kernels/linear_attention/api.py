@@ -13,7 +13,7 @@ from ..runtime.checks import check_inference, check_log_decay, check_shape, chec
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
 from .states import GATE_SHAPES, linear_attention_state
-from .triton.launch import chunk_lacks, step_lacks
+from .triton.launch import MOST_TOKENS, chunk_lacks, step_lacks
 
 EPS = 1e-12  # added to the normaliser
 
@@ -472,12 +472,13 @@ def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
     check_tensors("q", q=q, state=state)
     check_inference("state", q, k, v, g, state)
     scale = _scale(scale, sizes)
-    chosen = choose_backend(backend, q, step_lacks(q, k, v, g, state))
+    few = sizes["T"] <= MOST_TOKENS or backend is not None
+    chosen = choose_backend(backend, q, step_lacks(q, k, v, g, state)) if few else None
     if chosen == "triton":
         from .triton import decode  # who has no GPU may have no triton
 
         return decode.step(q, k, v, g, scale, state)
-    if chosen == "reference" or sizes["T"] != 1:
+    if chosen in ("reference", None) or sizes["T"] != 1:
         o, after = _attend(sizes, q, k, v, g, scale, state, None, chosen)
         state.copy_(after)
         return o

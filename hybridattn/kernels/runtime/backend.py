@@ -5,6 +5,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .launch import warn_of_torch
+
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -13,7 +15,7 @@ def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | No
 
     Args:
         backend: the one asked for, which is never replaced; None is ``"triton"`` for CUDA tensors where the operator's
-            kernels have the case, ``"torch"`` elsewhere.
+            kernels have the case, ``"torch"`` elsewhere, with a warning once per case if it is not for fp64.
         q: a tensor of the call, of an operator that has Triton kernels.
         lacks: what keeps these kernels from serving the call, as "argument: expected .., got .."; None if nothing does.
 
@@ -21,7 +23,11 @@ def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | No
         ValueError: what was asked for by name is no backend of the operator, or lacks the case.
     """
     if backend is None:
-        return "triton" if q is not None and q.is_cuda and lacks is None and HAS_TRITON else "torch"
+        if q is None or not q.is_cuda or not HAS_TRITON:
+            return "torch"
+        if lacks is not None and q.dtype != torch.float64 and not torch.compiler.is_compiling():
+            warn_of_torch(lacks)
+        return "triton" if lacks is None else "torch"
     names = ["reference", "torch"] if q is None else ["reference", "torch", "triton"]
     if backend not in names:
         raise ValueError(f"backend: expected one of {[*names, None]}, got {backend!r}")

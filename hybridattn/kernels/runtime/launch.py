@@ -6,6 +6,8 @@ A row is what a kernel is launched with: block sizes, warps, stages. It is *veri
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +81,28 @@ def read_verified(folder: Path) -> dict[str, dict[str, Any]]:
     """Rows verified so far, from ``verified.json`` in a package's triton folder: where by architecture and row name."""
     file = folder / "verified.json"
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+@contextmanager
+def launching(row: str, x: torch.Tensor) -> Iterator[None]:
+    """The region in which kernels of a launch row are started, on the GPU of ``x``: Triton takes the current one.
+
+    Raises:
+        RuntimeError: the row asks for more than this GPU has, of shared memory for instance.
+    """
+    from triton.runtime.errors import OutOfResources  # who has no GPU may have no triton
+
+    try:
+        with torch.cuda.device_of(x):
+            yield
+    except OutOfResources as error:
+        raise RuntimeError(f"launch row {row!r} does not fit {architecture(x.device)}: {error}") from error
+
+
+@cache
+def warn_of_torch(lacks: str) -> None:
+    """Say once of every case that its kernels lack that a GPU has the torch backend instead."""
+    warnings.warn(f"{lacks} by the Triton kernels; the torch backend takes it", stacklevel=4)
 
 
 @cache

@@ -90,6 +90,10 @@ class HybridAttnConfig(PreTrainedConfig):
             raise ValueError(f"backend: expected one of ['reference', 'torch', 'triton', None], got {self.backend!r}")
         if self.state_dtype not in (None, *STATE_DTYPES):
             raise ValueError(f"state_dtype: expected one of {[*STATE_DTYPES, None]}, got {self.state_dtype!r}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id: expected 0 to {self.vocab_size - 1}, one of the vocabulary, got {self.pad_token_id}"
+            )
         if self.num_hidden_layers not in (None, len(self.mixers)):
             raise ValueError(
                 f"num_hidden_layers: expected {len(self.mixers)} (one per mixer), got {self.num_hidden_layers}"

@@ -23,6 +23,7 @@ from ...layers.slopes import Slopes
 from ..packing import Packing
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
+from .loss import next_token_loss
 from .mixers import build_mixer
 
 
@@ -266,14 +267,18 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         prefix_lengths: torch.Tensor | None = None,  # named, since generate refuses what it does not see here
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B,T,vocab_size] and, with ``labels`` [B,T] (-100 is ignored), the next-token loss.
 
         Args:
             logits_to_keep: only the logits of the last so many tokens, or of these positions; 0 is all.
+            skip_logits: with labels, the loss alone, in chunks: all logits together are never in memory.
             Other arguments as in ``HybridAttnModel.forward``.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits: expected False without labels, got True")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -284,6 +289,13 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
+        if skip_logits and labels is not None:
+            loss: Any = next_token_loss(
+                outputs.last_hidden_state, self.lm_head.weight, labels, kwargs.get("num_items_in_batch")
+            )
+            return CausalLMOutputWithPast(
+                loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None

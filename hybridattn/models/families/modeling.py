@@ -61,13 +61,13 @@ GLA_NAMES = {
     "embeddings": "embed_tokens",
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
-    r"\.attn\.": ".mixer.",
-    "g_norm_swish_gate": "g_norm",
-    "gk_proj.0": "gk_proj.down",
-    "gk_proj.1": "gk_proj.up",
-    "q_conv1d": "q_conv",
-    "k_conv1d": "k_conv",
-    "v_conv1d": "v_conv",
+    r"\.attn\.": r"\.mixer\.",
+    r"\.g_norm_swish_gate\.": r"\.g_norm\.",
+    r"\.gk_proj\.0\.": r"\.gk_proj\.down\.",
+    r"\.gk_proj\.1\.": r"\.gk_proj\.up\.",
+    r"\.q_conv1d\.": r"\.q_conv\.",
+    r"\.k_conv1d\.": r"\.k_conv\.",
+    r"\.v_conv1d\.": r"\.v_conv\.",
 }
 for model in FAMILIES[0][1:]:
     names = (WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in GLA_NAMES.items())

@@ -12,18 +12,22 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 class Lookup(nn.Module):
     """Names, at every token, what followed its first occurrence in the row: it recalls all."""
 
-    config = SimpleNamespace(vocab_size=mqar.VOCAB_SIZE)
-    lm_head = nn.Identity()
+    device = torch.device("cpu")
+
+    def __init__(self, vocab_size: int = mqar.VOCAB_SIZE):
+        super().__init__()
+        self.config, self.lm_head = SimpleNamespace(vocab_size=vocab_size), nn.Identity()
 
     def model(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         is_same = input_ids[:, :, None] == input_ids[:, None, :]
         after = input_ids.roll(-1, 1).gather(1, is_same.int().argmax(-1))
-        return SimpleNamespace(last_hidden_state=F.one_hot(after, mqar.VOCAB_SIZE).float())
+        return SimpleNamespace(last_hidden_state=F.one_hot(after, self.config.vocab_size).float())
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 32, 127])
 def test_every_key_is_asked_once_and_its_value_is_the_label(pairs: int):
-    tokens, labels = mqar.rows(50, pairs, generator=torch.Generator().manual_seed(0))
+    tokens, positions, labels = mqar.rows(50, pairs, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(positions, torch.arange(2 * pairs, 3 * pairs).expand(50, -1))
     assert tokens.shape == (50, 3 * pairs)
     assert labels.shape == (50, pairs)
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
@@ -35,7 +39,7 @@ def test_every_key_is_asked_once_and_its_value_is_the_label(pairs: int):
 
 
 def test_queries_come_in_another_order_than_keys():
-    tokens, _ = mqar.rows(50, 8, generator=torch.Generator().manual_seed(0))
+    tokens, _, _ = mqar.rows(50, 8, generator=torch.Generator().manual_seed(0))
     assert (tokens[:, 16:] != tokens[:, 0:16:2]).any(1).float().mean() > 0.9
 
 
@@ -53,6 +57,67 @@ def test_too_many_pairs_are_named():
 @pytest.mark.parametrize("pairs", mqar.TEST_PAIRS)
 def test_a_lookup_recalls_all(pairs: int):
     assert mqar.recall(Lookup(), pairs) == 1
+
+
+@pytest.mark.parametrize(("length", "pairs"), mqar.PUBLISHED_TEST)
+@pytest.mark.parametrize("live_filler", [False, True])
+def test_published_rows(length: int, pairs: int, live_filler: bool):
+    """The pairs, every key once more at an even place behind them with its value as the label, filler without keys."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = mqar.published_rows(20, length, pairs, generator=generator, vocab_size=2200, live_filler=live_filler)
+    assert drawn.tokens.shape == (20, length)
+    named = 0
+    for row, places, labels in zip(*(x.tolist() for x in drawn), strict=True):
+        table = dict(zip(row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
+        assert len(table) == len(set(table.values())) == pairs
+        assert all(0 < key < 1100 <= value < 2200 for key, value in table.items())
+        assert all(place >= 2 * pairs and place % 2 == 0 for place in places)
+        assert sorted(row[place] for place in places) == sorted(table)
+        assert [table[row[place]] for place in places] == labels
+        named += sum(row[t] in table for t in set(range(2 * pairs, length)) - set(places))
+    assert live_filler or named == 0
+    if live_filler and pairs >= 32:
+        assert named > 0
+
+
+def test_published_queries_come_soon():
+    """The i-th place has a weight of i^-0.99: the first one alone has about a fifth of all of it."""
+    generator = torch.Generator().manual_seed(0)
+    places = (mqar.published_rows(4000, 200, 1, generator=generator).positions[:, 0] - 2) // 2
+    weights = torch.arange(1, 100).double() ** -0.99
+    shares = weights / weights.sum()
+    assert (places == 0).float().mean().item() == pytest.approx(shares[0].item(), rel=0.1)
+    assert (places >= 50).float().mean().item() == pytest.approx(shares[50:].sum().item(), rel=0.15)
+
+
+def test_published_training_is_the_same_rows_in_every_epoch():
+    slices = {(16, 2): 20, (24, 3): 10}
+    batches = mqar.published_batches(3, batch=5, slices=slices, vocab_size=64)
+    epochs = [[next(batches) for _ in range(6)] for _ in range(2)]
+    texts = [[str(rows.tokens.tolist()) for rows in epoch] for epoch in epochs]
+    assert sorted(texts[0]) == sorted(texts[1])
+    assert len(set(texts[0])) == 6
+    assert texts[0] != texts[1]
+    again = mqar.published_batches(3, batch=5, slices=slices, vocab_size=64)
+    assert torch.equal(next(again).tokens, epochs[0][0].tokens)
+
+
+def test_published_recall_of_a_lookup(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mqar, "PUBLISHED_TEST", mqar.PUBLISHED_TEST[:4])
+    assert mqar.published_recall(Lookup(512), count=7, batch=3) == dict.fromkeys(mqar.PUBLISHED_TEST, 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "pairs", "named"),
+    [
+        (15, 2, "length: expected an even number of at least 8"),
+        (6, 2, "length: .*, got 6"),
+        (8, 0, "pairs: expected 1 to 4095"),
+    ],
+)
+def test_published_rows_that_cannot_be(length: int, pairs: int, named: str):
+    with pytest.raises(ValueError, match=named):
+        mqar.published_rows(1, length, pairs, generator=torch.Generator())
 
 
 def test_logits_at_queries_are_those_of_the_whole_model():

@@ -135,6 +135,23 @@ def test_options_equal_the_dense_formula(name: str, queries: int, keys: int):
     check(inputs, options, "torch", torch.float32, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sinks", "everything"])
+def test_gradient_of_sinks_in_sixteen_bits(name: str, dtype: torch.dtype):
+    """Of the rounded operands it is exact: that the backward pass is given a rounded o must not show."""
+    inputs, options = [x.to(dtype) for x in make_inputs(150, 150)], OPTIONS[name](150, 150)
+    grads = [torch.randn(BATCH, 150, QUERY_HEADS, VALUE).to(dtype), torch.randn(BATCH, 150, QUERY_HEADS)]
+
+    def derived(backend: str, x: list[Tensor], wide: torch.dtype) -> Tensor:
+        sinks = options["sinks"].to(wide, copy=True).requires_grad_()
+        results = flash_attention(*x, return_lse=True, backend=backend, **(options | {"sinks": sinks}))
+        finite = [y.masked_fill(y.isinf(), 0) for y in results]
+        return torch.autograd.grad(finite, [sinks], [y.to(x.dtype) for x, y in zip(finite, grads, strict=True)])[0]
+
+    expected = derived("reference", [x.double() for x in inputs], torch.float64)
+    assert error(derived("torch", inputs, torch.float32), expected) <= 1e-5
+
+
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(
     queries=st.integers(0, 90),

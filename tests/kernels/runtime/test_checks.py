@@ -26,7 +26,7 @@ def test_backend_asked_for_by_name_runs_or_raises():
 
 
 def test_triton_serves_cuda_tensors_that_its_kernels_have_the_case_for():
-    q, cuda = torch.zeros(1), SimpleNamespace(is_cuda=True)
+    q, cuda = torch.zeros(1), SimpleNamespace(is_cuda=True, dtype=torch.float64)
     lacks = "q: expected float32, got torch.float64"
     assert choose_backend(None, q) == "torch"
     assert choose_backend(None, cuda) == "triton"

@@ -1,11 +1,14 @@
 """Architectures and what is said about launch rows."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from hybridattn.kernels.runtime import launch
+from hybridattn.kernels.runtime.backend import choose_backend
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +57,28 @@ def test_an_unverified_row_is_said_once():
 def test_a_fallback_is_said_once_for_all_rows():
     said = said_of(("sm_89", "step K16", True), ("sm_89", "step K32", True), ("sm_89", "step K16", True))
     assert said == ["no launch rows for sm_89: taking those of sm_80"]
+
+
+def test_a_row_that_does_not_fit_is_named():
+    with pytest.raises(RuntimeError, match="launch row 'step K16' does not fit sm_90: out of resource: shared memory"):  # noqa: SIM117
+        with launch.launching("step K16", torch.zeros(1)):
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+LACKS = "k: expected a key dim of at most 256, got 300"
+
+
+def test_the_torch_backend_on_a_gpu_is_said_once():
+    launch.warn_of_torch.cache_clear()
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for lacks in (
+            "k: expected a key dim of at most 256, got 300",
+            None,
+            "k: expected a key dim of at most 256, got 300",
+        ):
+            chosen = choose_backend(None, on_gpu, lacks)
+            assert chosen == ("triton" if lacks is None else "torch")
+        choose_backend(None, SimpleNamespace(is_cuda=True, dtype=torch.float64), "q: expected float32, got float64")
+    assert [str(x.message) for x in said] == [f"{LACKS} by the Triton kernels; the torch backend takes it"]

@@ -31,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
         vocab_size=VOCAB,
         hidden_size=16,
         mixers=STACKS[request.param],
-        mixer_options=OPTIONS,
+        mixer_options=OPTIONS if request.param != "hybrid" else {**OPTIONS, "gla": {"num_heads": 2, "conv_size": 3}},
         input_conv_size=3 if request.param == "hybrid" else None,
         initializer="fan_in",
     )

@@ -414,6 +414,9 @@ BAD_CONFIGS = {
     "mlp": ({"mlp": "gelu"}, "mlp: expected 'swiglu' or 'none', got 'gelu'"),
     "initializer": ({"initializer": "zero"}, "initializer: expected 'normal' or 'fan_in', got 'zero'"),
     "backend": ({"backend": "cuda"}, r"backend: expected one of \['reference', 'torch', 'triton', None\], got 'cuda'"),
+    "state dtype": ({"state_dtype": "int8"}, "state_dtype: expected one of .*, got 'int8'"),
+    "padding token": ({"pad_token_id": VOCAB}, "pad_token_id: expected 0 to 39, one of the vocabulary, got 40"),
+    "pattern": ({"mixers": "1 full, 2 gla"}, "mixers: expected a pattern like '1 full : 7 gla', got '1 full, 2 gla'"),
 }
 
 

@@ -10,14 +10,13 @@ keys, and visits the queries of all its query heads that may see them, with scor
 is never needed.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from ...runtime.launch import launching
 from ..options import BlockMask, Options
 from .operands import aligned, arguments, dense, launch_of, tiles_of
 from .primitives import LOG2E, load_rows, reached_tile, sequence_of, tile_scores, tile_span, tiles_in_reach, visible
@@ -35,7 +34,9 @@ def query_gradients_kernel(
     dq,
     shift,
     delta,
+    dsinks,
     alibi_slopes,
+    sinks,
     block_offsets,
     key_blocks,
     cu_seqlens_q,
@@ -76,7 +77,12 @@ def query_gradients_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq; and, for the second pass, delta and lse in base 2 (inf of nothing, for weights of 0), [B,Hq,Tq] both."""
+    """dq; and, for the second pass, delta and lse in base 2 (inf of nothing, for weights of 0), [B,Hq,Tq] both.
+
+    With sinks also dsinks [B,Hq,programs], what each program has of their gradient: the sum over its queries of the
+    sink's weight times dlse - rowsum(P * dO V^T). That is -delta, but without o, whose rounding a sum over all tokens
+    into one number per head would show.
+    """
     ALIBI: tl.constexpr = alibi_slopes is not None  # pyright: ignore[reportAssignmentType]
     factor = 1.0 if SOFTCAP or ALIBI else scale
     tile = tl.program_id(0)
@@ -121,6 +127,7 @@ def query_gradients_kernel(
     tl.store(shift + place, row_shift, mask=inside)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    mean = tl.zeros([BLOCK_M], tl.float32)  # of dO V^T, by weight
     low, high, full_low, full_high = tiles_in_reach(
         first + past, keys, block, block_offsets, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_SIZE
     )
@@ -143,10 +150,16 @@ def query_gradients_kernel(
         if masked:
             weights = tl.where(visible(t[:, None], s[None, :], end, LEFT, RIGHT), weights, 0.0)
         dweights = tl.dot(gradient, value.T, input_precision=PRECISION)
+        if sinks is not None:
+            mean += tl.sum(weights * dweights, 1)
         dscores = weights * derivative * (dweights - row_delta[:, None])
         acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)
 
     place = (batch.to(tl.int64) * row_end + q_first + rows) * HEADS + head
+    if sinks is not None:
+        sink_weights = tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - row_shift)
+        dsink = tl.sum(sink_weights * (tl.load(dlse + place, mask=inside, other=0.0) - mean))
+        tl.store(dsinks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), dsink)
     columns = tl.arange(0, BLOCK_D)
     tl.store(
         dq + place[:, None] * D + columns[None, :],
@@ -319,7 +332,8 @@ def backward(
         operands = {"q": aligned(q), "k": aligned(k), "v": aligned(v), "do": aligned(do)}
         launch = launch_of("query_gradients", q, v)
         tiles = tiles_of(queries, launch.block_m, cu_seqlens_q, options.block_mask)
-        with torch.cuda.device_of(q):  # Triton launches on the current device
+        of_tiles = None if sinks is None else lse.new_zeros(batch, heads, tiles.number)
+        with launching(launch.name, q):
             query_gradients_kernel[(tiles.number, batch * heads)](
                 **arguments(launch, operands, options, tiles, offsets),
                 outer_scale=scale,
@@ -329,14 +343,18 @@ def backward(
                 dq=dq,
                 shift=shift,
                 delta=delta,
+                dsinks=of_tiles,
+                sinks=dense(sinks),
                 block_offsets=dense(block_offsets),
                 key_blocks=dense(key_blocks),
             )
+        if of_tiles is not None:
+            dsinks.copy_(of_tiles.sum((0, 2)))
         if keys:
             launch = launch_of("key_gradients", q, v)
             tiles = tiles_of(keys, launch.block_n, cu_seqlens_k, options.block_mask)
             live = (None, None) if options.block_mask is None else _by_key_block(options.block_mask, keys)
-            with torch.cuda.device_of(q):  # Triton launches on the current device
+            with launching(launch.name, q):
                 key_gradients_kernel[(tiles.number, batch * kv_heads)](
                     **arguments(launch, operands, options, tiles, offsets),
                     outer_scale=scale,
@@ -347,9 +365,6 @@ def backward(
                     block_offsets=live[0],
                     query_blocks=live[1],
                 )
-    if sinks is not None:
-        weights = (sinks.float()[:, None] - shift * math.log(2)).exp()
-        dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -359,7 +374,7 @@ def _(q, k, v, *others):
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_zeros(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from ...runtime.launch import architecture, warn_of_launch
+from ...runtime.launch import architecture, launching, warn_of_launch
 from ..options import Options
 from .launch import DecodeLaunch, decode_launch
 from .operands import dense, score_numbers
@@ -329,7 +329,7 @@ def attend(
         "SOFTCAP": softcap is not None,
         "BLOCK_B": triton.next_power_of_2(batches),
     }
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    with launching(launch.name, q):
         decode_kernel[(programs,)](
             *(q, k, v, lengths, starts, alibi_slopes, sinks, o, lse, sums, tops, totals),
             *(*score_numbers(scale, softcap), batches, slots, programs),
@@ -339,7 +339,7 @@ def attend(
             num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
         )
     segments = batches * kv_heads * -(-group * new // launch.block_m)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    with launching(launch.name, q):
         merge_kernel[(segments,)](
             *(lengths, starts, sinks, o, lse, sums, tops, totals, batches, slots, programs),
             **{name: x for name, x in constexprs.items() if name in merge_kernel.arg_names},

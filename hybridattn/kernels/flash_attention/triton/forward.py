@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from ...runtime.launch import launching
 from ..options import Options
 from .backward import backward
 from .operands import aligned, arguments, dense, launch_of, tiles_of
@@ -182,7 +183,7 @@ def forward(
     launch = launch_of("forward", q, v)
     tiles = tiles_of(queries, launch.block_m, cu_seqlens_q, options.block_mask)
     operands = {"q": aligned(q), "k": aligned(k), "v": aligned(v)}
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    with launching(launch.name, q):
         forward_kernel[(tiles.number, batch * heads)](
             **arguments(launch, operands, options, tiles, (cu_seqlens_q, cu_seqlens_k)),
             o=o,

@@ -14,7 +14,7 @@ from .launch import DECODE_ROWS, FORWARD, DecodeLaunch, Launch, attention_launch
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"RIGHT": None},
     "window": {"LEFT": 4095},
-    "options": {"LEFT": 511, "SOFTCAP": True, "alibi_slopes": "*fp32:16", "sinks": "*bf16:16"},
+    "options": {"LEFT": 511, "SOFTCAP": True, "alibi_slopes": "*fp32:16", "sinks": "*bf16:16", "dsinks": "*fp32:16"},
     "blocks": {
         "BLOCK_SIZE": 128,
         "query_blocks": "*i32:16",

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from ...runtime.launch import architecture, warn_of_launch
+from ...runtime.launch import architecture, launching, warn_of_launch
 from .launch import StepLaunch, step_launch
 
 
@@ -109,7 +109,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state:
     q, k, v = map(_dense_rows, (q, k, v))
     g = None if g is None else _dense_rows(g)
     launch = _launch(q.device, key_dim)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    with launching(launch.name, q):
         step_kernel[(batch * states * triton.cdiv(value_dim, launch.block_v),)](
             q,
             k,

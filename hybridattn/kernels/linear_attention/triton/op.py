@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...runtime.launch import architecture, warn_of_launch
+from ...runtime.launch import architecture, launching, warn_of_launch
 from .. import features
 from .backward import sweep_keys
 from .forward import sweep_values
@@ -206,7 +206,7 @@ def _segment_states(w, u, g, first, heads, phi, cu_seqlens, scale, operands, par
     lost = w.new_zeros(sequences * parts, heads, key_dim, dtype=torch.float32)
     _states(w, u, g, None, None, local, lost, None, phi, cu_seqlens, scale, heads, operands, parts, reverse=reverse)
     starts, last = torch.empty_like(local), local.new_empty(sequences, *local.shape[1:])
-    with torch.cuda.device_of(w):
+    with launching("linear_attention_scan_states", w):
         scan_states[(sequences * heads * triton.cdiv(key_dim * value_dim, SCAN),)](
             local,
             lost,
@@ -229,7 +229,7 @@ def _states(w, u, g, h, first, last, lost, hot, phi, cu_seqlens, scale, heads, o
     launch = _launch("states", w.device, key_dim, value_dim, operands)
     blocks = triton.cdiv(key_dim, launch.block_k) * triton.cdiv(value_dim, 64)
     tma = _describable(launch, cu_seqlens, w, u, h, _channel(g))
-    with torch.cuda.device_of(w):  # Triton launches on the current device
+    with launching(launch.name, w):
         states[(_slots(u, cu_seqlens)[1] * parts * heads * blocks,)](
             _tile(w, _columns(launch, w, phi), tma),
             _tile(u, 64, tma),
@@ -284,7 +284,7 @@ def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operan
     else:
         dg = _gradients_of(g, do, cu_seqlens, dtype)
     tma = _describable(launch, cu_seqlens, q, k, v, do, h, dq, dk, _channel(g))
-    with torch.cuda.device_of(k):
+    with launching(launch.name, k):
         sweep_keys[(dfirst.shape[0] * heads * blocks,)](
             *(_tile(x, launch.block_k, tma) for x in (q, k)),
             _tile(v, 64, tma),
@@ -317,7 +317,7 @@ def _sweep_features(launch, q, k, v, do, h, dlast, phi, cu_seqlens, scale, opera
     dfirst = dlast.new_empty(dlast.shape[0], heads, *dlast.shape[2:])
     tma, columns = _describable(launch, cu_seqlens, q, k, v, do, h, dq, dk), tile_columns(dim)
     constexprs = _constexprs(launch, heads, key_dim, value_dim, None, operands)
-    with torch.cuda.device_of(k):
+    with launching(launch.name, k):
         sweep_features[(dfirst.shape[0] * heads * blocks,)](
             *(_tile(x, columns, tma) for x in (q, k)),
             *(_tile(x, 64, tma) for x in (v, do)),
@@ -344,7 +344,7 @@ def _sweep_values(a, w, u, g, y, first, last, hot, phi, cu_seqlens, scale, opera
     launch = _launch("sweep_values", a.device, key_dim, value_dim, operands)
     blocks = triton.cdiv(value_dim, launch.block_v)
     tma = _describable(launch, cu_seqlens, a, w, u, y, _channel(g))
-    with torch.cuda.device_of(y):
+    with launching(launch.name, y):
         sweep_values[(_slots(y, cu_seqlens)[1] * parts * heads * blocks,)](
             *(_tile(x, _columns(launch, x, phi), tma) for x in (a, w)),
             _tile(u, launch.block_v, tma),
@@ -380,7 +380,7 @@ def _repair_keys(q, k, v, g, do, dq, dk, dg, hot, cu_seqlens, scale, operands) -
 
 def _repair(kernel: Any, tensors, hot, cu_seqlens, scale, operands, y, constexprs) -> None:
     (slots, heads, key_dim), value_dim = hot.shape, y.shape[3]
-    with torch.cuda.device_of(y):
+    with launching(kernel.__name__, y):
         kernel[(slots * heads,)](
             *((x, *x.stride()[:3]) for x in tensors),
             hot,

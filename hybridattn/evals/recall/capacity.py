@@ -1,0 +1,83 @@
+"""What a mixer's state can hold, apart from what a model learns to put there.
+
+N random pairs are written straight into the state of a layer, as if its projections had made them; then each key is
+read back. Recall is the share of keys whose result is nearer to their own value, by inner product, than to the N - 1
+others: 1/N by chance. Decays are those of the untrained layer.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridattn.kernels.flash_attention import flash_attention
+from hybridattn.kernels.linear_attention import NormalizedState, gated_linear_attention
+from hybridattn.layers import LinearAttention, SoftmaxAttention, TokenMixer
+from hybridattn.layers.decayed_linear_attention import DecayedLinearAttention
+from hybridattn.layers.linear_attention import FEATURE_MAPS
+from hybridattn.models.decoder.accounting import cache_elements
+from hybridattn.models.decoder.mixers import build_mixer
+
+
+@torch.inference_mode()
+def capacity(
+    mixer: str, pairs: int, *, hidden_size: int = 64, trials: int = 8, seed: int = 0, **options: Any
+) -> dict[str, float]:
+    """Recall of ``pairs`` random pairs from the state of an untrained mixer of one head.
+
+    Args:
+        mixer: its name in the decoder's table; one without a state of keys and values has none.
+        pairs: N.
+        hidden_size: of the layer; values have as many dimensions.
+        trials: independent sets of pairs that the result is the mean of.
+        seed: of layer and pairs.
+        options: of the layer.
+
+    Returns:
+        ``recall``, and ``state_elements``, the numbers that the state after N tokens has.
+
+    Raises:
+        ValueError: the mixer keeps no keys and values.
+    """
+    torch.manual_seed(seed)
+    layer = build_mixer(mixer, hidden_size, {"num_heads": 1, **options}) if mixer != "conv" else None
+    if not isinstance(layer, LinearAttention | DecayedLinearAttention | SoftmaxAttention):
+        raise ValueError(f"mixer: expected one that keeps keys and values, got {mixer!r}")
+    keys = torch.randn(trials, pairs, 1, layer.head_dim if isinstance(layer, SoftmaxAttention) else layer.key_dim)
+    values = torch.randn(trials, pairs, 1, keys.shape[-1] if isinstance(layer, SoftmaxAttention) else layer.value_dim)
+    read = _read(layer, keys, values)[:, :, 0]
+    nearest = (read @ values[:, :, 0].mT).argmax(-1)
+    spec = layer.cache_spec(1, pairs, torch.float32)
+    return {
+        "recall": (nearest == torch.arange(pairs)).float().mean().item(),
+        "state_elements": float(cache_elements(spec)),
+    }
+
+
+def _read(layer: TokenMixer, keys: Tensor, values: Tensor) -> Tensor:
+    """What every key [B,N,1,K] gets out of the state that all pairs have been written to, [B,N,1,V]."""
+    if isinstance(layer, SoftmaxAttention):
+        kept = min(layer.window or keys.shape[1], keys.shape[1])
+        return flash_attention(keys, keys[:, -kept:], values[:, -kept:], causal=False)
+    if isinstance(layer, DecayedLinearAttention):
+        gates = layer.log_decay(torch.randn(*keys.shape[:2], layer.q_proj.in_features))
+        _, state = gated_linear_attention(keys, keys, values, gates, output_final_state=True)
+        assert state is not None
+        return keys @ state  # [B,N,1,K] @ [B,1,K,V]
+    assert isinstance(layer, LinearAttention)
+    keys = FEATURE_MAPS[layer.feature_map](keys)
+    attend = partial(layer.attend, normalize=layer.normalize, output_final_state=True)
+    _, state = attend(keys, keys, values)
+    assert state is not None
+    # Every key alone, a row each: what it writes itself has no value, so that it only scales what it reads.
+    rows = keys.flatten(0, 1)[:, None]
+    parts = (state.kv, state.k_sum) if isinstance(state, NormalizedState) else (state,)
+    parts = [x.repeat_interleave(keys.shape[1], 0) for x in parts]
+    o, _ = attend(
+        rows,
+        rows,
+        values.new_zeros(len(rows), 1, 1, layer.value_dim),
+        initial_state=NormalizedState(*parts) if layer.normalize else parts[0],
+    )
+    return o.unflatten(0, keys.shape[:2])[:, :, 0]

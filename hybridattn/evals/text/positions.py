@@ -1,0 +1,76 @@
+"""How well text is predicted by position, at the length a model was trained on and beyond it."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+
+@torch.inference_mode()
+def bits_by_position(
+    model: PreTrainedModel, tokens: np.ndarray, *, length: int, windows: int = 8
+) -> list[dict[str, Any]]:
+    """Bits per token of a causal language model in windows of a text, by the position in the window.
+
+    Args:
+        model: in evaluation mode.
+        tokens: token ids ``[time]`` of one text.
+        length: tokens that the model reads per window.
+        windows: evenly spaced; fewer where they would overlap.
+
+    Returns:
+        JSON values for positions 0 to 31, 32 to 63, 64 to 127 and so on, doubling: ``first``, ``last``, ``bits`` per
+        token and the number of ``tokens`` behind them.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    room = len(tokens) - length - 1
+    if length < 1 or room < 0:
+        raise ValueError(f"tokens: expected at least {length + 1} (one window), got {len(tokens)}")
+    starts = np.linspace(0, room, max(1, min(windows, len(tokens) // (length + 1)))).astype(np.int64)
+    nats = torch.zeros(length, dtype=torch.float64)
+    for start in tqdm(starts, desc=f"text, {length} tokens", unit="window"):
+        text = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64)).to(model.device)
+        hidden = model.base_model(input_ids=text[None, :-1], use_cache=False).last_hidden_state[0]
+        head: Any = model.get_output_embeddings()
+        for first in range(0, length, 1024):  # logits of all tokens at once would not fit
+            logits = head(hidden[first : first + 1024]).float()
+            loss = F.cross_entropy(logits, text[1 + first : 1 + first + len(logits)], reduction="none")
+            nats[first : first + len(logits)] += loss.double().cpu()
+    edges = [0, *(e for e in (2**i for i in range(5, 40)) if e < length), length]
+    return [
+        {
+            "first": first,
+            "last": last - 1,
+            "bits": nats[first:last].mean().item() / len(starts) / math.log(2),
+            "tokens": (last - first) * len(starts),
+        }
+        for first, last in pairwise(edges)
+    ]
+
+
+def extrapolation(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    *,
+    trained: int,
+    factors: Sequence[int] = (1, 2, 4, 8, 16),
+    windows: int = 8,
+) -> dict[str, list[dict[str, Any]]]:
+    """``bits_by_position`` at multiples of the length that a model was trained on, by the length as a string.
+
+    Args:
+        trained: that length, in tokens.
+        factors: multiples of it; those for which the text is too short are left out, the first excepted.
+        model, tokens, windows: as in ``bits_by_position``.
+    """
+    lengths = [trained * f for f in factors]
+    fitting = [lengths[0], *(length for length in lengths[1:] if length < len(tokens))]
+    return {str(length): bits_by_position(model, tokens, length=length, windows=windows) for length in fitting}

@@ -1,0 +1,119 @@
+"""The tokenizer and the model of a run."""
+
+import warnings
+from dataclasses import fields
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hybridattn.models.decoder import HybridAttnConfig
+from hybridattn.models.presets import PRESETS
+
+from .arguments import ModelArguments
+from .text import byte_tokenizer
+
+
+def build_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer by name, or the model's own; ``"bytes"`` is made here.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = arguments.tokenizer or arguments.model
+    if name == "bytes":
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer: expected 'bytes', a folder or a name on the Hub, got {name!r}: {error}"
+        ) from error
+
+
+def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The model's configuration; a new model's knows the tokenizer's special tokens.
+
+    Raises:
+        ValueError: no such preset or model, a wrong option, or a tokenizer larger than the vocabulary.
+    """
+    options: Any = arguments.config or {}
+    if arguments.model is not None:
+        try:
+            config = AutoConfig.from_pretrained(arguments.model)
+        except OSError as error:
+            raise ValueError(
+                f"model: expected a folder or a name on the Hub, got {arguments.model!r}: {error}"
+            ) from error
+    else:
+        config = new_config(arguments.preset, options)
+    vocab_size: int = getattr(config.get_text_config(), "vocab_size")  # noqa: B009  (no attribute of the base class)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"tokenizer: expected at most vocab_size {vocab_size} tokens, got {len(tokenizer)}")
+    if arguments.model is None:
+        for name in {"bos_token_id", "eos_token_id", "pad_token_id"} - set(options):
+            setattr(config, name, getattr(tokenizer, name))
+    return config
+
+
+def new_config(preset: str | None, options: dict[str, Any]) -> HybridAttnConfig:
+    """The configuration of a preset, with ``options`` over it.
+
+    Raises:
+        ValueError: no such preset or option.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+    make: Any = PRESETS[preset] if preset else HybridAttnConfig
+    family = getattr(make, "func", make)  # of a preset that fills in some fields
+    if unknown := sorted(set(options) - {field.name for field in fields(family)}):
+        raise ValueError(f"config: expected arguments of {family.__name__}, got {unknown}")
+    return make(**options)
+
+
+def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model in fp32, parameters frozen and adapters added as asked for.
+
+    Raises:
+        ValueError: no such model, a pattern that fits no parameter, or adapters that do not fit.
+    """
+    if arguments.model is None:
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model, config=config, dtype=torch.float32)
+        except OSError as error:
+            raise ValueError(f"model: expected saved weights in {arguments.model!r}, got {error}") from error
+    for pattern in arguments.freeze:
+        fitting = [parameter for name, parameter in model.named_parameters() if fnmatch(name, pattern)]
+        if not fitting:
+            raise ValueError(f"freeze: expected patterns of parameter names, got {pattern!r}, which fits none")
+        for parameter in fitting:
+            parameter.requires_grad_(False)
+    options: Any = arguments.lora
+    return model if options is None else add_lora(model, options)
+
+
+def add_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
+    """The model in ``peft.PeftModel``, adapters on every linear layer but the head unless ``target_modules`` says so.
+
+    Raises:
+        ValueError: an option that peft does not have or cannot take.
+    """
+    import peft
+
+    try:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear", **options})
+        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return peft.get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {error}") from error

@@ -1,0 +1,149 @@
+"""``hybridattn train``: pretraining and fine-tuning. Also under ``torchrun -m`` and ``accelerate launch -m``."""
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+from . import checkpoints
+from .arguments import DataArguments, ModelArguments, RunArguments, parse
+from .build import build_config, build_model, build_tokenizer
+from .packing import PackedBatches
+from .sources import open_documents
+from .trainer import StreamTrainer
+
+TERMINATED = 143  # 128 + SIGTERM, what a shell would say
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as ``CONFIG.yaml [--field value ...]`` says (default: the process's own arguments).
+
+    Returns:
+        The exit code: 0, 2 for bad input, 1 for a loss that is not finite, 143 after a SIGTERM; the reason is one line
+        on stderr.
+    """
+    logging.disable_progress_bar()  # of every file that is written or read; the training keeps its own
+    try:
+        return run(*parse(sys.argv[1:] if arguments is None else arguments))
+    except (ValueError, FloatingPointError) as error:
+        print("hybridattn:", " ".join(str(error).split()), file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments) -> int:
+    """Train, going on from the last whole checkpoint in the output folder, and save the model there.
+
+    Returns:
+        0, or 143 if a SIGTERM came before the last step; a checkpoint was saved then.
+
+    Raises:
+        ValueError: something in the arguments or the data is not as it should be.
+        FloatingPointError: the loss is no longer finite.
+    """
+    folder = Path(run_args.output_dir or ".")
+    checkpoint = find_checkpoint(folder, run_args.resume_from_checkpoint)
+    tokenizer = build_tokenizer(model_args)
+    config = build_config(model_args, tokenizer)
+    vocab_size: int = config.get_text_config().vocab_size
+    batches = training_batches(tokenizer, vocab_size, data_args, run_args)
+    held_out = held_out_batches(tokenizer, vocab_size, data_args, run_args)
+    set_seed(run_args.seed)
+    model = build_model(model_args, config)
+    settings = {**data_args.stream(), "rows_per_step": run_args.rows_per_step, "seed": run_args.seed}
+    settings["parameters"] = model.num_parameters()
+    trainer = StreamTrainer(
+        model=model,
+        args=run_args,
+        batches=batches,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        settings=settings,
+    )
+    trainer.resume(checkpoint)
+    if trainer.interrupted and trainer.state.global_step < run_args.max_steps:
+        return TERMINATED
+    save(trainer, folder)
+    return 0
+
+
+def find_checkpoint(folder: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to go on from: the one asked for, or the last whole one; damaged ones are named on stderr."""
+    if wanted is not None:
+        if reason := checkpoints.fault(Path(wanted)):
+            raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint, got {wanted}: {reason}")
+        return Path(wanted)
+    found, faults = checkpoints.latest(folder)
+    for reason in faults:
+        print(f"hybridattn: skipping {reason}", file=sys.stderr)
+    if found is not None:
+        print(f"hybridattn: resuming from {found}", file=sys.stderr)
+    return found
+
+
+def training_batches(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, data: DataArguments, args: RunArguments
+) -> PackedBatches:
+    """This process's batches, the first block of documents already looked at."""
+    source = open_documents(data.data, subset=data.subset, split=data.split, sample_by=data.sample_by)
+    batches = PackedBatches(
+        source,
+        tokenizer,
+        column=data.column,
+        vocab_size=vocab_size,
+        length=data.length,
+        rows=args.per_device_train_batch_size,
+        block=data.shuffle,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        skip_empty=data.skip_empty,
+        process=args.process_index,
+        processes=args.world_size,
+    )
+    batches.check()
+    return batches
+
+
+def held_out_batches(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, data: DataArguments, args: RunArguments
+) -> list[dict[str, Any]] | None:
+    """The first rows of the held-out data, the same at every evaluation; None where it is not asked for."""
+    if args.eval_strategy == "no" or data.eval_data is None:
+        return None
+    source = open_documents(data.eval_data, subset=data.subset, split=data.eval_split, sample_by=data.sample_by)
+    batches = PackedBatches(
+        source,
+        tokenizer,
+        column=data.column,
+        vocab_size=vocab_size,
+        length=data.length,
+        rows=(at_once := min(args.per_device_train_batch_size, data.eval_rows)),
+        block=1,
+        skip_empty=data.skip_empty,
+    )
+    batches.check()
+    rows = list(islice(batches, data.eval_rows // at_once))
+    for row in rows:
+        del row["place"]
+    return rows
+
+
+def save(trainer: StreamTrainer, folder: Path) -> None:
+    """Save the model and its tokenizer; adapters also by themselves, in ``adapter``, and merged into the model.
+
+    Under FSDP adapters are not merged: no process holds the whole model.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "merge_and_unload"):
+        trainer.save_model(str(folder))
+        return
+    trainer.save_model(str(folder / "adapter"))
+    if trainer.args.should_save and not trainer.is_fsdp_enabled:
+        model.merge_and_unload().save_pretrained(folder)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The loss without logits: the same numbers, in little memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.profiler import profile
+
+from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM, loss
+
+OURS = pytest.mark.parametrize("ours", [False, True], ids=["torch", "chunks"])
+
+
+@pytest.fixture
+def chunks(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 tokens; torch's own operator only where it is asked for."""
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 16 * 1000)
+    if ours:
+        monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
+
+
+def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, weight = torch.randn(2, 100, 24, requires_grad=True), torch.randn(1000, 24, requires_grad=True)
+    labels = torch.randint(1000, (2, 100))
+    labels[:, 30:40] = -100
+    return hidden, weight, labels
+
+
+@OURS
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("items", [None, 77])
+def test_it_is_the_cross_entropy_of_the_logits(items: int | None):
+    hidden, weight, labels = operands()
+    value = loss.next_token_loss(hidden, weight, labels, items)
+    logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / (
+        items or (labels[:, 1:] != -100).sum()
+    )
+    torch.testing.assert_close(value, expected)
+    grads, wanted = (torch.autograd.grad(x, (hidden, weight)) for x in (value, expected))
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-6)
+
+
+@OURS
+@pytest.mark.usefixtures("chunks")
+def test_logits_are_never_all_in_memory():
+    hidden, weight, labels = operands()
+    with profile(profile_memory=True) as measured:
+        loss.next_token_loss(hidden, weight, labels).backward()
+    largest = max(event.self_cpu_memory_usage for event in measured.events())
+    assert largest < 0.5 * 200 * 1000 * 4  # of fp32 logits
+
+
+@pytest.mark.parametrize("ours", [True])
+@pytest.mark.usefixtures("chunks")
+def test_under_autocast_it_is_summed_in_fp32():
+    hidden, weight, labels = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss.next_token_loss(hidden, weight, labels)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss.next_token_loss(hidden, weight, labels), rtol=2e-3, atol=0)
+    assert torch.autograd.grad(value, weight)[0].dtype == torch.float32
+
+
+def model() -> HybridAttnForCausalLM:
+    return HybridAttnForCausalLM(HybridAttnConfig(vocab_size=40, hidden_size=16, mixers=["gla", "full"]))
+
+
+def test_a_model_gives_the_same_loss_without_logits():
+    net, tokens = model(), torch.randint(40, (2, 9))
+    expected, out = net(tokens, labels=tokens), net(tokens, labels=tokens, skip_logits=True)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert out.logits is None
+    with pytest.raises(ValueError, match="skip_logits"):
+        net(tokens, skip_logits=True)
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from hybridattn import HybridAttnConfig, HybridAttnForCausalLM
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = HybridAttnForCausalLM(HybridAttnConfig(vocab_size=40, hidden_size=16, mixers=["gla", "full"]))
+tokens = torch.randint(40, (1, 33))
+expected = model(tokens, labels=tokens).loss
+expected.backward()
+gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+model.zero_grad()
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+loss = model(tokens, labels=tokens, skip_logits=True).loss
+loss.backward()
+torch.testing.assert_close(loss, expected)
+for name, p in model.named_parameters():
+    torch.testing.assert_close(p.grad.full_tensor(), gradients[name], rtol=1e-3, atol=1e-6)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_by_fsdp2_on_two_processes(tmp_path: Path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200)
+    assert done.returncode == 0, done.stderr
