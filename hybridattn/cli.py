@@ -80,7 +80,10 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score recall with lm-eval: --tasks recall_offline, and any other flag of `lm_eval run`."""
-    from hybridattn.evals.recall.run import run
+    try:
+        from hybridattn.evals.recall.run import run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"eval: expected pip install 'hybridattn[eval]', got: {error}") from error
 
     if not run(model, context.args, lengths=_lengths(lengths), out=out, allow_truncation=allow_truncation):
         raise typer.Exit(1)

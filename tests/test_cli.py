@@ -73,6 +73,17 @@ def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str
     assert named in err
 
 
+def test_eval_says_what_to_install(run_python) -> None:
+    code = """
+from hybridattn.cli import main
+try:
+    main(["eval", "--model", "x"])
+except SystemExit as exit:
+    print(exit)
+"""
+    assert run_python(code, blocked=("lm_eval",)) == "2\n"
+
+
 def test_kernels_compile_fails_over_a_ceiling(run, monkeypatch: pytest.MonkeyPatch) -> None:
     from hybridattn.evals.kernels.triton import compile
 

@@ -63,7 +63,10 @@ class CheckedLM(cast(Any, HFLM)):  # lm-eval's decorator hides the class from ty
             [request.args for request in requests], lambda text: len(self.tok_encode(text)), self.max_length
         )
         if cut:
-            raise UnsoundError(too_long(cut, len(requests), self.max_length))
+            raise UnsoundError(
+                f"{cut} of {len(requests)} prompts are longer than max_length={self.max_length} less the tokens to "
+                "generate: choose other --lengths, a larger max_length in --model_args, or --allow_truncation"
+            )
 
     def get_model_info(self) -> dict[str, Any]:
         """As `HFLM`, with the device and the gates' results."""
@@ -90,11 +93,3 @@ def truncated(requests: Sequence[Sequence[Any]], count: Callable[[str], int], ma
         else:
             cut += count(text) > max_length - normalize_gen_kwargs(rest).get("max_gen_toks", 0)
     return cut
-
-
-def too_long(cut: int, of: int, max_length: int) -> str:
-    """What to say of truncated prompts."""
-    return (
-        f"{cut} of {of} prompts are longer than max_length={max_length} less the tokens to generate: choose other "
-        "--lengths, a larger max_length in --model_args, or --allow_truncation"
-    )

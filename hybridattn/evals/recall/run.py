@@ -1,4 +1,7 @@
-"""`hybridattn eval`: lm-eval with our tasks, checks before the first score, and results by length, depth and load."""
+"""`hybridattn eval`: lm-eval with our tasks, checks before the first score, and results by length, depth and load.
+
+lm-eval has to be installed.
+"""
 
 import json
 import os
@@ -9,13 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval._cli import HarnessCLI
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.utils import setup_logging
+from transformers import AutoConfig, AutoTokenizer
+
 from hybridattn.evals.recall import scores
-from hybridattn.evals.recall.tasks import filler
+from hybridattn.evals.recall.harness import UnsoundError, truncated
+from hybridattn.evals.recall.tasks import TASKS, filler
+from hybridattn.evals.recall.tasks.grid import counter
 from hybridattn.evals.report import heatmap
 from hybridattn.evals.report.folder import RESULTS, check_output, written_aside
 from hybridattn.evals.report.provenance import commit, installed_version, json_sha256, provenance
-
-TASKS = Path(__file__).parent / "tasks"
 
 
 def run(
@@ -43,15 +51,6 @@ def run(
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what was given.
     """
-    try:
-        from lm_eval.utils import setup_logging
-
-        from hybridattn.evals.recall.harness import UnsoundError
-    except ImportError as error:
-        raise ValueError(
-            f"lm-eval: expected it to be installed (pip install hybridattn[eval]), got: {error}"
-        ) from error
-
     check_output(out)
     setup_logging()
     args = parse(flags)
@@ -86,8 +85,6 @@ def run(
 
 def parse(flags: Sequence[str]) -> Namespace:
     """What lm-eval's own command line makes of the flags; it reads them from ``sys.argv`` alone."""
-    from lm_eval._cli import HarnessCLI
-
     before, sys.argv = sys.argv, ["lm_eval", "run", "--model", "hybridattn", *flags]
     try:
         return HarnessCLI().parse_args()
@@ -97,11 +94,6 @@ def parse(flags: Sequence[str]) -> Namespace:
 
 def longest_input(model_args: dict[str, Any]) -> int:
     """The longest input that a checkpoint or its tokenizer names, in tokens; 0 if none, where lm-eval takes 2048."""
-    from lm_eval.models.utils import resolve_max_length
-    from transformers import AutoConfig, AutoTokenizer
-
-    import hybridattn  # noqa: F401  # registers our models
-
     trust = {"trust_remote_code": bool(model_args.get("trust_remote_code"))}
     config = AutoConfig.from_pretrained(model_args["pretrained"], **trust)
     tokenizer = AutoTokenizer.from_pretrained(model_args.get("tokenizer", model_args["pretrained"]), **trust)
@@ -147,9 +139,6 @@ def report(folder: Path, args: Namespace) -> None:
 
 def count_truncated(samples: dict[str, list[dict[str, Any]]], model_args: dict[str, Any]) -> int:
     """Prompts that lost tokens; those of an interrupted run, which the model was not asked again, included."""
-    from hybridattn.evals.recall.harness import truncated
-    from hybridattn.evals.recall.tasks.grid import counter
-
     if not model_args["allow_truncation"]:
         return 0  # else there would be no results
     count = counter(

@@ -7,7 +7,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from hybridattn.evals.recall.run import TASKS
+from hybridattn.evals.recall.tasks import TASKS
 from hybridattn.training.text import byte_tokenizer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridattn.evals.recall.run import TASKS
+from hybridattn.evals.recall.tasks import TASKS
 
 ROWS = [
     {

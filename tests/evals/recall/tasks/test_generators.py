@@ -12,8 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hybridattn.evals.recall.run import TASKS
-from hybridattn.evals.recall.tasks import filler, kv, niah, phonebook, records
+from hybridattn.evals.recall.tasks import TASKS, filler, kv, niah, phonebook, records
 from hybridattn.evals.recall.tasks.prompt import FORMS
 
 LENGTHS = [900, 1700]
