@@ -4,7 +4,6 @@
 is made to take given tokens, and the logits of these steps are compared with those of one forward pass.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,13 +71,12 @@ def check(model: Any, *, max_length: int | None = None, seed: int = 0) -> dict[s
     mask[0, :padding] = 0
 
     cached = stepwise(model, rows, None)
-    gates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        "cached = uncached": lambda: (cached, stepwise(model, rows, None, use_cache=False)),
-        "padded = unpadded": lambda: (stepwise(model, padded, mask)[:1], stepwise(model, alone, None)),
-        "prefill + decode = forward": lambda: (cached, model(rows).logits[:, -STEPS - 1 : -1]),
+    pairs = {
+        "cached = uncached": (cached, stepwise(model, rows, None, use_cache=False)),
+        "padded = unpadded": (stepwise(model, padded, mask)[:1], stepwise(model, alone, None)),
+        "prefill + decode = forward": (cached, model(rows).logits[:, -STEPS - 1 : -1]),
     }
-    tolerance = TOLERANCE[model.dtype]
-    return {name: Result(error(*pair()), tolerance) for name, pair in gates.items()}
+    return {gate: Result(error(*pair), TOLERANCE[model.dtype]) for gate, pair in pairs.items()}
 
 
 def random_tokens(model: Any, length: int, seed: int) -> Tensor:
