@@ -6,13 +6,16 @@ listed and nothing is written.
 """
 
 import json
+import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +23,15 @@ from .decoder import HybridAttnConfig, HybridAttnForCausalLM
 from .families import HybridAttnGLAConfig, HybridAttnGLAForCausalLM
 
 # What lies beside the weights and belongs to the text, not to the architecture.
-TOKENIZER_FILES = ("token*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+TOKENIZER_FILES = (
+    "token*.json",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.jinja",
+)
 # Counters of the trainer's that stand in released files of BASED, and frequencies that follow from the configuration.
 IGNORED = re.compile(r"(^|\.)(train|val|test)_metrics\.|\.rotary_emb\.inv_freq$")
 NAMES = {
@@ -77,7 +88,7 @@ def convert(source: str | Path, target: str | Path) -> HybridAttnForCausalLM:
         raise ValueError(f"source: expected a folder with config.json, got {str(source)!r}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target: expected a new or empty folder, got {str(target)!r}")
-    fields = json.loads((source / "config.json").read_text())
+    fields = _read_fields(source / "config.json")
     if fields.get("model_type") == HybridAttnGLAConfig.model_type:
         model = _from_gla(source)
     elif "mixer" in fields or "alt_mixer" in fields:
@@ -91,6 +102,16 @@ def convert(source: str | Path, target: str | Path) -> HybridAttnForCausalLM:
         for file in source.glob(pattern):
             shutil.copy(file, target)
     return model
+
+
+def _read_fields(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"source: expected JSON in {str(file)!r}, got an error: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"source: expected a mapping in {str(file)!r}, got {fields!r:.50}")
+    return fields
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -107,13 +128,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"source: expected weights in {str(file)!r}, got an error: {error}") from error
 
 
 def _from_gla(source: Path) -> HybridAttnForCausalLM:
-    loaded: Any = HybridAttnGLAForCausalLM.from_pretrained(source, output_loading_info=True)
+    try:
+        loaded: Any = HybridAttnGLAForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"source: expected weights in {str(source)!r}, got an error: {error}") from error
     theirs, info = loaded
     _check_names(info["unexpected_keys"], info["missing_keys"])
+    _check_shapes({name: (got, wanted) for name, got, wanted in info["mismatched_keys"]})
     shared = (
         *("vocab_size", "hidden_size", "intermediate_size", "mixers", "mixer_options", "rms_norm_eps", "dtype"),
         *("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -134,7 +164,7 @@ def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAtt
     mixers, options = _based_mixers(fields)
     config = HybridAttnConfig(
         vocab_size=len(embeddings),  # padded to a multiple
-        hidden_size=fields["n_embd"],
+        hidden_size=_needed(fields, "n_embd"),
         intermediate_size=len(fc1) // 2,
         mixers=mixers,
         mixer_options=options,
@@ -165,7 +195,7 @@ def _based_mixers(fields: dict[str, Any]) -> tuple[list[str], dict[str, dict[str
     kinds = [_based_mixer(fields, name) for name in ("mixer", "alt_mixer", "alt_mixer_2")]
     chosen = [
         2 if layer in (fields.get("alt_mixer_2_layers") or ()) else int(layer in (fields.get("alt_mixer_layers") or ()))
-        for layer in range(fields["n_layer"])
+        for layer in range(_needed(fields, "n_layer"))
     ]
     options: dict[str, dict[str, Any]] = {}
     for kind in sorted(set(chosen)):
@@ -176,18 +206,22 @@ def _based_mixers(fields: dict[str, Any]) -> tuple[list[str], dict[str, dict[str
 
 
 def _based_mixer(fields: dict[str, Any], role: str) -> tuple[str, dict[str, Any]]:
-    heads, rotary = fields["n_head"], fields.get("rotary_emb_fraction", 0.0)
+    heads, rotary = _needed(fields, "n_head"), fields.get("rotary_emb_fraction", 0.0)
     if rotary not in (0, 1):
         raise ValueError(f"rotary_emb_fraction: expected 0 or 1, got {rotary!r}")
     theta = fields.get("rotary_emb_base", 10000.0) if rotary else None
     mixer = fields.get(role)
     if mixer is None:
         return "full", {"num_heads": heads, "rope_theta": theta}
-    target = mixer["_target_"].rpartition(".")[2]
+    target = _needed(mixer, "_target_", role).rpartition(".")[2]
     if target == "SlidingAttention":  # their window is half of what is configured, besides the token itself
-        return "window", {"num_heads": heads, "rope_theta": theta, "window": mixer["window_size"] // 2 + 1}
+        return "window", {
+            "num_heads": heads,
+            "rope_theta": theta,
+            "window": _needed(mixer, "window_size", role) // 2 + 1,
+        }
     if target == "LinearAttention":
-        features = mixer["feature_map"]["_target_"].rpartition(".")[2]
+        features = _needed(_needed(mixer, "feature_map", role), "_target_", role).rpartition(".")[2]
         if features != "TaylorExp":
             raise ValueError(f"{role}: expected the feature map TaylorExp, got {features!r}")
         return "taylor", {"num_heads": mixer.get("num_heads", 16), "key_dim": mixer.get("feature_dim", 16)}
@@ -196,6 +230,12 @@ def _based_mixer(fields: dict[str, Any], role: str) -> tuple[str, dict[str, Any]
         taps = taps[0] if isinstance(taps, list) else taps
         return "conv", {"kernel_size": taps, "expand": mixer.get("expand_proj", 2) // 2}
     raise ValueError(f"{role}: expected BaseConv, LinearAttention or SlidingAttention, got {target!r}")
+
+
+def _needed(fields: dict[str, Any], name: str, where: str = "config.json") -> Any:
+    if name not in fields:
+        raise ValueError(f"{name}: expected it in {where} of a BASED model, got {sorted(fields)}")
+    return fields[name]
 
 
 def _based_names(name: str, x: Tensor, mixers: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -221,16 +261,17 @@ def _filled(config: HybridAttnConfig, weights: dict[str, Tensor]) -> HybridAttnF
         model = HybridAttnForCausalLM(config)
     expected = model.state_dict()
     _check_names(set(weights) - set(expected), set(expected) - set(weights))
-    wrong = [
-        f"{name} {list(x.shape)} for {list(expected[name].shape)}"
-        for name, x in weights.items()
-        if x.shape != expected[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"source: expected weights of the configuration's shapes, got {', '.join(sorted(wrong))}")
+    shapes = {name: (x.shape, expected[name].shape) for name, x in weights.items()}
+    _check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]})
     model = HybridAttnForCausalLM._from_config(config, dtype=config.dtype)
     model.load_state_dict(weights)
     return model
+
+
+def _check_shapes(wrong: dict[str, tuple[torch.Size, torch.Size]]) -> None:
+    if wrong:
+        listed = [f"{name} {list(got)} for {list(wanted)}" for name, (got, wanted) in sorted(wrong.items())]
+        raise ValueError(f"source: expected weights of the configuration's shapes, got {', '.join(listed)}")
 
 
 def _check_names(unknown: set[str], missing: set[str]) -> None:

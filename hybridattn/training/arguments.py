@@ -113,6 +113,9 @@ class RunArguments(TrainingArguments):
             raise ValueError("load_best_model_at_end, auto_find_batch_size: expected false, got true")
         if self.fp16:
             raise ValueError("fp16: expected false (bf16 needs no loss scaling), got true")
+        for name in ("per_device_train_batch_size", "rows_per_step"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         at_once = self.per_device_train_batch_size * self.world_size
         if self.rows_per_step is None:
             self.rows_per_step = at_once * self.gradient_accumulation_steps

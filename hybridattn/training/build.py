@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -76,7 +77,10 @@ def new_config(preset: str | None, options: dict[str, Any]) -> HybridAttnConfig:
     family = getattr(make, "func", make)  # of a preset that fills in some fields
     if unknown := sorted(set(options) - {field.name for field in fields(family)}):
         raise ValueError(f"config: expected arguments of {family.__name__}, got {unknown}")
-    return make(**options)
+    try:
+        return make(**options)
+    except StrictDataclassError as error:
+        raise ValueError(f"config: {error}") from error
 
 
 def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
@@ -98,6 +102,8 @@ def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrain
             raise ValueError(f"freeze: expected patterns of parameter names, got {pattern!r}, which fits none")
         for parameter in fitting:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze: expected patterns that leave something to train, got {arguments.freeze}")
     options: Any = arguments.lora
     return model if options is None else add_lora(model, options)
 

@@ -119,6 +119,7 @@ class PackedBatches(IterableDataset):
     def _documents(self) -> Iterator[tuple[np.ndarray, Place]]:
         """Token ids of every document from ``self.place`` on, with its place."""
         place = self.place
+        found = place != Place()  # a document with tokens; what was gone on from had one
         while True:
             self.source.load_state_dict(copy.deepcopy(place.source or self.start))
             documents = iter(self.source)
@@ -128,10 +129,11 @@ class PackedBatches(IterableDataset):
                     chosen = order[first : first + TOKENIZED_TOGETHER]
                     numbers = [place.block * self.block + int(i) for i in chosen]
                     for i, tokens in enumerate(self._tokenize([block[i] for i in chosen], numbers), first):
+                        found = found or len(tokens) > 0
                         yield tokens, place if i == place.document else replace(place, document=i, token=0)
                 place = Place(place.passes, place.block + 1, copy.deepcopy(self.source.state_dict()))
-            if place.block == 0:
-                raise ValueError("data: expected at least one document, got none")
+            if place.block == 0 or not found:
+                raise ValueError(f"data: expected at least one document{' with tokens' * (not found)}, got none")
             place = Place(place.passes + 1)
 
     def _tokenize(self, documents: list[dict[str, Any]], numbers: list[int]) -> Iterator[np.ndarray]:
@@ -175,6 +177,8 @@ class PackedBatches(IterableDataset):
             raise ValueError(
                 f"data: document {number}: expected text or token ids in column {self.column!r}, got {value!r:.50}"
             )
+        if isinstance(value, list) and not set(map(type, value)) <= {int}:
+            raise ValueError(f"data: document {number}: expected integers as token ids, got {value!r:.50}")
         if not value and not self.skip_empty:
             raise ValueError(f"data: document {number}: {EMPTY}")
 

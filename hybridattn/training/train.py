@@ -53,6 +53,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgum
     set_seed(run_args.seed)
     model = build_model(model_args, config)
     settings = {**data_args.stream(), "rows_per_step": run_args.rows_per_step, "seed": run_args.seed}
+    settings["data_seed"] = run_args.data_seed
     settings["parameters"] = model.num_parameters()
     trainer = StreamTrainer(
         model=model,

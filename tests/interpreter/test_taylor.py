@@ -133,6 +133,33 @@ def test_a_prefix_is_one_more_sequence_of_keys():
     assert max(map(error, results[1], results[0])) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_prefix_in_sixteen_bits(dtype: torch.dtype):
+    """Within 1.5 times the error of rounding operands, gradients within twice."""
+    q, k, v, *_ = make(150, (8, 16), (2, 2, 2))
+    x = [q, k, v, k[:, :90].flip(1), v[:, :90].flip(1)]
+    lengths, do, results = torch.tensor([77]), torch.randn_like(v), []
+    for backend, rounded in (("reference", False), ("reference", True), ("triton", True)):
+        leaves = [(y.to(dtype) if rounded else y) for y in x]
+        leaves = [(y if backend == "triton" else y.double()).requires_grad_() for y in leaves]
+        o, _ = prefix_linear_attention(*leaves, prefix_lengths=lengths, backend=backend)
+        gradients = torch.autograd.grad(o, leaves, (do.to(dtype) if rounded else do).to(o.dtype))
+        results.append([y.detach() if not rounded else y.detach().to(dtype) for y in (o, *gradients)])
+    for n, (truth, of_rounded, actual) in enumerate(zip(*results, strict=True)):
+        assert error(actual, truth) <= (2 if n else 1.5) * error(of_rounded, truth)
+
+
+@pytest.mark.parametrize("grouped", [(4, 2, 2), (2, 2, 4)])
+def test_a_prefix_of_shared_heads(grouped: tuple[int, int, int]):
+    q, k, v, *_ = make(20, (4, 8), grouped)
+    x = [q, k, v, k[:, :9].flip(1), v[:, :9].flip(1)]
+    (exact, state), (actual, after) = (
+        prefix_linear_attention(*(y.to(dtype) for y in x), output_final_state=True, backend=backend)
+        for backend, dtype in (("reference", torch.float64), ("triton", torch.float32))
+    )
+    assert max(map(error, (actual, *after), (exact, *state))) <= 1e-5
+
+
 def test_features_are_never_in_memory():
     """What is read and written of a token and head: q, k, v and o once for each launch, no 153 features."""
     tokens, (dim, value_dim) = 256, (16, 64)

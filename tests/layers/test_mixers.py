@@ -246,6 +246,17 @@ def test_gated_linear_attention_is_the_published_layer():
     torch.testing.assert_close(layer(x), (o * swish * torch.sigmoid(swish)) @ layer.o_proj.weight.T)
 
 
+@pytest.mark.parametrize("gate_per", ["channel", "head"])
+def test_a_gate_has_a_least_value(gate_per: str):
+    """The log-decay itself is limited, after the normaliser; what is above the limit stays."""
+    free, least = (GatedLinearAttention(D, num_heads=2, gate_per=gate_per, gate_min=g) for g in (None, -0.03))
+    least.load_state_dict(free.state_dict())
+    x = 3 * torch.randn(2, 40, D)
+    g = free.log_decay(x)
+    assert g.min() < -0.03 < g.max()
+    assert torch.equal(least.log_decay(x), g.clamp(min=-0.03))
+
+
 def test_a_gate_per_head_is_that_of_mamba_2():
     layer, x = GatedLinearAttention(D, num_heads=2, key_dim=2, gate_per="head").double(), torch.randn(1, 9, D).double()
     gate = layer.gk_proj

@@ -1,6 +1,7 @@
 """What users of transformers expect of any model, for every family and three hybrids; test_decoder.py has the rest."""
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -278,6 +279,15 @@ def test_checkpoints_open_without_an_import(
     """With trust_remote_code=True, in programs that do not import the library; also what these save themselves."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     save_all(tmp_path / "first")
+    for name, make in CONFIGS.items():  # one class brings the others in, so that a missing entry would not be noticed
+        family = type(make()).__name__.removesuffix("Config")
+        classes = json.loads((tmp_path / "first" / name / "config.json").read_text())["auto_map"]
+        assert {auto: path.partition(f".{family}")[2] for auto, path in classes.items()} == {
+            "AutoConfig": "Config",
+            "AutoModel": "Model",
+            "AutoModelForCausalLM": "ForCausalLM",
+            "AutoModelForSequenceClassification": "ForSequenceClassification",
+        }
     for folder, after in pairwise(tmp_path / name for name in ("first", "again", "third")):
         run_python(f"""
 import torch
@@ -299,6 +309,27 @@ def save_all(folder: Path) -> None:
         model, rows = AutoModelForCausalLM.from_config(make()).eval(), ids(2, 9)
         model.save_pretrained(folder / name)
         torch.save((rows, model(rows).logits), folder / name / "expected")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "option"),
+    [
+        ("gla", {"conv_size": 3}),
+        ("gla", {"gate_per": "head"}),
+        ("full", {"sinks": True}),
+        ("full", {"alibi": True, "rope_theta": None}),
+    ],
+)
+def test_what_is_kept_per_head_is_not_shared_out(mixer: str, option: dict[str, Any]):
+    """The plan shares the weights of a mixer out only where nothing else of it has heads."""
+    options = {"num_heads": 2}
+    plan, without = (
+        HybridAttnConfig(**SIZES, mixers=[mixer], mixer_options={mixer: {**options, **more}}).base_model_tp_plan
+        for more in ({}, option)
+    )
+    assert "layers.*.mixer.o_proj" in plan
+    assert not any("mixer" in name for name in without)
+    assert "layers.*.mlp.down_proj" in without
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="spawns processes with gloo")

@@ -148,6 +148,18 @@ def test_based(tmp_path: Path):
 
 
 @torch.no_grad()
+def test_based_of_untied_embeddings(tmp_path: Path):
+    weights = {**based(), "lm_head.weight": 0.3 * torch.randn(VOCAB, D)}
+    model = convert(
+        write(tmp_path / "source", weights, tie_word_embeddings=False, bos_token_id=7, eos_token_id=8),
+        tmp_path / "target",
+    ).double()
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (7, 8)
+    ids = torch.randint(0, VOCAB, (2, 31))
+    torch.testing.assert_close(model(ids).logits, logits(weights, ids), rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
 def test_what_surrounds_the_weights_is_ignored_by_name(tmp_path: Path):
     """A prefix, counters of the trainer, frequencies; another name of the convolution; files in parts."""
     weights = based("model.", "conv1")
@@ -179,6 +191,10 @@ def test_gla(tmp_path: Path):
         tie_word_embeddings=True,
         use_short_conv=True,
         clamp_min=-0.1,
+        norm_eps=0.3,
+        bos_token_id=3,
+        eos_token_id=[4, 5],
+        pad_token_id=6,
         attn={"layers": [0], "num_heads": 2},
     )
     theirs = HybridAttnGLAForCausalLM(config).to(torch.bfloat16)
@@ -187,6 +203,7 @@ def test_gla(tmp_path: Path):
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
     assert type(ours) is HybridAttnForCausalLM
     assert ours.dtype == torch.bfloat16
+    assert (ours.config.bos_token_id, ours.config.eos_token_id, ours.config.pad_token_id) == (3, [4, 5], 6)
     assert "model.layers.1.mixer.q_conv.weight" in load_file(tmp_path / "target" / "model.safetensors")
     ids = torch.randint(0, 40, (2, 21))
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
@@ -225,6 +242,9 @@ def test_every_weight_is_accounted_for(tmp_path: Path):
             {"alt_mixer": {"_target_": "x.LinearAttention", "feature_map": {"_target_": "x.Hedgehog"}}},
             "alt_mixer: expected the feature map TaylorExp, got 'Hedgehog'",
         ),
+        ({"alt_mixer": {"target": "x.LinearAttention"}}, "_target_: expected it in alt_mixer of a BASED model"),
+        ({"alt_mixer": {"_target_": "x.LinearAttention"}}, "feature_map: expected it in alt_mixer"),
+        ({"alt_mixer_2": {"_target_": "x.SlidingAttention"}}, "window_size: expected it in alt_mixer_2"),
         ({"mixer": None, "alt_mixer": None, "model_type": "gpt2"}, "transformer.embeddings|unknown"),
     ],
 )
@@ -245,6 +265,57 @@ def test_folders(tmp_path: Path):
     (source / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="expected model_type 'gla' or the mixers of BASED"):
         convert(source, tmp_path / "target")
+
+
+def test_configurations_that_lack_a_size(tmp_path: Path):
+    """And those that lack a field whose default would be another model."""
+    for name in ("activation_function", "rms_norm", "mlp_fc1_bias", "mlp_fc2_bias", "qkv_proj_bias", "out_proj_bias"):
+        source = write(tmp_path / name, based())
+        (source / "config.json").write_text(json.dumps({key: x for key, x in FIELDS.items() if key != name}))
+        with pytest.raises(ValueError, match=f"{name}: expected .* in a BASED model"):
+            convert(source, tmp_path / "target")
+    for name in ("n_embd", "n_head", "n_layer"):
+        source = write(tmp_path / name, based())
+        (source / "config.json").write_text(json.dumps({key: x for key, x in FIELDS.items() if key != name}))
+        with pytest.raises(ValueError, match=f"{name}: expected it in config.json of a BASED model"):
+            convert(source, tmp_path / "target")
+
+
+def test_files_of_gla_that_do_not_fit(tmp_path: Path):
+    """Weights of another shape are named; what is no file of weights, or no configuration, is refused as bad input."""
+    config = HybridAttnGLAConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_heads=2)
+    source, target = tmp_path / "source", tmp_path / "target"
+    HybridAttnGLAForCausalLM(config).save_pretrained(source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    convert(source, tmp_path / "good")
+    assert (tmp_path / "good" / "chat_template.jinja").read_text() == "{{ messages }}"
+    file = source / "model.safetensors"
+    save_file({**load_file(file), "model.layers.0.attn.q_proj.weight": torch.ones(3, 16)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.q_proj\.weight \[3, 16\] for \[8, 16\]"):
+        convert(source, target)
+    file.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="source: expected weights in"):
+        convert(source, target)
+    file.unlink()
+    with pytest.raises(ValueError, match="source: expected weights in"):
+        convert(source, target)
+    for text, named in (("{", "expected JSON"), ("[]", "expected a mapping")):
+        (source / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"source: {named} in .*config.json"):
+            convert(source, target)
+    assert not target.exists()
+
+
+def test_pickles(tmp_path: Path):
+    """Of the older format as well, which cannot be mapped; what is neither is refused."""
+    weights = based()
+    source = write(tmp_path / "source", weights)
+    torch.save(weights, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    model = convert(source, tmp_path / "target")
+    assert torch.equal(model.model.norm.weight, weights["transformer.ln_f.weight"])
+    (source / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match="source: expected weights in"):
+        convert(source, tmp_path / "other")
 
 
 def test_layers_of_two_kinds_under_one_name(tmp_path: Path):

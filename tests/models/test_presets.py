@@ -67,6 +67,14 @@ def test_bytes_per_token_of_attention(name: str, published: float):
     assert 2 * (per_token[1] - per_token[0]) == pytest.approx(published, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("name", "eps"),
+    [("gla_340m", 1e-6), ("gla_1b3", 1e-6), ("based_360m", 1e-5), ("based_1b3", 1e-5), ("jrt_360m", 1e-5)],
+)
+def test_norms_of_families(name: str, eps: float):
+    assert on_meta(name).model.norm.eps == eps
+
+
 def test_patterns():
     assert expand_pattern("1 full : 2 gla", 6) == ["full", "gla", "gla"] * 2
     assert expand_pattern("2 gla:1 window") == ["gla", "gla", "window"]

@@ -54,6 +54,14 @@ def test_configurations_make_models_of_the_right_size(name: str):
     assert model.num_parameters() == PARAMETERS[name]
 
 
+def test_defaults(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: gla_340m\ntokenizer: bytes\nmax_steps: 5\n")
+    _, data, run = parse([str(path)])
+    assert (run.lr_scheduler_type, run.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+    assert (run.adam_beta2, run.learning_rate, data.length, data.shuffle) == (0.95, 3e-4, 2048, 1000)
+
+
 def test_fields_over_a_file(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("preset: gla_340m\ntokenizer: bytes\nmax_steps: 5\nlearning_rate: 5e-3\nfreeze: [a.*, b]\n")

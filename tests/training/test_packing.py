@@ -106,6 +106,9 @@ def test_sources_that_cannot_be_read(tmp_path: Path, texts: Path):
     [
         (("text", ""), "document 1: expected at least one token"),
         (("text", None), "document 1: expected text or token ids in column 'text', got None"),
+        (([1, 2], [1.5] * 40), "document 0: expected integers as token ids"),
+        (([1, 2], [{"role": "user", "content": "text"}]), "document 1: expected integers as token ids"),
+        (([1, 2], [3, None]), "document 1: expected integers as token ids"),
         (([1, 258], [3] * 40), "below vocab_size 258, got 1 to 258"),
     ],
 )
@@ -113,6 +116,11 @@ def test_documents_that_cannot_be_trained_on(tmp_path: Path, documents, named: s
     found = batches(write(tmp_path / "bad.jsonl", *documents))
     with pytest.raises(ValueError, match=named):
         found.check()
+
+
+def test_nothing_but_empty_documents(tmp_path: Path):
+    with pytest.raises(ValueError, match="data: expected at least one document with tokens, got none"):
+        batches(write(tmp_path / "empty.jsonl", "", "", "", ""), skip_empty=True).check()
 
 
 def test_empty_documents_can_be_left_out(tmp_path: Path):

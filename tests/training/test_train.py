@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training import checkpoints
-from hybridattn.training.train import main
+from hybridattn.training.arguments import parse
+from hybridattn.training.flops import count
+from hybridattn.training.sources import open_documents
+from hybridattn.training.text import byte_tokenizer
+from hybridattn.training.train import held_out_batches, main
 from hybridattn.training.trainer import StreamTrainer
 
 
@@ -65,6 +69,23 @@ def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_a_run_told_to_end_in_its_last_step_has_ended(train, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_micro_batch(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train("cut") == 0
+    a, b = weights(tmp_path / "cut"), weights(whole)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_held_out_rows_are_of_their_own_split(tiny: Path):
+    _, data, run = parse([str(tiny), "--data", "python", "--eval_strategy", "steps", "--eval_steps", "3"])
+    tokenizer = byte_tokenizer()
+    rows = held_out_batches(tokenizer, 258, data, run)
+    assert rows is not None
+    text = next(iter(open_documents("python", split="test")))["text"]
+    assert rows[0]["input_ids"][0, 1:40].tolist() == list(text.encode()[:39])
+
+
 def test_a_truncated_checkpoint_is_named_and_the_one_before_used(train, curve, whole, tmp_path, capsys):
     os.truncate(whole / "checkpoint-6" / "optimizer.pt", 1000)
     before = curve("whole")
@@ -96,6 +117,14 @@ def test_the_result_generates_and_continues_elsewhere(train, whole, tmp_path):
 def test_other_data_in_the_same_folder_is_refused(train, whole, capsys):
     assert train("whole", "--length", "32") == 2
     assert "length: expected 64" in capsys.readouterr().err
+    for name, value, kept in (
+        ("data_seed", "7", None),
+        ("seed", "7", 42),
+        ("rows_per_step", "8", 4),
+        ("shuffle", "4", 3),
+    ):
+        assert train("whole", f"--{name}", value) == 2
+        assert f"{name}: expected {kept} as in" in capsys.readouterr().err
 
 
 def test_a_step_does_not_depend_on_how_it_is_divided(train, curve, whole):
@@ -121,24 +150,44 @@ def test_two_processes_train_to_the_same_loss(tiny: Path, curve, whole, tmp_path
     assert len(list((tmp_path / "two" / "checkpoint-6").glob("rng_state_*.pth"))) == 2
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(train, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(train, tmp_path, monkeypatch, capsys, value: str):
     compute = StreamTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
-        return compute(self, *args, **kwargs) * (float("nan") if self.state.global_step == 3 else 1)
+        return compute(self, *args, **kwargs) * (float(value) if self.state.global_step == 3 else 1)
 
     monkeypatch.setattr(StreamTrainer, "compute_loss", compute_loss)
     assert train("nan") == 1
-    assert "got nan at step 4" in capsys.readouterr().err
+    assert f"got {value} at step 4" in capsys.readouterr().err
     saved = torch.load(tmp_path / "nan" / "not-finite-step4-process0.pt")
     assert saved["input_ids"].shape == (1, 2 * 64)
     assert checkpoints.latest(tmp_path / "nan")[0] == tmp_path / "nan" / "checkpoint-2"
 
 
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch, capsys):
+    """As after a gradient that is not finite, of a loss that is."""
+    step = StreamTrainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            model.model.norm.weight.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(StreamTrainer, "training_step", training_step)
+    assert train("inf") == 1
+    assert "parameters: expected finite values, got others at step 4" in capsys.readouterr().err
+    assert checkpoints.latest(tmp_path / "inf")[0] == tmp_path / "inf" / "checkpoint-2"
+
+
 def test_log_lines(train, tmp_path):
     assert train("logged", "--report_to", "tensorboard", "--eval_strategy", "steps", "--eval_data", "python") == 0
     history = json.loads((tmp_path / "logged" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    flops = count(AutoModelForCausalLM.from_pretrained(tmp_path / "logged"))
+    least, most = flops.training_per_token, flops.training([64]) / 64
     for line in (line for line in history if "loss" in line):
+        assert least <= line["mfu"] * 1e12 / line["tokens_per_second"] <= most
         assert all(line[key] > 0 for key in ("tokens_per_second", "mfu", "memory_gb", "learning_rate", "grad_norm"))
         assert line["eta_minutes"] >= 0
         assert line["epoch"] in (0, 1)  # complete passes over the documents
@@ -188,6 +237,10 @@ def test_lora_improves_on_another_text_and_merges(whole, tmp_path, capsys):
         (("--config", '{"vocab_size": 100}'), "vocab_size 100 tokens, got 258"),
         (("--config", '{"mixer": []}'), "['mixer']"),
         (("--config", "{"), "config: expected JSON"),
+        (("--config", '{"vocab_size": "258"}'), "'vocab_size' expected int"),
+        (("--freeze", "*"), "freeze: expected patterns that leave something to train"),
+        (("--rows_per_step", "0"), "rows_per_step: expected a positive number, got 0"),
+        (("--per_device_train_batch_size", "0"), "per_device_train_batch_size: expected a positive number, got 0"),
         (("--preset", "gla_7t"), "gla_7t"),
         (("--model", "elsewhere"), "both"),
         (("--lora", "{}"), "lora: expected a saved model"),

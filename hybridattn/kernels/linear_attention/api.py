@@ -235,12 +235,17 @@ def prefix_linear_attention(
         raise ValueError(f"prefix_lengths: expected 0 to {sizes['M']}, got {prefix_lengths.tolist()}")
     inside = torch.arange(sizes["M"], device=q.device) < prefix_lengths[:, None]
     k_prefix, v_prefix = autocast(k_prefix, v_prefix)
-    dtype, root = compute_dtype(k_prefix, v_prefix), _taylor_scale(scale, sizes) ** 0.5
-    phi = _match(features.taylor(k_prefix.to(dtype) * root), sizes["Hs"], 2)
+    taylor = _taylor_scale(scale, sizes)
     # Values of what is no prefix are zero, and so are their ones: masked keys would still have the feature 1.
-    columns = torch.cat((v_prefix, v_prefix.new_ones(*v_prefix.shape[:3], 1)), -1).to(dtype)
-    state = linear_attention_state(phi, columns * inside[:, :, None, None]).state
-    sizes["K"] = phi.shape[-1]
+    columns = torch.cat((v_prefix, v_prefix.new_ones(*v_prefix.shape[:3], 1)), -1) * inside[:, :, None, None]
+    sizes["K"] = features.count(k_prefix.shape[-1])
+    if choose_backend(backend, q, chunk_lacks(q, k_prefix, columns, None, None, sizes["K"])) == "triton":
+        # Its outputs are not needed, but its features never are in memory, ten times the keys.
+        _, state = _attend(sizes, k_prefix, k_prefix, columns, None, 1.0, None, None, "triton", taylor)
+    else:
+        dtype = compute_dtype(k_prefix, v_prefix)
+        phi = _match(features.taylor(k_prefix.to(dtype) * taylor**0.5), sizes["Hs"], 2)
+        state = linear_attention_state(phi, columns.to(dtype)).state
     if normalize:
         if initial_state is not None:
             state = state + _join_state(_check_pair("initial_state", initial_state, sizes))

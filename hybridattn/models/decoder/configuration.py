@@ -74,6 +74,9 @@ class HybridAttnConfig(PreTrainedConfig):
         import_module(self.model_classes)  # AutoModel has no other hook
         from .mixers import MIXERS, tensor_parallel_plan
 
+        for name in ("vocab_size", "hidden_size", "intermediate_size"):
+            if (size := getattr(self, name)) is not None and size <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {size}")
         if not self.mixers:
             raise ValueError(f"mixers: expected a list with a mixer for each layer, got {self.mixers!r}")
         if isinstance(self.mixers, str):

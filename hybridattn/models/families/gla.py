@@ -16,7 +16,8 @@ EXPECTED = {
     "hidden_act": ("swish", "silu"),
     "attnres_block_size": (None,),
 }
-DERIVED = ("mixers", "mixer_options", "mlp", "input_conv_size", "rms_norm_eps")
+# Fields of HybridAttnConfig that follow from those of this class or are not in its files; what they are if not given.
+DERIVED = {"mixers": ("gla",), "mixer_options": {}, "mlp": "swiglu", "input_conv_size": None, "rms_norm_eps": 1e-6}
 
 
 @strict
@@ -38,7 +39,8 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         norm_eps: of every norm.
 
     Raises:
-        ValueError: a field that changes the function and that this library has nothing for (see ``EXPECTED``).
+        ValueError: a field that changes the function and that this library has nothing for (see ``EXPECTED``), or a
+            field of HybridAttnConfig that these files cannot keep (see ``DERIVED``).
     """
 
     model_type = "gla"
@@ -64,6 +66,11 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         for name, expected in EXPECTED.items():
             if kwargs.get(name, expected[0]) not in expected:
                 raise ValueError(f"{name}: expected {expected[0]!r} in a GLA model, got {kwargs[name]!r}")
+        for name, default in DERIVED.items():
+            if (got := getattr(self, name)) != default:
+                raise ValueError(f"{name}: expected none in a GLA model (HybridAttnConfig has it), got {got!r}")
+        if self.num_heads <= 0:
+            raise ValueError(f"num_heads: expected a positive integer, got {self.num_heads}")
         if self.num_kv_heads not in (None, self.num_heads):
             raise ValueError(f"num_kv_heads: expected None or num_heads {self.num_heads}, got {self.num_kv_heads}")
         if self.intermediate_size is None:

@@ -415,6 +415,9 @@ BAD_CONFIGS = {
     "initializer": ({"initializer": "zero"}, "initializer: expected 'normal' or 'fan_in', got 'zero'"),
     "backend": ({"backend": "cuda"}, r"backend: expected one of \['reference', 'torch', 'triton', None\], got 'cuda'"),
     "state dtype": ({"state_dtype": "int8"}, "state_dtype: expected one of .*, got 'int8'"),
+    "vocabulary": ({"vocab_size": -1}, "vocab_size: expected a positive number, got -1"),
+    "size": ({"hidden_size": 0}, "hidden_size: expected a positive number, got 0"),
+    "inner size": ({"intermediate_size": -4}, "intermediate_size: expected a positive number, got -4"),
     "padding token": ({"pad_token_id": VOCAB}, "pad_token_id: expected 0 to 39, one of the vocabulary, got 40"),
     "pattern": ({"mixers": "1 full, 2 gla"}, "mixers: expected a pattern like '1 full : 7 gla', got '1 full, 2 gla'"),
 }

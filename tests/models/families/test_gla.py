@@ -16,6 +16,7 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "clamped": {"clamp_min": -0.01},
     "short convolutions": {"use_short_conv": True, "conv_size": 3},
+    "norms and MLP": {"norm_eps": 0.5, "hidden_ratio": 48},
     "not fused": {"fuse_norm": False, "fuse_swiglu": False},
     "all": {"tie_word_embeddings": True, "clamp_min": -0.01, "use_short_conv": True, "expand_k": 1.0, "expand_v": 2.0},
 }
@@ -47,7 +48,7 @@ def logits(weights: dict[str, Tensor], options: dict, ids: Tensor) -> Tensor:
     heads, embed = SIZES["num_heads"], w["model.embeddings.weight"]
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+        return x * (x.square().mean(-1, keepdim=True) + options.get("norm_eps", 1e-6)).rsqrt() * weight
 
     def convolved(x: Tensor, name: str) -> Tensor:
         kernel = w.get(f"{name}_conv1d.weight")
@@ -139,11 +140,12 @@ assert type(model).__name__ == "HybridAttnGLAForCausalLM"
 
 
 def test_softmax_layers():
-    attn = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 6}
-    config = HybridAttnGLAConfig(**SIZES, attn=attn)
-    assert config.mixers == ["gla", "window"]
-    mixer = HybridAttnGLAForCausalLM(config).model.layers[1].mixer
-    assert (mixer.num_heads, mixer.num_key_value_heads, mixer.window) == (4, 2, 6)
+    attn: dict = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 6}
+    for theta, changes in ((10000.0, {}), (500.0, {"rope_theta": 500.0})):
+        config = HybridAttnGLAConfig(**SIZES, attn={**attn, **changes})
+        assert config.mixers == ["gla", "window"]
+        mixer = HybridAttnGLAForCausalLM(config).model.layers[1].mixer
+        assert (mixer.num_heads, mixer.num_key_value_heads, mixer.window, mixer.rope_theta) == (4, 2, 6, theta)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,12 @@ def test_softmax_layers():
         ({"use_output_gate": False}, "use_output_gate: expected True"),
         ({"hidden_act": "powlu"}, "hidden_act: expected 'swish'"),
         ({"attnres_block_size": 2}, "attnres_block_size: expected None"),
+        ({"num_heads": 0}, "num_heads: expected a positive integer, got 0"),
+        ({"mixers": "1 full : 1 gla"}, "mixers: expected none in a GLA model .*, got '1 full : 1 gla'"),
+        ({"mixer_options": {"gla": {"gate_rank": 4}}}, "mixer_options: expected none"),
+        ({"input_conv_size": 4}, "input_conv_size: expected none in a GLA model"),
+        ({"mlp": "none"}, "mlp: expected none in a GLA model"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps: expected none in a GLA model"),
         ({"num_kv_heads": 1}, "num_kv_heads: expected None or num_heads 2"),
         ({"expand_k": 0.3}, "expand_k: expected a dimension that 2 heads share"),
         ({"attn": {"layers": [0], "num_heads": 2, "qkv_bias": True}}, "attn: expected layers, num_heads"),
