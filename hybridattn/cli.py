@@ -67,6 +67,37 @@ def demo(
     run(out=out, seeds=seeds, steps=steps, only=only)
 
 
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-M", help="A checkpoint's folder, or its name on the Hub.")],
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Tokens of prompt and answer, such as 1024,4096.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--output_path", "-o", help="Folder for the report.")] = Path("reports/eval"),
+    allow_truncation: Annotated[
+        bool, typer.Option("--allow_truncation", help="Go on when prompts are longer than the model's input.")
+    ] = False,
+) -> None:
+    """Score recall with lm-eval: --tasks recall_offline, and any other flag of `lm_eval run`."""
+    try:
+        from hybridattn.evals.recall.run import run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"eval: expected pip install 'hybridattn[eval]', got: {error}") from error
+
+    if not run(model, context.args, lengths=_lengths(lengths), out=out, allow_truncation=allow_truncation):
+        raise typer.Exit(1)
+
+
+def _lengths(wanted: str | None) -> list[int] | None:
+    if wanted is None:
+        return None
+    parts = wanted.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"lengths: expected integers with commas between them, got {wanted!r}")
+    return [int(part) for part in parts]
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,

@@ -26,7 +26,7 @@ def test_version(run) -> None:
 def test_help_names_every_verb(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(verb in out for verb in ("demo", "train", "info", "env"))
+    assert all(verb in out for verb in ("demo", "eval", "train", "info", "env"))
 
 
 def test_env(run) -> None:
@@ -48,6 +48,8 @@ def test_env(run) -> None:
         (("demo", "--seeds", "0"), "--seeds"),
         (("demo", "--steps", "many"), "--steps"),
         (("demo", "--only", "nothing"), "nothing"),
+        (("eval",), "--model"),
+        (("eval", "--model", "x", "--lengths", "1k"), "lengths"),
         (("train",), "CONFIG"),
         (("train", "no-such-config"), "no-such-config"),
         (("train", "tiny_cpu", "--max_step", "3"), "--max_step"),
@@ -69,6 +71,17 @@ def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str
     assert err.startswith("hybridattn: ")
     assert err.count("\n") == 1
     assert named in err
+
+
+def test_eval_says_what_to_install(run_python) -> None:
+    code = """
+from hybridattn.cli import main
+try:
+    main(["eval", "--model", "x"])
+except SystemExit as exit:
+    print(exit)
+"""
+    assert run_python(code, blocked=("lm_eval",)) == "2\n"
 
 
 def test_kernels_compile_fails_over_a_ceiling(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ def test_commands_exist(run_python):
     assert verbs == {
         "convert",
         "demo",
+        "eval",
         "info",
         "train",
         "kernels bench",
