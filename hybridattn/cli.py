@@ -78,6 +78,9 @@ def evaluate(
     allow_truncation: Annotated[
         bool, typer.Option("--allow_truncation", help="Go on when prompts are longer than the model's input.")
     ] = False,
+    trained_length: Annotated[
+        int | None, typer.Option("--trained_length", help="Also bits per token by position, up to 16 times this.")
+    ] = None,
 ) -> None:
     """Score recall with lm-eval: --tasks recall_offline, and any other flag of `lm_eval run`."""
     try:
@@ -85,7 +88,8 @@ def evaluate(
     except ModuleNotFoundError as error:
         raise ValueError(f"eval: expected pip install 'hybridattn[eval]', got: {error}") from error
 
-    if not run(model, context.args, lengths=_lengths(lengths), out=out, allow_truncation=allow_truncation):
+    options = {"out": out, "allow_truncation": allow_truncation, "trained_length": trained_length}
+    if not run(model, context.args, lengths=_lengths(lengths), **options):
         raise typer.Exit(1)
 
 

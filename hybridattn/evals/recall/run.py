@@ -24,6 +24,7 @@ from hybridattn.evals.recall.tasks.grid import counter
 from hybridattn.evals.report import heatmap
 from hybridattn.evals.report.folder import RESULTS, check_output, written_aside
 from hybridattn.evals.report.provenance import commit, installed_version, json_sha256, provenance
+from hybridattn.evals.text import positions
 
 
 def run(
@@ -33,6 +34,7 @@ def run(
     lengths: Sequence[int] | None = None,
     out: Path = Path("reports/eval"),
     allow_truncation: bool = False,
+    trained_length: int | None = None,
 ) -> bool:
     """Score a checkpoint with lm-eval; write ``results.json``, ``report.md``, a heat map per task and lm-eval's files.
 
@@ -44,6 +46,8 @@ def run(
         lengths: tokens of prompt and answer; by default `grid.LENGTHS`, up to the longest input of the model.
         out: the folder to write, whole or not at all; an earlier report there is replaced.
         allow_truncation: whether to go on when prompts are longer than the model's input.
+        trained_length: tokens that the model was trained on; bits per token by position are then measured as well, at
+            that length and up to 16 times it.
 
     Returns:
         Whether the model was scored; if not, the reason was printed.
@@ -64,6 +68,8 @@ def run(
             "lengths: expected --lengths, or max_length in --model_args, where neither configuration nor tokenizer "
             f"names the longest input, got neither for {model}"
         )
+    if trained_length is not None and trained_length < 1:
+        raise ValueError(f"trained_length: expected a positive number of tokens, got {trained_length}")
     if lengths:
         args.metadata = {"max_seq_lengths": list(lengths), **(args.metadata or {})}
     args.include_path = [TASKS, *([args.include_path] if args.include_path else [])]
@@ -74,7 +80,7 @@ def run(
         with written_aside(out) as folder:
             args.output_path = str(folder / "lm_eval")
             args.func(args)
-            report(folder, args)
+            report(folder, args, trained_length)
     except UnsoundError as error:
         print(f"hybridattn: {error}", file=sys.stderr)
         return False
@@ -109,7 +115,7 @@ def fingerprint(model_args: dict[str, Any]) -> str:
     return json_sha256([model_args, stats, versions, commit(Path(__file__))])[:16]
 
 
-def report(folder: Path, args: Namespace) -> None:
+def report(folder: Path, args: Namespace, trained_length: int | None = None) -> None:
     """Write our files from those of lm-eval, which lie in ``folder / "lm_eval"``."""
     (written,) = (folder / "lm_eval").rglob("results_*.json")
     aggregated = json.loads(written.read_text(encoding="utf-8"))
@@ -119,6 +125,7 @@ def report(folder: Path, args: Namespace) -> None:
         name: getattr(args, name, None)
         for name in ("model_args", "metadata", "tasks", "limit", "num_fewshot", "batch_size", "gen_kwargs", "seed")
     }
+    config["trained_length"] = trained_length
     config["lm_eval"] = installed_version("lm-eval")
     config["filler_sha256"] = filler.sha256() if any("cells" in found for found in tasks.values()) else None
     results = {
@@ -128,6 +135,7 @@ def report(folder: Path, args: Namespace) -> None:
         "parity": aggregated["config"]["parity"],
         "truncated": count_truncated(samples, args.model_args),
         "tasks": tasks,
+        "positions": None if trained_length is None else positions_of(args.model_args, trained_length),
         "metrics": aggregated["results"],
     }
     for task, found in tasks.items():
@@ -135,6 +143,12 @@ def report(folder: Path, args: Namespace) -> None:
             heatmap.draw(panels, folder / f"{task}.png", title=f"{task}: {found['contains']:.3f}")
     (folder / "report.md").write_text(scores.report(results), encoding="utf-8")
     (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def positions_of(model_args: dict[str, Any], trained_length: int) -> dict[str, Any]:
+    """Bits per token by position of the model that lm-eval was given."""
+    options = {name: model_args[name] for name in ("trust_remote_code", "dtype") if name in model_args}
+    return positions.extrapolation_of(model_args["pretrained"], trained_length, **options)
 
 
 def count_truncated(samples: dict[str, list[dict[str, Any]]], model_args: dict[str, Any]) -> int:

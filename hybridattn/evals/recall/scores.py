@@ -104,4 +104,20 @@ def report(results: dict[str, Any]) -> str:
                 for task, of_task in scores.items()
             ]
             parts += [f"## By {axis}", table(["task", *(f"{value:,}" for value in values)], rows)]
+    if found := results.get("positions"):
+        parts += ["## Bits per token by position", *_positions(found)]
     return "\n\n".join([*parts, *origin(results["provenance"])]) + "\n"
+
+
+def _positions(found: dict[str, Any]) -> list[str]:
+    """A sentence and a table: lengths down, positions across."""
+    spans = max(found["lengths"].values(), key=len)
+    rows = [
+        [f"{int(length):,}", *(f"{span['bits']:.3f}" for span in of_length), *[""] * (len(spans) - len(of_length))]
+        for length, of_length in found["lengths"].items()
+    ]
+    return [
+        f"Held-out sources of Python's standard library, {found['bytes_per_token']:.2f} bytes per token; the model was "
+        f"trained on {found['trained']:,} tokens.",
+        table(["tokens", *(f"from {span['first']:,}" for span in spans)], rows),
+    ]

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hybridattn.training.text import SEPARATOR, standard_library
 
 
 @torch.inference_mode()
@@ -74,3 +76,30 @@ def extrapolation(
     lengths = [trained * f for f in factors]
     fitting = [lengths[0], *(length for length in lengths[1:] if length < len(tokens))]
     return {str(length): bits_by_position(model, tokens, length=length, windows=windows) for length in fitting}
+
+
+def extrapolation_of(name: str, trained: int, **options: Any) -> dict[str, Any]:
+    """``extrapolation`` of a checkpoint on held-out sources of Python's standard library, read as one text.
+
+    Args:
+        name: its folder, or its name on the Hub.
+        trained: the length it was trained on, in its own tokens.
+        options: of ``from_pretrained``, such as ``trust_remote_code``.
+
+    Returns:
+        JSON values: ``trained``, ``bytes_per_token`` of the text, and ``lengths``, as ``extrapolation`` gives.
+
+    Raises:
+        ValueError: the text is shorter than ``trained``.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    held_out = standard_library().held_out
+    text = held_out[held_out != SEPARATOR].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    tokens = np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return {
+        "trained": trained,
+        "bytes_per_token": len(text.encode()) / len(tokens),
+        "lengths": extrapolation(model, tokens, trained=trained),
+    }

@@ -100,8 +100,13 @@ def test_the_same_numbers_as_lm_eval_and_with_any_batch(run: Callable[..., int],
 
 def test_the_report(run: Callable[..., int], checkpoint: str, tmp_path: Path):
     out = tmp_path / "out"
-    assert run(out, *FLAGS, "--batch_size", "8", "--limit", "6") == 0
+    assert run(out, *FLAGS, "--batch_size", "8", "--limit", "6", "--trained_length", "70") == 0
     results = read(out)
+    assert list(results["positions"]["lengths"]) == ["70", "140", "280", "560", "1120"]
+    assert results["positions"]["bytes_per_token"] == 1
+    bits = [span["bits"] for span in results["positions"]["lengths"]["70"]]
+    assert len(bits) == 3
+    assert all(5 < x < 12 for x in bits)  # untrained: about 8
     assert results["tasks"].keys() == {"hybridattn_kv", "hybridattn_niah_single_twice"}
     assert results["tasks"]["hybridattn_kv"]["rows"] == 6
     assert {cell["length"] for cell in results["tasks"]["hybridattn_kv"]["cells"]} == {300, 400}
@@ -113,6 +118,8 @@ def test_the_report(run: Callable[..., int], checkpoint: str, tmp_path: Path):
     assert config["filler_sha256"] == filler.sha256()
     report = (out / "report.md").read_text()
     assert "## By length" in report
+    assert "from 64" in report
+    assert "trained on 70 tokens" in report
     assert "| hybridattn_kv " in report
     assert {path.name for path in out.iterdir()} == {
         "results.json",
@@ -186,6 +193,7 @@ def test_bad_input_is_named(run: Callable[..., int], tmp_path: Path, capsys: pyt
         ((), "tasks: expected"),
         (("--tasks", "no_such_task"), "no_such_task"),
         (("--tasks", "hybridattn_kv", "--lengths", "1k"), "lengths: expected integers"),
+        (("--tasks", "hybridattn_kv", "--trained_length", "0"), "trained_length: expected a positive number"),
         (("--tasks", "hybridattn_kv", "--lengths", "60"), "max_seq_lengths: expected"),
     ):
         assert run(tmp_path / "out", *flags) == 2
