@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -271,6 +272,17 @@ def test_trainer_on_packed_rows_in_bf16(model: HybridAttnForCausalLM, tmp_path: 
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[1] < logged[0]
+
+
+def test_plans_name_parts_of_the_model(model: HybridAttnForCausalLM):
+    """Those of tensor, pipeline and FSDP2 parallelism: every module they name is there, and no part is left out."""
+    modules = {re.sub(r"\d+", "*", name) for name, _ in model.model.named_modules()}
+    config = model.config
+    assert set(config.base_model_tp_plan) <= {name for name in modules if name.startswith("layers.*.")}
+    assert set(config.base_model_pp_plan) == {name for name, _ in model.model.named_children()}
+    assert set(getattr(config, "base_model_fsdp_plan", {})) <= modules  # transformers >= 5.23
+    for plan in (model._tp_plan, model._pp_plan, model._fsdp_plan):
+        assert "lm_head" in plan
 
 
 def test_checkpoints_open_without_an_import(
