@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.decoder.accounting import cache_bytes
 from hybridattn.models.decoder.cache import allocated_bytes, mixer_caches
 from hybridattn.models.decoder.mixers import MIXERS
+from hybridattn.models.families import HybridAttnBasedConfig, HybridAttnGLAConfig, HybridAttnJRTConfig
 
 VOCAB, TOKENS, CAPACITY = 40, 9, 24
 OPTIONS = {
@@ -22,11 +23,21 @@ OPTIONS = {
     "taylor": {"num_heads": 2, "key_dim": 4},
 }
 STACKS = {**{name: [name] for name in MIXERS}, "hybrid": ["conv", "gla", "window", "full", "linear"]}
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "initializer": "fan_in"}
+FAMILIES: dict[str, Callable[[], HybridAttnConfig]] = {
+    "gla family": lambda: HybridAttnGLAConfig(
+        **SIZES, num_hidden_layers=2, num_heads=2, use_short_conv=True, clamp_min=-0.1, eos_token_id=None
+    ),
+    "based family": lambda: HybridAttnBasedConfig(**SIZES, mixers=["conv", "taylor", "window"], mixer_options=OPTIONS),
+    "jrt family": lambda: HybridAttnJRTConfig(**SIZES, mixers=["conv", "prefix", "window"], mixer_options=OPTIONS),
+}
 
 
-@pytest.fixture(params=STACKS)
+@pytest.fixture(params=[*STACKS, *FAMILIES])
 def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
     torch.compiler.reset()
+    if request.param in FAMILIES:
+        return AutoModelForCausalLM.from_config(FAMILIES[request.param]()).eval()
     config = HybridAttnConfig(
         vocab_size=VOCAB,
         hidden_size=16,
