@@ -1,0 +1,47 @@
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+from hybridattn.evals.report import cells
+from hybridattn.evals.report.compare import compare
+from hybridattn.evals.report.compare import report as told
+from hybridattn.evals.report.rows import rows
+
+
+def test_a_report_has_not_changed_from_itself(report: Path):
+    found = compare(rows(cells.read(report)), rows(cells.read(report)))
+    assert found["changes"] == found["gone"] == found["come"] == []
+    assert found["compared"] > 20
+
+
+def test_only_what_is_beyond_noise_has_changed(report: Path, write_cell: Callable[..., None], tmp_path: Path):
+    new = copytree(report, tmp_path / "new")
+    for turn in range(2):
+        slow, alike = ([seconds * (1 + 0.01 * i) for i in range(6)] for seconds in (2e-3, 1.004e-3))
+        write_cell("attention", "prefill", {"seconds": slow}, out=new, tokens=1024, batch=1, round=turn)
+        write_cell(
+            "attention",
+            "decode",
+            {"seconds": [x / 10 for x in alike]},
+            out=new,
+            tokens=1024,
+            batch=1,
+            graph=False,
+            round=turn,
+        )
+    for seed in range(2):
+        low = {"recall": {"8": 0.5, "32": 0.46}, "curve": [[100, 0.46]]}
+        write_cell("attention", "recall", low, out=new, seed=seed, rate=0.01)
+    write_cell("window", "state", {"allocated": 4000, "formula": 4000}, out=new, tokens=64)
+    write_cell("fresh", "model", {"parameters": 1}, out=new)
+    found = compare(rows(cells.read(report)), rows(cells.read(new)))
+    assert [change[:2] for change in found["changes"]] == [
+        ("attention", "prefill, 1024 tokens, batch 1, s"),
+        ("attention", "recall, 8 pairs"),
+        ("window", "state after 64 tokens, bytes"),
+    ]
+    assert found["changes"][0][2:] == ("0.00102", "0.00205", "2.00")
+    assert (found["gone"], found["come"]) == ([], ["fresh"])
+    text = told(report, new)
+    assert "3 of them changed beyond noise" in text
+    assert "fresh" in text

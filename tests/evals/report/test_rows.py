@@ -1,0 +1,69 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hybridattn.evals.report import cells
+from hybridattn.evals.report.rows import best_under, limits, points, problems, rows
+
+
+def test_one_configuration_is_one_row(report: Path):
+    attention, window, other = found = rows(cells.read(report))
+    assert [row["config"]["name"] for row in found] == ["attention", "window", "other"]
+    assert attention["recall"]["8"] == {"median": pytest.approx(0.925), "low": 0.9, "high": 0.95, "seeds": 2}
+    assert attention["learnability"]["runs"] == 2
+    assert len(attention["curves"]) == 2
+    assert (other["recall"], other["learnability"], other["curves"]) == ({}, None, [])
+    assert attention["state"] == {n: {"allocated": int(n) * 100, "formula": int(n) * 100} for n in ("64", "128")}
+    assert attention["prefill_exponent"] == pytest.approx(2)
+    assert window["prefill_exponent"] == pytest.approx(1)
+    assert attention["decode_growth"] == pytest.approx(4)
+    assert window["decode_growth"] == pytest.approx(1)
+    (first, *_), samples = attention["prefill"], attention["prefill"][0]["samples"]
+    assert (first["tokens"], first["batch"], samples, first["peak_bytes"]) == (1024, 1, 12, 10240)
+    assert first["median"] == pytest.approx(1.025e-3)
+    assert [(each["tokens"], each["batch"]) for each in window["decode"]] == [(1024, 1), (1024, 8), (4096, 1)]
+    assert problems(found) == []
+
+
+def test_a_model_on_another_device_is_another_row(report: Path, write_cell: Callable[..., None]):
+    write_cell("attention", "model", {"parameters": 1}, threads=2)
+    assert [row["config"]["threads"] for row in rows(cells.read(report))].count(2) == 1
+    assert len(rows(cells.read(report))) == 4
+
+
+def test_contradictions_are_told(report: Path, write_cell: Callable[..., None]):
+    write_cell("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
+    write_cell("window", "state", {"allocated": 5004, "formula": 5004}, tokens=256)
+    write_cell("window", "state", {"allocated": 7, "formula": 7}, tokens=8)  # before the window is full
+    assert problems(rows(cells.read(report))) == [
+        "attention: the cache after 256 tokens has 9 bytes, by its formula 8",
+        "window: the cache is declared constant and has 5000 and 5004 bytes",
+    ]
+
+
+def test_points_are_rows_that_have_everything(report: Path):
+    attention, window = points(rows(cells.read(report)))
+    assert (attention["name"], window["name"]) == ("attention", "window")
+    assert attention["pairs"] == window["pairs"] == 8  # 0.925 and 0.225 are farther apart than 0.475 and 0.125
+    assert attention["state_bytes"] == 6400
+    assert attention["state_tokens"] == 64
+    assert attention["step"] == pytest.approx(1.025e-4)
+    assert (attention["context"], attention["batch"]) == (1024, 8)
+    assert attention["tokens_per_second"] == pytest.approx(8 / 1.025e-4)
+
+
+def test_nothing_recalled_is_no_point(report: Path):
+    assert points([row for row in rows(cells.read(report)) if row["config"]["name"] == "other"]) == []
+
+
+def test_the_best_within_a_budget():
+    costs, gains = [10, 20, 40, 5], [0.5, 0.9, 0.90004, 0.4]
+    assert best_under(costs, gains, [1, 5, 10, 30, 100]) == [None, 3, 0, 1, 1]
+
+
+def test_budgets_are_round_and_cover_the_costs():
+    assert limits([8704, 49672]) == [10e3, 20e3, 50e3]
+    assert limits([0.0004, 0.0011]) == pytest.approx([0.0005, 0.001, 0.002])
+    assert limits([3.0]) == [5]
+    assert limits([5.0]) == [5]
