@@ -29,7 +29,7 @@ def report(tmp_path: Path, write_cell: Callable[..., None]) -> Path:
         ("window", 0.2, 1e-4, 1),
         ("other", None, 1e-2, 2),
     ):
-        reach = None if name == "attention" else 16
+        reach = 16 if name == "window" else None
         known = {"parameters": 1000, "reach": reach, "attention_operators": ["<flash>"], "mixers": None}
         write_cell(name, "model", known)
         for tokens in (64, 128):
@@ -46,7 +46,7 @@ def report(tmp_path: Path, write_cell: Callable[..., None]) -> Path:
         tried = [{"batch": 1, "bytes": 5}, {"batch": 2, "bytes": None}]
         write_cell(name, "largest_batch", {"batch": 1, "tried": tried}, tokens=1024, budget=7)
         for seed in range(2) if share is not None else ():
-            recall = {"8": share + 0.05 * seed, "32": share / 2 + 0.05 * seed}
+            recall = {"8": round(share + 0.05 * seed, 3), "32": share / 2 + 0.05 * seed}
             curve = [[50, 0.1], [100, recall["32"]]]
             write_cell(name, "recall", {"recall": recall, "curve": curve}, seed=seed, rate=0.01)
     return tmp_path

@@ -40,7 +40,7 @@ def test_only_what_is_beyond_noise_has_changed(report: Path, write_cell: Callabl
         ("attention", "recall, 8 pairs"),
         ("window", "state after 64 tokens, bytes"),
     ]
-    assert found["changes"][0][2:] == ("0.00102", "0.00205", "2.00")
+    assert found["changes"][0][2:] == ("0.00103", "0.00205", "2.00")
     assert (found["gone"], found["come"]) == ([], ["fresh"])
     text = told(report, new)
     assert "3 of them changed beyond noise" in text
