@@ -22,9 +22,7 @@ def past(cache: Cache, name: str, row: int, keep: int | None) -> Tensor:
     return cache[name][row, torch.arange(first, length, device=cache[name].device) % slots]
 
 
-def append(
-    cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, skipped: int = 0
-) -> None:
+def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, skipped: int = 0) -> None:
     """Keep new keys [B,T,H,D] and values [B,T,H,V], or those of a packed row [1,T,..].
 
     Of the tokens of an empty cache the first ``skipped``, all outside of the window, may be left out.

@@ -30,8 +30,8 @@ class SequenceParallel:
         segments: of the whole sequence, in its order.
         own: those of this rank, in order, which is how its tokens lie side by side.
         traffic: bytes that this rank has sent to others so far, forward and backward, by what they are: ``states`` of
-            linear layers, ``convolution`` inputs, keys and values of a ``window``, of full attention (``ring``; ``keys``
-            with ALiBi), ``labels``, ``gather`` (by ``gather_sequence`` and for caches). The loss is not counted.
+            linear layers, ``convolution`` inputs, keys and values of a ``window`` and of full attention (``ring``;
+            with ALiBi ``keys``), ``labels``, ``gather`` (by ``gather_sequence`` and for caches). The loss is not counted.
     """
 
     def __init__(self, group: Any, tokens: int | Sequence[int], layout: str):
@@ -42,7 +42,7 @@ class SequenceParallel:
         mesh = getattr(group, "get_group", None)
         if mesh is not None and group.ndim != 1:
             raise ValueError(f"group: expected a mesh of one dimension, got {group.ndim}; name one, as in mesh['sp']")
-        self.group: dist.ProcessGroup = dist.group.WORLD if group is None else mesh() if mesh else group
+        self.group: Any = dist.group.WORLD if group is None else mesh() if mesh else group
         self.rank, self.size, self.layout = dist.get_rank(self.group), dist.get_world_size(self.group), layout
         if self.rank < 0:
             raise ValueError("group: expected one that this process is in, got another")

@@ -152,7 +152,9 @@ def next_labels(labels: Tensor) -> Tensor:
     """The label after each of this rank's tokens [B,T], some of which another rank has; -100 after the last one."""
     context = _active()
     context.check("labels", labels)
-    wanted = [[(s.stop, s.stop + 1) if s.stop > s.start else (0, 0) for s in context.of(r)] for r in range(context.size)]
+    wanted = [
+        [(s.stop, s.stop + 1) if s.stop > s.start else (0, 0) for s in context.of(r)] for r in range(context.size)
+    ]
     following = fetch(context, labels, wanted, "labels")
     parts = []
     for (segment, at), after in zip(context.places(context.rank), following, strict=True):

@@ -32,17 +32,18 @@ def ring_attention(
 
 class Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, shards: Shards, options: Any) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, shards: Shards, options: Any
+    ) -> Tensor:
         dtype = compute_dtype(q, k, v)
-        o, lse = _own(shards, q, k, v, sinks, options)
+        o, lse = _own(shards, options, q, k, v, sinks)
         o = o.to(dtype)
         for rank, both, _ in _visits(shards, torch.stack((k, v)), None):
             for queries, keys in _visible(shards, rank):
-                o_part, lse_part = _part(q[:, queries], *both[:, :, keys], options)
+                o_part, lse_part = _part(options, q[:, queries], *both[:, :, keys])
                 total = torch.logaddexp(lse[:, queries], lse_part)
-                o[:, queries] = (
-                    _weight(lse[:, queries], total) * o[:, queries] + _weight(lse_part, total) * o_part.to(dtype)
-                )
+                o[:, queries] *= _weight(lse[:, queries], total)
+                o[:, queries] += _weight(lse_part, total) * o_part.to(dtype)
                 lse[:, queries] = total
         o = o.to(v.dtype)
         ctx.save_for_backward(q, k, v, sinks, o, lse)
@@ -56,32 +57,25 @@ class Ring(torch.autograd.Function):
         (grad,), (q, k, v, sinks, o, lse) = grads, ctx.saved_tensors
         shards, options, dtype = ctx.shards, ctx.options, lse.dtype
 
-        def part_grads(queries: slice, attend: Callable[..., Any], *inputs: Tensor | None) -> list[Tensor | None]:
+        def part_grads(queries: slice, attend: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                inputs = tuple(None if x is None else x.detach().requires_grad_() for x in inputs)
+                inputs = tuple(x.detach().requires_grad_() for x in inputs)
                 o_part, lse_part = attend(*inputs)
             weight = _weight(lse_part.detach(), lse[:, queries])
             d_o = weight * grad[:, queries].to(dtype)
             d_lse = (d_o * (o_part.detach().to(dtype) - o[:, queries].to(dtype))).sum(-1)
-            wanted = [x for x in inputs if x is not None]
-            found = iter(torch.autograd.grad((o_part, lse_part), wanted, (d_o.to(o_part.dtype), d_lse)))
-            return [None if x is None else next(found) for x in inputs]
+            return torch.autograd.grad((o_part, lse_part), inputs, (d_o.to(o_part.dtype), d_lse))
 
-        everything = slice(0, q.shape[1])
-        dq, dk, dv, d_sinks = part_grads(
-            everything, lambda q, k, v, sinks: _own(shards, q, k, v, sinks, options), q, k, v, sinks
-        )
-        assert dq is not None
-        assert dk is not None
-        assert dv is not None
+        given = (q, k, v) if sinks is None else (q, k, v, sinks)
+        dq, dk, dv, *d_sinks = part_grads(slice(0, q.shape[1]), lambda *x: _own(shards, options, *x), *given)
         dq, own = dq.to(dtype), torch.stack((dk, dv)).to(dtype)
         for rank, both, d_both in _visits(shards, torch.stack((k, v)), own):
             for queries, keys in _visible(shards, rank):
-                parts = part_grads(queries, lambda q, k, v: _part(q, k, v, options), q[:, queries], *both[:, :, keys])
+                parts = part_grads(queries, lambda *x: _part(options, *x), q[:, queries], *both[:, :, keys])
                 for total, part in zip((dq[:, queries], *d_both[:, :, keys]), parts, strict=True):
                     total += part
         dk, dv = own
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), (d_sinks or [None])[0], None, None
 
 
 def _weight(lse: Tensor, total: Tensor) -> Tensor:
@@ -89,14 +83,16 @@ def _weight(lse: Tensor, total: Tensor) -> Tensor:
     return (lse - total).exp().masked_fill(total == float("-inf"), 0.0)[..., None]
 
 
-def _own(shards: Shards, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
+def _own(
+    shards: Shards, options: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Output and lse of this rank's pieces, each with its own keys and the sinks."""
     q, k, v = (shards.pack(x) for x in (q, k, v))
     o, lse = flash_attention(q, k, v, cu_seqlens_q=shards.offsets, sinks=sinks, return_lse=True, **options)
     return shards.unpack(o), shards.unpack(lse)
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, options: Any) -> tuple[Tensor, Tensor]:
+def _part(options: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output and lse of queries that see all of these keys."""
     return flash_attention(q, k, v, causal=False, return_lse=True, **options)
 

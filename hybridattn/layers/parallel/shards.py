@@ -48,7 +48,7 @@ class Shards:
         return self._starts[bisect_right(self._starts, segment.start) - 1]
 
     def leaves(self, segment: Segment) -> int:
-        """Where the tokens of a segment begin whose state goes on behind it: at its start, or with its last sequence."""
+        """Where the tokens begin whose state goes on behind a segment: at its start, or with its last sequence."""
         return max([segment.start, *self._starts[: bisect_left(self._starts, segment.stop)][-1:]])
 
     def resets(self, segment: Segment) -> bool:
