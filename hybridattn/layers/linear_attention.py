@@ -112,9 +112,8 @@ class LinearAttention(TokenMixer):
 
     def _states(self, shards: Shards, k: Tensor, v: Tensor) -> Any:
         """The initial states and the final one, under sequence_parallel."""
-        k = self.state_keys(k)
         if not self.normalize:
-            return initial_states(shards, k, v)
+            return initial_states(shards, k, v, keys=self.state_keys)
         # The sum of keys is the state of one more value, 1.
-        states = initial_states(shards, k, torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1))
+        states = initial_states(shards, k, torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1), keys=self.state_keys)
         return [NormalizedState(state[..., :-1], state[..., -1]) for state in states]

@@ -31,7 +31,7 @@ class SequenceParallel:
         own: those of this rank, in order, which is how its tokens lie side by side.
         traffic: bytes that this rank has sent to others so far, forward and backward, by what they are: ``states`` of
             linear layers, ``convolution`` inputs, keys and values of a ``window`` and of full attention (``ring``;
-            with ALiBi ``keys``), ``labels``, ``gather`` (by ``gather_sequence`` and for caches). The loss is not counted.
+            with ALiBi ``keys``), ``labels``, ``gather`` (by ``gather_sequence`` and for caches); not the loss.
     """
 
     def __init__(self, group: Any, tokens: int | Sequence[int], layout: str):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridattn.layers import Cache
-from hybridattn.layers.parallel import sequence_parallel, shard_sequence
+from hybridattn.layers.parallel import sequence_parallel, shard_sequence, states
 
 TOKENS, D = 41, 12
 TABLE = runpy.run_path(str(Path(__file__).parents[1] / "test_mixers.py"))["MIXERS"]
@@ -89,6 +89,7 @@ def compare_caches(mixer: Any, group: Any, layout: str, tokens: Any) -> dict[str
 
 def main() -> None:
     torch.set_num_threads(1)
+    states.TOKENS_AT_ONCE = 7  # several parts of a segment
     dist.init_process_group("gloo")
     groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
     results = {}

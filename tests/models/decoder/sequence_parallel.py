@@ -71,7 +71,7 @@ def compare(case: dict[str, Any], ranks: int, group: Any) -> dict[str, float]:
     options = {"cu_seq_lens_q": offsets, "use_cache": False, **case.get("options", {})}
     net = model()
     if case.get("checkpointing"):
-        net.gradient_checkpointing_enable()
+        getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)()  # by its newer name
         net.train()
     expected = net(ids, labels=labels, **options)
     grads = torch.autograd.grad(expected.loss, list(net.parameters()))
@@ -109,11 +109,11 @@ def compare_fsdp2() -> dict[str, float]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     torch.manual_seed(2)
     batches = torch.randint(VOCAB, (3, 2, 1, TOKENS))  # step, sequence
-    alone, net = model(), model()
+    alone, net = model().double(), model().double()  # in fp32 the steps would magnify rounding
     for layer in net.model.layers:
         fully_shard(layer)
     fully_shard(net)
-    optimizers = [torch.optim.SGD(x.parameters(), lr=0.3) for x in (alone, net)]
+    optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (alone, net)]
     errors = {}
     for step, batch in enumerate(batches):
         expected = torch.stack([alone(ids, labels=ids).loss for ids in batch])
