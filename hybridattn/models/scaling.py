@@ -56,15 +56,27 @@ def layers_of(config: HybridAttnConfig) -> list[DecoderLayer]:
         return [DecoderLayer(config, i) for i in range(len(config.mixers))]
 
 
-def state_elements(module: nn.Module) -> int:
-    """Numbers that a linear layer sends per row and segment, its state and the decay of it; 0 for other layers."""
+class State(NamedTuple):
+    """What a linear layer sends per row and segment: a state [heads,keys,values], and decays [heads,decays]."""
+
+    heads: int
+    keys: int
+    values: int
+    decays: int
+
+    @property
+    def elements(self) -> int:
+        return self.heads * (self.keys * self.values + self.decays)
+
+
+def state_of(module: nn.Module) -> State | None:
+    """None for layers without one."""
     if isinstance(module, DecayedLinearAttention):
         per_channel = isinstance(module, GatedLinearAttention) and module.gate_per == "channel"
-        decays = module.key_dim if per_channel else 1
-        return module.num_heads * (module.key_dim * module.value_dim + decays)
-    if isinstance(module, LinearAttention):
-        return module.num_heads * (module.state_dim * (module.value_dim + module.normalize) + 1)
-    return 0
+        return State(module.num_heads, module.key_dim, module.value_dim, module.key_dim if per_channel else 1)
+    if isinstance(module, LinearAttention):  # a normaliser is one more value
+        return State(module.num_heads, module.state_dim, module.value_dim + module.normalize, 1)
+    return None
 
 
 def traffic(
@@ -93,8 +105,8 @@ def traffic(
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()
     for module in (module for layer in layers_of(config) for module in layer.modules()):
-        if elements := state_elements(module):
-            both = {"states": segments * (ranks - 1) * batch_size * elements * FP32}
+        if state := state_of(module):
+            both = {"states": segments * (ranks - 1) * batch_size * state.elements * FP32}
             forward.update(both)
             backward.update(both)
         elif isinstance(module, ShortConvolution):
@@ -152,11 +164,10 @@ def memory(
     segments = ranks * (1 if layout == "contiguous" else 2)
     exchange = [0]
     for module in (module for layer in layers for module in layer.modules()):
-        if elements := state_elements(module):
-            keys = module.num_heads * getattr(module, "state_dim", module.key_dim)
+        if state := state_of(module):
             # Gates in fp64, their sums forwards and backwards, and the weighted keys, of so many tokens at once.
-            summing = 40 * min(here, batch_size * TOKENS_AT_ONCE) * keys
-            exchange.append(4 * segments * batch_size * elements * FP32 + summing)
+            summing = 40 * min(here, batch_size * TOKENS_AT_ONCE) * state.heads * state.keys
+            exchange.append(4 * segments * batch_size * state.elements * FP32 + summing)
         elif isinstance(module, SoftmaxAttention) and module.window is None:
             pair = 2 * module.num_key_value_heads * module.head_dim
             blocks = 2 * dtype.itemsize + 3 * FP32

@@ -1,11 +1,9 @@
-"""Run by four processes: every mixer of test_mixers.py on two and four ranks beside itself on one; errors as JSON."""
+"""Run by tests/ranks.py: every mixer of test_mixers.py on two and four ranks beside itself on one."""
 
-import json
 import runpy
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,23 +15,29 @@ from hybridattn.layers.parallel import sequence_parallel, shard_sequence, states
 TOKENS, D = 41, 12
 TABLE = runpy.run_path(str(Path(__file__).parents[1] / "test_mixers.py"))["MIXERS"]
 MIXERS = {name: make for name, make in TABLE.items() if not name.startswith("prefix")}
-# Lengths of segments: as even as can be; ranks shorter than windows and convolutions, and some without a token.
-LENGTHS: dict[tuple[str, int], list[Any]] = {
-    ("contiguous", 2): [TOKENS, [2, 39]],
-    ("contiguous", 4): [TOKENS, [0, 36, 1, 4], [17, 0, 24, 0]],
-    ("zigzag", 2): [TOKENS, [5, 0, 1, 35]],
-    ("zigzag", 4): [TOKENS, [3, 0, 1, 20, 2, 15, 0, 0]],
-}
 # Sequences that end inside of segments, at their borders and further on; the last tokens belong to none.
-PACKED = {"rows": None, "packed": [0, 3, 3, 17, 18, 38], "one sequence": [0, 41]}
+PACKED = {"rows": None, "packed": [0, 3, 3, 17, 18, 38]}
 
 
-def cases() -> Iterator[tuple[str, int, Any, str]]:
-    for (layout, ranks), lengths in LENGTHS.items():
-        for tokens in lengths:
-            for packed in PACKED:
-                if packed != "one sequence" or tokens == TOKENS:
-                    yield layout, ranks, tokens, packed
+class Case(NamedTuple):
+    """Segments are as even as can be, or shorter than windows and convolutions, and some without a token."""
+
+    layout: str
+    ranks: int
+    tokens: Any
+    packed: str
+
+
+CASES = [
+    Case("contiguous", 2, [2, 39], "packed"),
+    Case("contiguous", 4, TOKENS, "rows"),
+    Case("contiguous", 4, [0, 36, 1, 4], "rows"),
+    Case("contiguous", 4, [17, 0, 24, 0], "packed"),
+    Case("zigzag", 2, TOKENS, "rows"),
+    Case("zigzag", 2, [5, 0, 1, 35], "packed"),
+    Case("zigzag", 4, TOKENS, "packed"),
+    Case("zigzag", 4, [3, 0, 1, 20, 2, 15, 0, 0], "rows"),
+]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -43,43 +47,44 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return (actual - expected).norm().item() / max(expected.norm().item(), 1e-6)
 
 
-def run(mixer: torch.nn.Module, x: Tensor, weight: Tensor, offsets: Tensor | None, part: Any) -> list[Tensor]:
-    """Output, and gradients of the input and of every parameter; ``part`` takes a rank's tokens."""
-    leaf = x.clone().requires_grad_()
-    o = mixer(part(leaf), cu_seqlens=offsets)
-    if offsets is not None:
-        weight = weight * (torch.arange(TOKENS) < offsets[-1])[:, None]
-    loss = (o * part(weight)).sum()
-    return [o.detach(), *torch.autograd.grad(loss, (leaf, *mixer.parameters()))]
+class Alone:
+    """A mixer's output, and the gradients of its input and of every parameter, on one rank."""
+
+    def __init__(self, mixer: torch.nn.Module, offsets: list[int] | None):
+        torch.manual_seed(1)
+        self.offsets = None if offsets is None else torch.tensor(offsets)
+        self.x, self.weight = (torch.randn(2 if offsets is None else 1, TOKENS, D).double() for _ in range(2))
+        self.real = torch.arange(TOKENS) < (TOKENS if offsets is None else offsets[-1])
+        self.o, *self.grads = self.run(mixer, lambda x: x)
+
+    def run(self, mixer: torch.nn.Module, part: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Of the tokens that ``part`` takes."""
+        leaf = self.x.clone().requires_grad_()
+        o = mixer(part(leaf), cu_seqlens=self.offsets)
+        loss = (o * part(self.weight * self.real[:, None])).sum()
+        return [o.detach(), *torch.autograd.grad(loss, (leaf, *mixer.parameters()))]
 
 
-def compare(mixer: torch.nn.Module, group: Any, case: tuple[str, int, Any, str]) -> dict[str, float]:
-    layout, _, tokens, packed = case
-    torch.manual_seed(1)
-    offsets = None if PACKED[packed] is None else torch.tensor(PACKED[packed])
-    x, weight = (torch.randn(2 if offsets is None else 1, TOKENS, D).double() for _ in range(2))
-    o, *grads = run(mixer, x, weight, offsets, lambda x: x)
-    with sequence_parallel(group, tokens, layout):
-        end = TOKENS if offsets is None else int(offsets[-1])
-        real = shard_sequence(torch.arange(TOKENS) < end, 0)
-        mine, *parts = run(mixer, x, weight, offsets, shard_sequence)
-        o = shard_sequence(o)
-    total = torch.cat([grad.flatten() for grad in parts])
+def compare(mixer: torch.nn.Module, group: Any, case: Case, alone: Alone) -> dict[str, float]:
+    with sequence_parallel(group, case.tokens, case.layout):
+        o, *grads = alone.run(mixer, shard_sequence)
+        expected, real = shard_sequence(alone.o), shard_sequence(alone.real, 0)
+    total = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(total, group=group)
-    parts = [x.view_as(grad) for x, grad in zip(total.split([g.numel() for g in grads]), grads, strict=True)]
+    parts = total.split([grad.numel() for grad in grads])
     names = ("input", *(name for name, _ in mixer.named_parameters()))
-    errors = {f"grad of {name}": error(*pair) for name, *pair in zip(names, parts, grads, strict=True)}
-    return {"output": error(mine[:, real], o[:, real]), **errors}
+    errors = {name: error(a, b.flatten()) for name, a, b in zip(names, parts, alone.grads, strict=True)}
+    return {"output": error(o[:, real], expected[:, real]), **errors}
 
 
 @torch.no_grad()
-def compare_caches(mixer: Any, group: Any, layout: str, tokens: Any) -> dict[str, float]:
+def compare_caches(mixer: Any, group: Any, case: Case) -> dict[str, float]:
     """The caches after the sequence, and an output computed from them."""
     torch.manual_seed(1)
     x, more = torch.randn(2, TOKENS, D).double(), torch.randn(2, 1, D).double()
     expected, cache = Cache(), Cache()
     mixer(x, cache=expected)
-    with sequence_parallel(group, tokens, layout):
+    with sequence_parallel(group, case.tokens, case.layout):
         mixer(shard_sequence(x), cache=cache)
     if set(cache) != set(expected):
         return {"names": float("inf")}
@@ -87,25 +92,20 @@ def compare_caches(mixer: Any, group: Any, layout: str, tokens: Any) -> dict[str
     return errors | {"next token": error(mixer(more, cache=cache), mixer(more, cache=expected))}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def results() -> dict[str, dict[str, float]]:
+    """Relative errors by mixer and case, of this rank."""
     states.TOKENS_AT_ONCE = 7  # several parts of a segment
-    dist.init_process_group("gloo")
-    groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
-    results = {}
+    groups, found = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}, {}
     for name, make in MIXERS.items():
         torch.manual_seed(0)
         mixer = make().double()
         for key, parameter in mixer.named_parameters():
             if key.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.3)
-        for case in cases():
-            if dist.get_rank() < case[1]:
-                results[f"{name}: {case}"] = compare(mixer, groups[case[1]], case)
-                if case[3] == "rows":
-                    results[f"{name}, cache: {case}"] = compare_caches(mixer, groups[case[1]], case[0], case[2])
-    Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-main()
+        alone = {packed: Alone(mixer, PACKED[packed]) for packed in PACKED}
+        for case in CASES:
+            if dist.get_rank() < case.ranks:
+                found[f"{name}, {case}"] = compare(mixer, groups[case.ranks], case, alone[case.packed])
+                if case.packed == "rows":
+                    found[f"{name}, cache, {case}"] = compare_caches(mixer, groups[case.ranks], case)
+    return found

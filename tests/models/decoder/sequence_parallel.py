@@ -1,8 +1,6 @@
-"""Run by four processes: a hybrid decoder on two and four ranks, and sharded by FSDP2; errors and bytes as JSON."""
+"""Run by tests/ranks.py: a hybrid decoder on two and four ranks, and sharded by FSDP2, beside itself on one."""
 
-import json
-import sys
-from pathlib import Path
+import weakref
 from typing import Any
 
 import torch
@@ -59,11 +57,18 @@ def model() -> HybridAttnForCausalLM:
     return HybridAttnForCausalLM(config())
 
 
+def checkpoint_activations(net: HybridAttnForCausalLM) -> None:
+    getattr(
+        net, "activation_checkpointing_enable", net.gradient_checkpointing_enable
+    )()  # by its name of today, or 5.17
+    net.train()
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     return (actual - expected).norm().item() / max(expected.norm().item(), 1e-6)
 
 
-def compare(case: dict[str, Any], ranks: int, group: Any) -> dict[str, float]:
+def compare(case: dict[str, Any], group: Any) -> dict[str, float]:
     torch.manual_seed(1)
     offsets = torch.tensor(case["packed"]) if "packed" in case else None
     ids = torch.randint(VOCAB, (2 if offsets is None else 1, TOKENS))
@@ -71,12 +76,10 @@ def compare(case: dict[str, Any], ranks: int, group: Any) -> dict[str, float]:
     options = {"cu_seq_lens_q": offsets, "use_cache": False, **case.get("options", {})}
     net = model()
     if case.get("checkpointing"):
-        getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)()  # by its newer name
-        net.train()
+        checkpoint_activations(net)
     expected = net(ids, labels=labels, **options)
     grads = torch.autograd.grad(expected.loss, list(net.parameters()))
-    tokens = case.get("tokens", TOKENS)
-    with sequence_parallel(group, tokens if ranks == 4 else TOKENS, case.get("layout", "contiguous")):
+    with sequence_parallel(group, case.get("tokens", TOKENS), case.get("layout", "contiguous")):
         out = net(shard_sequence(ids), labels=shard_sequence(labels), **options)
         parts = torch.autograd.grad(out.loss, list(net.parameters()))
         logits = 0.0
@@ -91,13 +94,14 @@ def compare(case: dict[str, Any], ranks: int, group: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def compare_generation(group: Any) -> dict[str, float]:
+def compare_generation() -> dict[str, float]:
     """A long prompt is read by all ranks; each then goes on alone with the cache that it has."""
     net = model().eval()
+    torch.manual_seed(3)
     ids, more = torch.randint(VOCAB, (2, TOKENS)), torch.randint(VOCAB, (2, 1))
     caches = [DynamicCache(config=net.config) for _ in range(2)]
     net(ids, past_key_values=caches[0])
-    with sequence_parallel(group, TOKENS, "zigzag"):
+    with sequence_parallel(None, TOKENS, "zigzag"):
         net(shard_sequence(ids), past_key_values=caches[1])
     expected, actual = (net(more, past_key_values=cache).logits for cache in caches)
     assert caches[1].get_seq_length() == TOKENS + 1
@@ -105,10 +109,10 @@ def compare_generation(group: Any) -> dict[str, float]:
 
 
 def compare_fsdp2() -> dict[str, float]:
-    """Two sequences, each over two ranks; parameters over all four. Three steps of SGD, as one process takes them."""
+    """Two sequences, each over two ranks; parameters over all four. Two steps of SGD, as one process takes them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     torch.manual_seed(2)
-    batches = torch.randint(VOCAB, (3, 2, 1, TOKENS))  # step, sequence
+    batches = torch.randint(VOCAB, (2, 2, 1, TOKENS))  # step, sequence
     alone, net = model().double(), model().double()  # in fp32 the steps would magnify rounding
     for layer in net.model.layers:
         fully_shard(layer)
@@ -147,21 +151,43 @@ def count_traffic(ranks: int, group: Any) -> dict[str, list[dict[str, int]]]:
     return counted
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results: dict[str, Any] = {"errors": {}, "traffic": {}}
+def count_weights() -> int:
+    """Bytes of parameters, gradients and Adam's moments of this rank."""
+    net = model()
+    for layer in net.model.layers:
+        fully_shard(layer)
+    fully_shard(net)
+    optimizer = torch.optim.Adam(net.parameters(), fused=False)
+    ids = torch.randint(VOCAB, (1, TOKENS))
+    net(ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    kept = [x for p in net.parameters() for x in (p, p.grad, *optimizer.state[p].values()) if x.dim()]  # no step count
+    return sum(x.to_local().nbytes for x in kept)
+
+
+def count_checkpoints() -> int:
+    """Bytes of the layers' inputs that are still there after the forward pass."""
+    net, inputs = model().bfloat16(), []
+    checkpoint_activations(net)
+    for layer in net.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    ids = torch.randint(VOCAB, (2, TOKENS))
+    with sequence_parallel(None, TOKENS, "zigzag"):
+        loss = net(shard_sequence(ids), labels=shard_sequence(ids), use_cache=False).loss
+        kept = sum(x.nbytes for x in (ref() for ref in inputs) if x is not None)
+        loss.backward()
+    return kept
+
+
+def results() -> dict[str, Any]:
+    """Errors by case, and bytes, of this rank."""
+    found: dict[str, Any] = {"errors": {}, "traffic": {}}
     for ranks, group in ((2, dist.new_group([0, 1])), (4, dist.group.WORLD)):
         if dist.get_rank() < ranks:
-            for name, case in CASES.items():
-                results["errors"][f"{name}, {ranks} ranks"] = compare(case, ranks, group)
-            torch.manual_seed(3)
-            results["errors"][f"generation, {ranks} ranks"] = compare_generation(group)
-            results["traffic"] |= count_traffic(ranks, group)
-    results["errors"]["fsdp2"] = compare_fsdp2()
-    Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+            for name in CASES if ranks == 4 else ("contiguous", "packed, zigzag"):
+                found["errors"][f"{name}, {ranks} ranks"] = compare(CASES[name], group)
+            found["traffic"] |= count_traffic(ranks, group)
+    found["errors"]["generation"] = compare_generation()
+    found["errors"]["fsdp2"] = compare_fsdp2()
+    found["memory"] = {"weights": count_weights(), "checkpoints": count_checkpoints()}
+    return found
