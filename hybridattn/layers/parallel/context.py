@@ -34,7 +34,7 @@ class SequenceParallel:
             with ALiBi ``keys``), ``labels``, ``gather`` (by ``gather_sequence`` and for caches); not the loss.
     """
 
-    def __init__(self, group: Any, tokens: int | Sequence[int], layout: str):
+    def __init__(self, tokens: int | Sequence[int], group: Any, layout: str):
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {list(LAYOUTS)}, got {layout!r}")
         if not dist.is_available() or not dist.is_initialized():
@@ -94,7 +94,7 @@ def current() -> SequenceParallel | None:
 
 @contextmanager
 def sequence_parallel(
-    group: Any = None, tokens: int | Sequence[int] = 0, layout: str = "contiguous"
+    tokens: int | Sequence[int], group: Any = None, layout: str = "contiguous"
 ) -> Iterator[SequenceParallel]:
     """Within it, mixers and models take a rank's part of a sequence and give that part of their output.
 
@@ -104,9 +104,9 @@ def sequence_parallel(
     is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023), section 3.
 
     Args:
-        group: a process group, a ``DeviceMesh`` of one dimension, or None for all processes.
         tokens: T, of the whole sequence, which is cut as evenly as can be; or the length of every segment: n of them,
             2n for ``"zigzag"``, some of which may be 0.
+        group: a process group, a ``DeviceMesh`` of one dimension, or None for all processes.
         layout: ``"contiguous"``, rank i holds segment i of n; or ``"zigzag"``, segments i and 2n - 1 - i of 2n, which
             shares out the work of full attention evenly.
 
@@ -119,7 +119,7 @@ def sequence_parallel(
             for what has no meaning there: padding, prefixes, caches that already hold tokens.
     """
     global _current
-    outer, _current = _current, SequenceParallel(group, tokens, layout)
+    outer, _current = _current, SequenceParallel(tokens, group, layout)
     try:
         yield _current
     finally:

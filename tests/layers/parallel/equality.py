@@ -66,7 +66,7 @@ class Alone:
 
 
 def compare(mixer: torch.nn.Module, group: Any, case: Case, alone: Alone) -> dict[str, float]:
-    with sequence_parallel(group, case.tokens, case.layout):
+    with sequence_parallel(case.tokens, group, case.layout):
         o, *grads = alone.run(mixer, shard_sequence)
         expected, real = shard_sequence(alone.o), shard_sequence(alone.real, 0)
     total = torch.cat([grad.flatten() for grad in grads])
@@ -84,7 +84,7 @@ def compare_caches(mixer: Any, group: Any, case: Case) -> dict[str, float]:
     x, more = torch.randn(2, TOKENS, D).double(), torch.randn(2, 1, D).double()
     expected, cache = Cache(), Cache()
     mixer(x, cache=expected)
-    with sequence_parallel(group, case.tokens, case.layout):
+    with sequence_parallel(case.tokens, group, case.layout):
         mixer(shard_sequence(x), cache=cache)
     if set(cache) != set(expected):
         return {"names": float("inf")}

@@ -79,7 +79,7 @@ def compare(case: dict[str, Any], group: Any) -> dict[str, float]:
         checkpoint_activations(net)
     expected = net(ids, labels=labels, **options)
     grads = torch.autograd.grad(expected.loss, list(net.parameters()))
-    with sequence_parallel(group, case.get("tokens", TOKENS), case.get("layout", "contiguous")):
+    with sequence_parallel(case.get("tokens", TOKENS), group, case.get("layout", "contiguous")):
         out = net(shard_sequence(ids), labels=shard_sequence(labels), **options)
         parts = torch.autograd.grad(out.loss, list(net.parameters()))
         logits = 0.0
@@ -101,7 +101,7 @@ def compare_generation() -> dict[str, float]:
     ids, more = torch.randint(VOCAB, (2, TOKENS)), torch.randint(VOCAB, (2, 1))
     caches = [DynamicCache(config=net.config) for _ in range(2)]
     net(ids, past_key_values=caches[0])
-    with sequence_parallel(None, TOKENS, "zigzag"):
+    with sequence_parallel(TOKENS, None, "zigzag"):
         net(shard_sequence(ids), past_key_values=caches[1])
     expected, actual = (net(more, past_key_values=cache).logits for cache in caches)
     assert caches[1].get_seq_length() == TOKENS + 1
@@ -124,7 +124,7 @@ def compare_fsdp2() -> tuple[dict[str, float], int]:
         expected = torch.stack([alone(ids, labels=ids).loss for ids in batch])
         expected.mean().backward()
         ids = batch[mesh["dp"].get_local_rank()]
-        with sequence_parallel(mesh["sp"], TOKENS, "zigzag") as context:
+        with sequence_parallel(TOKENS, mesh["sp"], "zigzag") as context:
             loss = net(shard_sequence(ids), labels=shard_sequence(ids), skip_logits=True).loss
             (loss * context.size).backward()  # FSDP takes the mean over all ranks; those of a sequence add up
         errors[f"loss {step}"] = error(loss, expected[mesh["dp"].get_local_rank()])
@@ -150,7 +150,7 @@ def count_traffic(ranks: int, group: Any) -> dict[str, list[dict[str, int]]]:
     for layout in ("contiguous", "zigzag"):
         for tokens in (64, 128):
             ids = torch.randint(VOCAB, (2, tokens))
-            with sequence_parallel(group, tokens, layout) as context:
+            with sequence_parallel(tokens, group, layout) as context:
                 loss = net(shard_sequence(ids), labels=shard_sequence(ids), use_cache=False).loss
                 forward = dict(context.traffic)
                 loss.backward()
@@ -165,7 +165,7 @@ def count_checkpoints() -> int:
     for layer in net.model.layers:
         layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
     ids = torch.randint(VOCAB, (2, TOKENS))
-    with sequence_parallel(None, TOKENS, "zigzag"):
+    with sequence_parallel(TOKENS, None, "zigzag"):
         loss = net(shard_sequence(ids), labels=shard_sequence(ids), use_cache=False).loss
         kept = sum(x.nbytes for x in (ref() for ref in inputs) if x is not None)
         loss.backward()
