@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import CheckpointError
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hybridattn import (
@@ -93,6 +94,18 @@ def test_a_mesh_of_two_dimensions_is_refused():
         sequence_parallel(4, mesh).__enter__()
     with sequence_parallel(4, mesh["sp"]) as context:
         assert context.size == 1
+
+
+def test_recomputed_layers_belong_inside():
+    net, ids = decoder(), torch.randint(20, (1, 9))
+    getattr(
+        net, "activation_checkpointing_enable", net.gradient_checkpointing_enable
+    )()  # by its name of today, or 5.17
+    net.train()
+    with sequence_parallel(tokens=9):
+        loss = net(ids, labels=ids, use_cache=False).loss
+    with pytest.raises(CheckpointError):
+        loss.backward()
 
 
 def test_what_has_no_context_is_refused():
