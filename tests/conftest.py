@@ -42,14 +42,13 @@ def run_python() -> Callable[..., str]:
 
 
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """run_ranks(module) -> what ``results()`` of a module gives in each of four processes (see tests/ranks.py)."""
+def run_ranks(tmp_path: Path) -> Callable[[Path], list[dict[str, Any]]]:
+    """run_ranks(file) -> what ``results()`` of a file gives in each of four processes (see tests/ranks.py)."""
 
-    def run(module: str) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "tests.ranks", module, str(tmp_path)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-        )
+    def run(file: Path) -> list[dict[str, Any]]:
+        command = [sys.executable, str(ROOT / "tests" / "ranks.py"), str(file), str(tmp_path)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("[0-9].json"))]
 

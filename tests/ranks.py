@@ -1,12 +1,13 @@
-"""``python -m tests.ranks MODULE FOLDER``: MODULE.results() of four processes that form a gloo group, as JSON files."""
+"""``python tests/ranks.py FILE FOLDER``: FILE's ``results()`` in four processes that form a gloo group, as JSON."""
 
 import json
 import multiprocessing
+import runpy
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +15,16 @@ import torch.distributed as dist
 RANKS = 4
 
 
-def run(rank: int, module: ModuleType, folder: Path) -> None:
+def run(rank: int, results: Callable[[], Any], folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=100))
-    (folder / f"{rank}.json").write_text(json.dumps(module.results()))
+    (folder / f"{rank}.json").write_text(json.dumps(results()))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    arguments = import_module(sys.argv[1]), Path(sys.argv[2])  # once, before the processes part
+    arguments = runpy.run_path(sys.argv[1])["results"], Path(sys.argv[2])  # once, before the processes part
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=run, args=(rank, *arguments)) for rank in range(RANKS)]
     for process in processes:

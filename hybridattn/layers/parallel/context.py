@@ -100,15 +100,15 @@ def sequence_parallel(
 
     n ranks then compute what one would: outputs, and gradients once those of all ranks are added up. Every rank of the
     group makes the same calls in the same order. Backward passes may come after it, but for recomputed (checkpointed)
-    layers, whose backward pass belongs inside. States pass as in LASP-2, Sun et al. (2025), section 3; full attention
-    is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023), section 3.
+    layers, whose backward pass belongs inside. States pass as in Sun et al., "LASP-2" (2025),
+    section 3; full attention is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023), section 3.
 
     Args:
         tokens: T, of the whole sequence, which is cut as evenly as can be; or the length of every segment: n of them,
             2n for ``"zigzag"``, some of which may be 0.
         group: a process group, a ``DeviceMesh`` of one dimension, or None for all processes.
         layout: ``"contiguous"``, rank i holds segment i of n; or ``"zigzag"``, segments i and 2n - 1 - i of 2n, which
-            shares out the work of full attention evenly.
+            shares out the work of full attention evenly. "The Llama 3 Herd of Models" (2024), section 3.3.2.
 
     Every argument of mixers and models that has a time dimension is the rank's part (see ``shard_sequence``), but
     ``cu_seqlens`` and ``cu_seq_lens_q`` are the whole sequence's. Caches are to be empty, and hold afterwards on every

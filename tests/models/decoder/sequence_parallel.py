@@ -52,6 +52,11 @@ def config() -> HybridAttnConfig:
     )
 
 
+def alibi_config() -> HybridAttnConfig:
+    options = {"full": {"num_heads": 2, "rope_theta": None, "alibi": True}}
+    return HybridAttnConfig(vocab_size=VOCAB, hidden_size=16, mixers=["full"], mixer_options=options)
+
+
 def model() -> HybridAttnForCausalLM:
     torch.manual_seed(0)
     return HybridAttnForCausalLM(config())
@@ -158,6 +163,19 @@ def count_traffic(ranks: int, group: Any) -> dict[str, list[dict[str, int]]]:
     return counted
 
 
+def count_alibi() -> dict[str, list[int]]:
+    """Bytes of a forward and of a backward pass of full attention with slopes, by layout."""
+    net, counted = HybridAttnForCausalLM(alibi_config()).bfloat16(), {}
+    ids = torch.randint(VOCAB, (2, TOKENS))
+    for layout in ("contiguous", "zigzag"):
+        with sequence_parallel(TOKENS, None, layout) as context:
+            loss = net(shard_sequence(ids), labels=shard_sequence(ids), use_cache=False).loss
+            forward = context.traffic["keys"]
+            loss.backward()
+            counted[layout] = [forward, context.traffic["keys"] - forward]
+    return counted
+
+
 def count_checkpoints() -> int:
     """Bytes of the layers' inputs that are still there after the forward pass."""
     net, inputs = model().bfloat16(), []
@@ -180,6 +198,7 @@ def results() -> dict[str, Any]:
             for name in CASES if ranks == 4 else TWO_RANKS:
                 found["errors"][f"{name}, {ranks} ranks"] = compare(CASES[name], group)
             found["traffic"] |= count_traffic(ranks, group)
+    found["alibi"] = count_alibi()
     found["errors"]["generation"] = compare_generation()
     found["errors"]["fsdp2"], kept = compare_fsdp2()
     found["memory"] = {"kept": kept, "checkpoints": count_checkpoints()}

@@ -8,7 +8,8 @@ from typing import Any
 
 from hybridattn.models.scaling import memory, parameters, traffic
 
-WORKER = runpy.run_path(str(Path(__file__).with_name("sequence_parallel.py")))
+FILE = Path(__file__).with_name("sequence_parallel.py")
+WORKER = runpy.run_path(str(FILE))
 CONFIG = WORKER["config"]()
 # Relative L2, fp32: those of the first law in DESIGN.md.
 LOSS, GRADIENTS = 1e-5, 1e-4
@@ -49,6 +50,13 @@ def check_traffic(ranks: list[dict[str, Any]]) -> None:
             assert all(long[kind] == short[kind] for kind in short if kind != "ring")
 
 
+def check_alibi(ranks: list[dict[str, Any]]) -> None:
+    for layout in ("contiguous", "zigzag"):
+        expected = traffic(WORKER["alibi_config"](), tokens=WORKER["TOKENS"], ranks=4, batch_size=2, layout=layout)
+        sent = zip(*(results["alibi"][layout] for results in ranks), strict=True)
+        assert {"keys": tuple(max(x) for x in sent)} == expected
+
+
 def check_memory(ranks: list[dict[str, Any]]) -> None:
     expected = memory(CONFIG, tokens=WORKER["TOKENS"], ranks=4, batch_size=2)
     assert expected.weights == 16 * parameters(CONFIG) // 4
@@ -56,8 +64,9 @@ def check_memory(ranks: list[dict[str, Any]]) -> None:
     assert [results["memory"]["checkpoints"] for results in ranks] == [expected.checkpoints] * 4
 
 
-def test_a_decoder_on_two_and_four_ranks(run_ranks: Callable[[str], list[dict[str, Any]]]):
-    ranks = run_ranks("tests.models.decoder.sequence_parallel")
+def test_a_decoder_on_two_and_four_ranks(run_ranks: Callable[[Path], list[dict[str, Any]]]):
+    ranks = run_ranks(FILE)
     check_errors(ranks)
     check_traffic(ranks)
+    check_alibi(ranks)
     check_memory(ranks)
