@@ -27,7 +27,7 @@ class SequenceParallel:
         group: the process group.
         rank, size: of this process in the group, and of the group.
         tokens: of the whole sequence.
-        segments: of the whole sequence, in its order.
+        segments: of the whole sequence, in its order; ``ends`` is where each one stops.
         own: those of this rank, in order, which is how its tokens lie side by side.
         traffic: bytes that this rank has sent to others so far, forward and backward, by what they are: ``states`` of
             linear layers, ``convolution`` inputs, keys and values of a ``window`` and of full attention (``ring``;
@@ -55,7 +55,7 @@ class SequenceParallel:
             ends = list(accumulate(tokens))
         if len(ends) != len(owners) or ends != sorted(ends) or ends[0] < 0:
             raise ValueError(f"tokens: expected their number, or that of {len(owners)} segments each, got {tokens!r}")
-        self.tokens = ends[-1]
+        self.tokens, self.ends = ends[-1], ends
         self.segments = [Segment(*x) for x in zip(owners, [0, *ends[:-1]], ends, strict=True)]
         self.own = self.of(self.rank)
         self.traffic: Counter[str] = Counter()

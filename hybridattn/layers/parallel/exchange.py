@@ -1,5 +1,6 @@
 """What ranks send to each other, with gradients: the same way back, added up where it went to several."""
 
+from bisect import bisect_left, bisect_right
 from typing import Any
 
 import torch
@@ -109,12 +110,12 @@ def fetch(context: SequenceParallel, x: Tensor, wanted: list[list[Range]], kind:
 
 def _pieces(context: SequenceParallel, ranges: list[Range]) -> list[tuple[Any, int, int, int]]:
     """(segment, number of the range, first token, last token + 1), range by range."""
-    overlaps = (
+    return [
         (segment, number, max(a, segment.start), min(b, segment.stop))
         for number, (a, b) in enumerate(ranges)
-        for segment in context.segments
-    )
-    return [piece for piece in overlaps if piece[2] < piece[3]]
+        for segment in context.segments[bisect_right(context.ends, a) : bisect_left(context.ends, b) + 1]
+        if max(a, segment.start) < min(b, segment.stop)
+    ]
 
 
 def _active() -> SequenceParallel:

@@ -28,10 +28,10 @@ def attend_with_halo(
     parts = []
     for (segment, at), halo in zip(shards.context.places(shards.context.rank), halos, strict=True):
         parts += [halo, both[:, at : at + segment.stop - segment.start]]
-    longer = torch.zeros_like(shards.offsets)
+    longer = [0] * len(shards.ends)
     for number, _, piece in shards.continued:
         longer[piece + 1] = halos[number].shape[1]
     keys, values = shards.pack(torch.cat(parts, 1)).chunk(2, -1)
-    ends = shards.offsets + longer.cumsum(0)
+    ends = shards.offsets + torch.tensor(longer, device=q.device).cumsum(0)
     o = flash_attention(shards.pack(q), keys, values, cu_seqlens_q=shards.offsets, cu_seqlens_k=ends, **options)
     return shards.unpack(o)

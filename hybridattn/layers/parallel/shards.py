@@ -21,7 +21,7 @@ class Shards:
 
     Attributes:
         context: the active one.
-        offsets: of the pieces [N+1], the ``cu_seqlens`` of the packed row.
+        offsets: of the pieces [N+1], the ``cu_seqlens`` of the packed row; ``ends`` is the same as numbers.
         continued: (segment among this rank's own, row, piece) wherever a piece goes on with a sequence.
     """
 
@@ -29,7 +29,8 @@ class Shards:
         self.context, self.batch, self.cu_seqlens, self.device = context, batch, cu_seqlens, device
         bounds = [0, context.tokens] if cu_seqlens is None else cu_seqlens.tolist()
         self._end, self._starts = bounds[-1], sorted(set(bounds[:-1]))
-        ends, self.continued = [0], []
+        ends: list[int] = [0]
+        self.continued: list[tuple[int, int, int]] = []
         for row in range(batch):
             for number, (segment, at) in enumerate(context.places(context.rank)):
                 start, stop = segment.start, min(segment.stop, self._end)
@@ -39,7 +40,7 @@ class Shards:
                     self.continued.append((number, row, len(ends) - 1))
                 cuts = [*self._starts[bisect_right(self._starts, start) : bisect_left(self._starts, stop)], stop]
                 ends += [row * context.count(context.rank) + at + cut - start for cut in cuts]
-        self.offsets = torch.tensor(ends, device=device)
+        self.ends, self.offsets = ends, torch.tensor(ends, device=device)
 
     def begins(self, segment: Segment) -> int:
         """Where the sequence of a segment's first token begins; its ``start`` if there is none."""
@@ -78,9 +79,13 @@ class Shards:
 
     def of_pieces(self, x: Tensor) -> Tensor:
         """What goes into each of this rank's segments, [S,B,..] -> [N,..] of all pieces, zeros for those that begin."""
-        places = torch.tensor(self.continued, device=x.device, dtype=torch.long).view(-1, 3)
-        pieces = x.new_zeros(len(self.offsets) - 1, *x.shape[2:])
-        return pieces.index_put((places[:, 2],), x[places[:, 0], places[:, 1]])
+        number, row, piece = self._places
+        return x.new_zeros(len(self.ends) - 1, *x.shape[2:]).index_put((piece,), x[number, row])
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """``continued`` as [3,n]."""
+        return torch.tensor(self.continued, device=self.device, dtype=torch.long).view(-1, 3).T
 
     def before(self, x: Tensor, size: int | None, kind: str) -> list[Tensor]:
         """The last ``size`` (None: all) tokens before each of this rank's segments in the same sequence, [B,n,..]."""
