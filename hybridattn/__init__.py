@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TaylorLinearAttention,
         decay_slopes,
     )
+    from hybridattn.layers.parallel import gather_sequence, sequence_parallel, shard_sequence
     from hybridattn.models.decoder import (
         HybridAttnConfig,
         HybridAttnForCausalLM,
@@ -80,6 +81,9 @@ _MODULES = {
     "SoftmaxAttention": "hybridattn.layers",
     "TaylorLinearAttention": "hybridattn.layers",
     "decay_slopes": "hybridattn.layers",
+    "gather_sequence": "hybridattn.layers.parallel",
+    "sequence_parallel": "hybridattn.layers.parallel",
+    "shard_sequence": "hybridattn.layers.parallel",
     "HybridAttnConfig": "hybridattn.models.decoder",
     "HybridAttnForCausalLM": "hybridattn.models.decoder",
     "HybridAttnForSequenceClassification": "hybridattn.models.decoder",
@@ -121,6 +125,9 @@ __all__ = [  # noqa: RUF022 (in the order of the table above)
     "SoftmaxAttention",
     "TaylorLinearAttention",
     "decay_slopes",
+    "gather_sequence",
+    "sequence_parallel",
+    "shard_sequence",
     "HybridAttnConfig",
     "HybridAttnForCausalLM",
     "HybridAttnForSequenceClassification",

@@ -1,8 +1,10 @@
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub; subprocesses inherit it
 
@@ -35,5 +37,19 @@ def run_python() -> Callable[..., str]:
         done = subprocess.run([sys.executable, "-c", absent + code], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[[Path], list[dict[str, Any]]]:
+    """run_ranks(file) -> what ``results()`` of a file gives in each of four processes (see tests/ranks.py)."""
+
+    def run(file: Path) -> list[dict[str, Any]]:
+        command = [sys.executable, str(ROOT / "tests" / "ranks.py"), str(file), str(tmp_path)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("[0-9].json"))]
 
     return run

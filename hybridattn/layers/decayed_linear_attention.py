@@ -20,6 +20,8 @@ from .mixer import (
     positive,
     store,
 )
+from .parallel import Shards, local_shards
+from .parallel.states import initial_states
 from .rotary import apply_rotary, token_positions
 from .short_convolution import ShortConvolution
 
@@ -100,7 +102,15 @@ class DecayedLinearAttention(TokenMixer):
             q, k = (apply_rotary(x, position_ids, self.rope_theta) for x in (q, k))
         g = self.log_decay(hidden_states)
         state = kept_state(cache, "state") if cache is not None and "state" in cache else None
-        if state is not None and is_step(hidden_states, cu_seqlens):
+        shards = local_shards(hidden_states, cu_seqlens, cache)
+        if shards is not None:
+            initial, state = initial_states(shards, k, v, g)
+            q, k, v, g = (x if x.dim() == 1 else shards.pack(x) for x in (q, k, v, g))
+            o, _ = gated_linear_attention(
+                q, k, v, g, initial_state=initial, cu_seqlens=shards.offsets, backend=self.backend
+            )
+            o = shards.unpack(o)
+        elif state is not None and is_step(hidden_states, cu_seqlens):
             o = gated_linear_attention_step(q, k, v, g, state, backend=self.backend)
         else:
             o, state = gated_linear_attention(
@@ -116,13 +126,13 @@ class DecayedLinearAttention(TokenMixer):
         if cache is not None and state is not None:
             keep_state(cache, "state", state, self.state_dtype)
         if cache is not None and self.rope_theta is not None:
-            _count(cache, hidden_states, cu_seqlens)
+            _count(cache, hidden_states, cu_seqlens, shards)
         o = rearrange(normalize(self.g_norm, o), "b t h d -> b t (h d)")
         return self.o_proj(o * self.gate(self.g_proj(hidden_states)))
 
 
-def _count(cache: Cache, hidden_states: Tensor, cu_seqlens: Tensor | None) -> None:
+def _count(cache: Cache, hidden_states: Tensor, cu_seqlens: Tensor | None, shards: Shards | None) -> None:
     """Add the new tokens of every sequence to ``lengths``."""
-    batch, tokens = hidden_states.shape[:2]
+    batch, tokens = len(hidden_states), hidden_states.shape[1] if shards is None else shards.context.tokens
     added = torch.full((batch,), tokens, device=hidden_states.device) if cu_seqlens is None else cu_seqlens.diff()
     store(cache, "lengths", added.long() + cache.get("lengths", 0))

@@ -22,14 +22,17 @@ def past(cache: Cache, name: str, row: int, keep: int | None) -> Tensor:
     return cache[name][row, torch.arange(first, length, device=cache[name].device) % slots]
 
 
-def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> None:
-    """Keep new keys [B,T,H,D] and values [B,T,H,V], or those of a packed row [1,T,..]."""
+def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, skipped: int = 0) -> None:
+    """Keep new keys [B,T,H,D] and values [B,T,H,V], or those of a packed row [1,T,..].
+
+    Of the tokens of an empty cache the first ``skipped``, all outside of the window, may be left out.
+    """
     rows, tokens = (k.shape[0], k.shape[1]) if cu_seqlens is None else (cu_seqlens.numel() - 1, k.shape[1])
     longest = tokens
     if cu_seqlens is not None and cache.capacity is None and window is None:
         longest = max((s.stop - s.start for s in sequence_slices(cu_seqlens)), default=0)
     if "keys" not in cache:
-        cache["lengths"] = torch.zeros(rows, dtype=torch.long, device=k.device)
+        cache["lengths"] = torch.full((rows,), skipped, dtype=torch.long, device=k.device)
         for name, x in (("keys", k), ("values", v)):
             cache[name] = x.new_zeros(rows, window or cache.capacity or longest, *x.shape[2:])
     lengths, slots = cache["lengths"], cache["keys"].shape[1]

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from ..kernels.linear_attention import NormalizedState, linear_attention, linear_attention_step
 from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, keep_state, kept_state, positive
+from .parallel import Shards, local_shards
+from .parallel.states import initial_states
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 
@@ -63,6 +65,10 @@ class LinearAttention(TokenMixer):
         spec: CacheSpec = {"state": ((*keys, self.value_dim), kept)}
         return {**spec, "k_sum": (keys, kept)} if self.normalize else spec
 
+    def state_keys(self, k: Tensor) -> Tensor:
+        """What stands for the keys [B,T,H,K] in the state."""
+        return k
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -87,7 +93,12 @@ class LinearAttention(TokenMixer):
             state = kept_state(cache, "state")
             if self.normalize:
                 state = NormalizedState(state, kept_state(cache, "k_sum"))
-        if state is not None and is_step(hidden_states, cu_seqlens):
+        shards = local_shards(hidden_states, cu_seqlens, cache)
+        if shards is not None:
+            initial, state = self._states(shards, k, v)
+            q, k, v = (shards.pack(x) for x in (q, k, v))
+            o = shards.unpack(attend(q, k, v, initial_state=initial, cu_seqlens=shards.offsets, **options)[0])
+        elif state is not None and is_step(hidden_states, cu_seqlens):
             o = self.step(q, k, v, state, **options)
         else:
             o, state = attend(
@@ -98,3 +109,11 @@ class LinearAttention(TokenMixer):
             for name, value in zip(("state", "k_sum"), kept, strict=False):
                 keep_state(cache, name, value, self.state_dtype)
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))
+
+    def _states(self, shards: Shards, k: Tensor, v: Tensor) -> Any:
+        """The initial states and the final one, under sequence_parallel."""
+        if not self.normalize:
+            return initial_states(shards, k, v, keys=self.state_keys)
+        # The sum of keys is the state of one more value, 1.
+        states = initial_states(shards, k, torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1), keys=self.state_keys)
+        return [NormalizedState(state[..., :-1], state[..., -1]) for state in states]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .parallel.context import refuse
+
 CacheSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
 
 
@@ -67,9 +69,11 @@ def store(cache: Cache, name: str, value: Tensor) -> None:
 
 
 def check_rows(cache: Cache | None, name: str, rows: int) -> None:
-    """Check that a cache that holds ``name`` was made for so many sequences."""
+    """Check that a cache that holds ``name`` was made for so many sequences, and may be gone on with."""
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(f"cache: expected a hybridattn.layers.Cache or None, got {type(cache).__name__}")
+    if cache is not None and name in cache:
+        refuse("cache: expected an empty one, got one that holds tokens")
     if cache is not None and name in cache and cache[name].shape[0] != rows:
         raise ValueError(f"cache: expected one made for {rows} sequences, got {cache[name].shape[0]}")
 

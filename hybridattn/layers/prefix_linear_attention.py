@@ -10,6 +10,7 @@ from ..kernels.linear_attention import prefix_linear_attention
 from ..kernels.runtime.checks import check_shape, reads_values
 from ..kernels.runtime.sequences import check_cu_seqlens
 from .mixer import Cache
+from .parallel.context import refuse
 from .taylor_linear_attention import TaylorLinearAttention
 
 
@@ -62,6 +63,7 @@ class PrefixLinearAttention(TaylorLinearAttention):
         """
         if prefix_lengths is None:
             return self._mix(hidden_states, cu_seqlens, cache, self.attend)
+        refuse("prefix_lengths: expected None (a prefix is read both ways), got lengths")
         if cache is not None and "state" in cache:
             raise ValueError("prefix_lengths: expected None after the first call with a cache, got lengths")
         prefix = _prefix(hidden_states, cu_seqlens, prefix_lengths)

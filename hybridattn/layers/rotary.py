@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..kernels.runtime.sequences import sequence_ids
 from .mixer import Cache
+from .parallel import local_shards
 
 
 def apply_rotary(x: Tensor, position_ids: Tensor, theta: float, scaling: dict[str, Any] | None = None) -> Tensor:
@@ -123,6 +124,9 @@ SCALINGS = {"linear": linear, "llama3": llama3, "yarn": yarn}
 
 def token_positions(hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
     """Position [B,T] of every token in its sequence, kept tokens counted."""
+    shards = local_shards(hidden_states, cu_seqlens, cache)
+    if shards is not None:
+        return shards.positions
     tokens = hidden_states.shape[1]
     at = torch.arange(tokens, device=hidden_states.device)[None]
     kept = cache["lengths"] if cache is not None and "lengths" in cache else None

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from ..kernels.runtime.checks import check_shape
 from ..kernels.runtime.sequences import check_cu_seqlens, sequence_ids
 from .mixer import Cache, CacheSpec, TokenMixer, check_rows, positive, store
+from .parallel import local_shards
+from .parallel.halo import convolution_tails
 
 
 class ShortConvolution(TokenMixer):
@@ -58,14 +60,21 @@ class ShortConvolution(TokenMixer):
     ) -> Tensor:
         past = self.kernel_size - 1
         check_shape({}, "hidden_states", hidden_states, "B T D")
-        if cu_seqlens is not None:
+        shards = local_shards(hidden_states, cu_seqlens, cache)
+        if cu_seqlens is not None and shards is None:
             check_cu_seqlens("cu_seqlens", cu_seqlens, hidden_states.shape[0], hidden_states.shape[1], False)
         rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         check_rows(cache, self.cache_name, rows)
         tail = cache.get(self.cache_name) if cache is not None else None
         if tail is None:
             tail = hidden_states.new_zeros(rows, past, self.hidden_size)
-        if cu_seqlens is None:
+        if shards is not None:
+            tails = convolution_tails(shards, hidden_states, past)
+            o = shards.unpack(self._packed(shards.pack(hidden_states), tails, shards.offsets)[0])
+            if cache is not None:
+                kept = shards.last(hidden_states, past, "gather")
+                tail = F.pad(kept, (0, 0, past - kept.shape[1], 0))
+        elif cu_seqlens is None:
             padded = torch.cat((tail, hidden_states), 1)
             o, tail = self._convolve(padded), padded[:, padded.shape[1] - past :]
         else:
@@ -76,11 +85,12 @@ class ShortConvolution(TokenMixer):
 
     def _convolve(self, padded: Tensor) -> Tensor:
         """[B,T+past,D] -> [B,T,D]."""
-        if padded.shape[1] < self.kernel_size:
-            return padded[:, :0]
         weight, bias = self.weight.to(padded.dtype), None if self.bias is None else self.bias.to(padded.dtype)
-        if padded.shape[1] == self.kernel_size:  # one token: a convolution call costs several times its arithmetic
-            o = (padded * weight[:, 0].mT).sum(1, keepdim=True)
+        if padded.shape[1] <= self.kernel_size:  # one token: a convolution call costs several times its arithmetic
+            if padded.shape[1] < self.kernel_size:  # none, of which the weights have gradients all the same: zeros
+                o = padded[:, :0] * weight[:, 0, 0]
+            else:
+                o = (padded * weight[:, 0].mT).sum(1, keepdim=True)
             return o if bias is None else o + bias
         return F.conv1d(padded.mT, weight, bias, groups=self.hidden_size).mT
 

@@ -11,6 +11,9 @@ from ..kernels.flash_attention.options import check_number
 from ..kernels.runtime.sequences import sequence_slices
 from . import kv_cache
 from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, normalize, positive
+from .parallel import Shards, local_shards
+from .parallel.halo import attend_with_halo
+from .parallel.ring import ring_attention
 from .rotary import apply_rotary, rotary_frequencies, token_positions
 from .slopes import Slopes, decay_slopes
 
@@ -102,7 +105,10 @@ class SoftmaxAttention(TokenMixer):
             if position_ids is None:
                 position_ids = token_positions(hidden_states, cu_seqlens, cache)
             q, k = (apply_rotary(x, position_ids, self.rope_theta, self.rope_scaling) for x in (q, k))
-        if cache is not None and "keys" in cache and self._is_step(hidden_states, cu_seqlens):
+        shards = local_shards(hidden_states, cu_seqlens, cache)
+        if shards is not None:
+            o = self._share(q, k, v, shards, cache)
+        elif cache is not None and "keys" in cache and self._is_step(hidden_states, cu_seqlens):
             kv_cache.append(cache, k, v, None, self.window)
             o = flash_decode(q, cache["keys"], cache["values"], cache_lengths=cache["lengths"], **self._options())
         elif cache is not None and "keys" in cache:
@@ -123,6 +129,21 @@ class SoftmaxAttention(TokenMixer):
         """Of either operator."""
         slopes = None if self.alibi is None else self.alibi()
         return {"alibi_slopes": slopes, "sinks": self.sinks, "softcap": self.softcap, "backend": self.backend}
+
+    def _share(self, q: Tensor, k: Tensor, v: Tensor, shards: Shards, cache: Cache | None) -> Tensor:
+        """This rank's part under sequence_parallel."""
+        options = self._options()
+        if self.window is not None:
+            o = attend_with_halo(shards, q, k, v, self.window - 1, {**options, "window": self.window})
+        elif self.alibi is not None:  # a part of the keys has distances of its own in the operator
+            o = attend_with_halo(shards, q, k, v, None, options)
+        else:
+            o = ring_attention(shards, q, k, v, self.sinks, {"softcap": self.softcap, "backend": self.backend})
+        if cache is not None:
+            kept = shards.last(torch.cat((k, v), -1), self.window or shards.context.tokens, "gather")
+            keys, values = kept.chunk(2, -1)
+            kv_cache.append(cache, keys, values, None, self.window, skipped=shards.context.tokens - kept.shape[1])
+        return o
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cache: Cache) -> Tensor:
         """Several new tokens after kept ones: every sequence's kept and new keys, packed."""

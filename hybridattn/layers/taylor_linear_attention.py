@@ -1,6 +1,9 @@
 """BASED's linear attention."""
 
+from torch import Tensor
+
 from ..kernels.linear_attention import features, taylor_linear_attention, taylor_linear_attention_step
+from ..kernels.runtime.backend import compute_dtype
 from .linear_attention import LinearAttention
 
 
@@ -33,3 +36,7 @@ class TaylorLinearAttention(LinearAttention):
     ):
         super().__init__(hidden_size, num_heads, key_dim, value_dim, feature_map="identity", backend=backend)
         self.state_dim = features.count(self.key_dim)
+
+    def state_keys(self, k: Tensor) -> Tensor:
+        """Their features, scaled as the operator does."""
+        return features.taylor(k.to(compute_dtype(k)) * self.key_dim**-0.25)

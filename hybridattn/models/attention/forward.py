@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ...kernels.flash_attention import MOST_NEW_TOKENS, blocked, flash_attention, flash_decode
 from ...kernels.flash_attention.options import Options
+from ...layers.parallel.context import refuse
 from .masks import Layout
 
 # Biases of the scores, paged caches, keys that an indexer chose, and sinks of every token
@@ -48,9 +49,10 @@ def attention_forward(
         o [B,T,Hq,V], and None for the weights, which are never made. What a padding token gets has no meaning.
 
     Raises:
-        ValueError: dropout, a bias of the scores, a paged cache, a mask that ``create_mask`` has not made, or one with
-            a window that the layer does not name.
+        ValueError: dropout, a bias of the scores, a paged cache, a mask that ``create_mask`` has not made, one with a
+            window that the layer does not name, or an active ``sequence_parallel``.
     """
+    refuse("attn_implementation='hybridattn': expected no context (it is for this package's models), got a call")
     if dropout:
         raise ValueError(f"dropout: expected 0 with attn_implementation='hybridattn', got {dropout}")
     for name in UNSUPPORTED:

@@ -8,12 +8,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ...layers.parallel import SequenceParallel
+from ...layers.parallel.exchange import Sum, next_labels
+
 LOGITS_PER_CHUNK = 2**26  # elements: 256 MB in fp32
 HAS_LIGER = find_spec("liger_kernel") is not None
 
 
 def next_token_loss(
-    hidden_states: Tensor, weight: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each token's successor, logits being ``hidden_states @ weight.T``; a scalar in fp32.
 
@@ -22,13 +29,26 @@ def next_token_loss(
         weight: of the head, [V,D].
         labels: int64 [B,T]; a token's target is the label after it, and -100 is no target.
         num_items_in_batch: what the sum is divided by; the number of targets if None.
+        shift_labels: the targets themselves, [B,T], instead of what follows from the labels.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    targets = shift_labels.flatten()
     total = _summed(hidden_states.flatten(0, 1), weight, targets).float()
     return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def shared_targets(
+    labels: Tensor, num_items_in_batch: Tensor | int | None, context: SequenceParallel
+) -> dict[str, Any]:
+    """What a loss function needs to know of other ranks' tokens: this rank's targets, and how many there are in all."""
+    targets = next_labels(labels)
+    if num_items_in_batch is None:
+        num_items_in_batch = Sum.apply((targets != -100).sum(), context)
+    return {"shift_labels": targets, "num_items_in_batch": num_items_in_batch}
 
 
 def _summed(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

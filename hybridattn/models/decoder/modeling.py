@@ -1,5 +1,6 @@
 """The decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from ...kernels.runtime.checks import reads_values
 from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
 from ...layers.gated_linear_attention import HeadDecay, UniformBiasLinear
 from ...layers.mixer import CacheSpec
+from ...layers.parallel import current
+from ...layers.parallel.context import refuse
+from ...layers.parallel.exchange import Sum
 from ...layers.slopes import Slopes
 from ..packing import Packing
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig
-from .loss import next_token_loss
+from .loss import next_token_loss, shared_targets
 from .mixers import build_mixer
 
 
@@ -189,6 +193,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 raise ValueError("attention_mask: expected 1 for real tokens and 0 for padding, got negative values")
             real = attention_mask[:, length - tokens :].bool()
             if torch.compiler.is_compiling() or not bool(real.all()):
+                refuse("attention_mask: expected no padding (pack the rows, cu_seq_lens_q), got zeros")
                 packing = Packing.of(real)
         if packing is not None and cu_seq_lens_q is not None:
             raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
@@ -213,8 +218,9 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 prefix_lengths=prefix_lengths,
             )
         if past_key_values is not None:
+            context = current()  # whose ranks together have put the whole sequence into every cache
             for kept in mixer_caches(past_key_values):
-                kept.advance(tokens)
+                kept.advance(tokens if context is None else context.tokens)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -276,6 +282,9 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             logits_to_keep: only the logits of the last so many tokens, or of these positions; 0 is all.
             skip_logits: with labels, the loss alone, in chunks: all logits together are never in memory.
             Other arguments as in ``HybridAttnModel.forward``.
+
+        Under ``sequence_parallel`` the loss is that of the whole sequence on every rank, and its gradients are to be
+        added up over the ranks.
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits: expected False without labels, got True")
@@ -289,10 +298,13 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
+        context = current()
+        if labels is not None and context is not None:
+            kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), context)
         if skip_logits and labels is not None:
-            loss: Any = next_token_loss(
-                outputs.last_hidden_state, self.lm_head.weight, labels, kwargs.get("num_items_in_batch")
-            )
+            given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
+            loss: Any = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **given)
+            loss = loss if context is None else Sum.apply(loss, context)
             return CausalLMOutputWithPast(
                 loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
             )
@@ -301,6 +313,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = loss if context is None else Sum.apply(loss, context)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
@@ -315,6 +328,11 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
 
 class HybridAttnForSequenceClassification(GenericForSequenceClassification, HybridAttnPreTrainedModel):
     """The decoder with a classifier on the last token of every row that is not ``config.pad_token_id``."""
+
+    @wraps(GenericForSequenceClassification.forward)  # callers read its signature
+    def forward(self, *args, **kwargs):
+        refuse("HybridAttnForSequenceClassification: expected no context (one rank has the last token), got a call")
+        return super().forward(*args, **kwargs)
 
 
 AutoModel.register(HybridAttnConfig, HybridAttnModel, exist_ok=True)

@@ -1,0 +1,240 @@
+"""Memory and communication per GPU of training under ``sequence_parallel`` and FSDP2, by formula.
+
+``python -m hybridattn.models.scaling`` prints the tables of docs/scaling.md, which states what is assumed. All numbers
+are bytes; those of an exchange are what the busiest GPU sends.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..layers import GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
+from ..layers.decayed_linear_attention import DecayedLinearAttention
+from ..layers.parallel.states import TOKENS_AT_ONCE
+from .decoder import HybridAttnConfig, HybridAttnForCausalLM
+from .decoder.loss import LOGITS_PER_CHUNK
+from .decoder.modeling import DecoderLayer
+
+FP32 = torch.float32.itemsize
+
+
+class Sent(NamedTuple):
+    """Bytes in a forward and in a backward pass."""
+
+    forward: int
+    backward: int
+
+
+class Memory(NamedTuple):
+    """Bytes of one GPU.
+
+    Attributes:
+        weights: parameters, gradients and Adam's two moments, fp32, over all GPUs.
+        gathered: what FSDP2 has whole: two layers' parameters in ``dtype`` and one's gradients in fp32, and both of
+            embeddings and head.
+        checkpoints: the input of every layer.
+        layer: of one layer whose forward pass is computed again, the largest: four times what its linear maps give.
+        exchange: of one layer, the largest: the states of all segments, four times (gathered, run through, as initial
+            states, their gradients), and what sums them up; or of full attention two more blocks of keys and values,
+            fp32 gradients of three, and those of the queries.
+        loss: logits of one chunk and their gradients, fp32.
+    """
+
+    weights: int
+    gathered: int
+    checkpoints: int
+    layer: int
+    exchange: int
+    loss: int
+
+
+def layers_of(config: HybridAttnConfig) -> list[DecoderLayer]:
+    """Without memory."""
+    with torch.device("meta"):
+        return [DecoderLayer(config, i) for i in range(len(config.mixers))]
+
+
+class State(NamedTuple):
+    """What a linear layer sends per row and segment: a state [heads,keys,values], and decays [heads,decays]."""
+
+    heads: int
+    keys: int
+    values: int
+    decays: int
+
+    @property
+    def elements(self) -> int:
+        return self.heads * (self.keys * self.values + self.decays)
+
+
+def state_of(module: nn.Module) -> State | None:
+    """None for layers without one."""
+    if isinstance(module, DecayedLinearAttention):
+        per_channel = isinstance(module, GatedLinearAttention) and module.gate_per == "channel"
+        return State(module.num_heads, module.key_dim, module.value_dim, module.key_dim if per_channel else 1)
+    if isinstance(module, LinearAttention):  # a normaliser is one more value
+        return State(module.num_heads, module.state_dim, module.value_dim + module.normalize, 1)
+    return None
+
+
+def traffic(
+    config: HybridAttnConfig,
+    *,
+    tokens: int,
+    ranks: int,
+    batch_size: int = 1,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Sent]:
+    """What the busiest rank sends in one pass over a sequence, by the kinds of ``SequenceParallel.traffic``.
+
+    A recomputed layer sends its forward part twice. Not counted are the labels, 8 bytes for each border and row.
+
+    Args:
+        tokens: of the sequence, a multiple of the segments; each at least as long as windows and convolutions.
+        ranks: over which it is.
+        batch_size: rows.
+        layout: ``"contiguous"`` or ``"zigzag"``.
+        dtype: of activations.
+    """
+    segments = 1 if layout == "contiguous" else 2  # of a rank
+    # A halo goes to the next segment: in zigzag the middle two, and with two ranks more, are on the same rank.
+    borders = 0 if ranks == 1 else 1 if layout == "contiguous" or ranks == 2 else 2
+    forward: Counter[str] = Counter()
+    backward: Counter[str] = Counter()
+    for module in (module for layer in layers_of(config) for module in layer.modules()):
+        if state := state_of(module):
+            both = {"states": segments * (ranks - 1) * batch_size * state.elements * FP32}
+            forward.update(both)
+            backward.update(both)
+        elif isinstance(module, ShortConvolution):
+            both = {
+                "convolution": borders * batch_size * (module.kernel_size - 1) * module.hidden_size * dtype.itemsize
+            }
+            forward.update(both)
+            backward.update(both)
+        elif isinstance(module, SoftmaxAttention):
+            pair = 2 * batch_size * module.num_key_value_heads * module.head_dim  # a token's key and value
+            share = (ranks - 1) * tokens // ranks * pair
+            if module.window is not None:
+                both = {"window": borders * (module.window - 1) * pair * dtype.itemsize}
+            elif module.alibi is not None:
+                both = {"keys": share * dtype.itemsize}
+            else:
+                both = {"ring": share * dtype.itemsize}
+                backward.update(ring=share * FP32)
+            forward.update(both)
+            backward.update(both)
+    return {kind: Sent(forward[kind], backward[kind]) for kind in forward}
+
+
+def sharded_traffic(config: HybridAttnConfig, *, gpus: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """What a GPU sends for FSDP2 in a step: parameters gathered forward and backward, gradients scattered in fp32."""
+    return (gpus - 1) * parameters(config) // gpus * (2 * dtype.itemsize + FP32)
+
+
+def parameters(config: HybridAttnConfig) -> int:
+    """Their number."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in HybridAttnForCausalLM(config).parameters())
+
+
+def memory(
+    config: HybridAttnConfig,
+    *,
+    tokens: int,
+    ranks: int,
+    gpus: int | None = None,
+    batch_size: int = 1,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Memory:
+    """Of one GPU in training, every layer checkpointed.
+
+    Args:
+        gpus: that share the parameters (FSDP2); ``ranks`` by default.
+        tokens, ranks, batch_size, layout, dtype: as in ``traffic``.
+    """
+    layers, total, here = layers_of(config), parameters(config), batch_size * tokens // ranks
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    rest = total - sum(sizes)
+    maps = [sum(m.out_features for m in layer.modules() if isinstance(m, nn.Linear)) for layer in layers]
+    segments = ranks * (1 if layout == "contiguous" else 2)
+    exchange = [0]
+    for module in (module for layer in layers for module in layer.modules()):
+        if state := state_of(module):
+            # Gates in fp64, their sums forwards and backwards, and the weighted keys, of so many tokens at once.
+            summing = 40 * min(here, batch_size * TOKENS_AT_ONCE) * state.heads * state.keys
+            exchange.append(4 * segments * batch_size * state.elements * FP32 + summing)
+        elif isinstance(module, SoftmaxAttention) and module.window is None:
+            pair = 2 * module.num_key_value_heads * module.head_dim
+            blocks = 2 * dtype.itemsize + 3 * FP32
+            exchange.append(here * (pair * blocks + module.num_heads * module.head_dim * FP32))
+    return Memory(
+        weights=16 * total // (gpus or ranks),
+        gathered=(2 * dtype.itemsize + FP32) * max(sizes) + (dtype.itemsize + FP32) * rest,
+        checkpoints=len(layers) * here * config.hidden_size * dtype.itemsize,
+        layer=4 * here * max(maps) * dtype.itemsize,
+        exchange=max(exchange),
+        loss=2 * LOGITS_PER_CHUNK * FP32,
+    )
+
+
+def _shape(hidden: int, intermediate: int, layers: int, mixers: str) -> HybridAttnConfig:
+    """The frame of gla_1b3 and a larger one, GLA with 4 heads, softmax attention with heads of 128 in groups of 4."""
+    softmax = {"num_heads": hidden // 128, "num_key_value_heads": hidden // 512}
+    options = {"gla": {"num_heads": 4}, "window": {**softmax, "window": 2048}, "full": softmax}
+    return HybridAttnConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        mixers=mixers,
+        mixer_options=options,
+    )
+
+
+STACKS = {"GLA": "1 gla", "1 window : 1 GLA": "1 window : 1 gla", "1 full : 7 GLA": "1 full : 7 gla", "full": "1 full"}
+TABLES = {
+    "1.3B at 1M tokens": (2048, 5632, 24, 2**20, (8, 16, 32, 64)),
+    "7B at 256k tokens": (4096, 11008, 32, 2**18, (8, 16, 32)),
+}
+
+
+def tables() -> str:
+    """The tables of docs/scaling.md, in Markdown."""
+    lines = []
+    for title, (hidden, intermediate, layers, tokens, counts) in TABLES.items():
+        lines += [
+            f"### {title}",
+            "",
+            "| stack | parameters | GPUs | tokens per GPU | weights | gathered | checkpoints | layer | exchange | loss "
+            "| memory, GB | linear, MB | window, MB | full, GB | FSDP2, GB |",
+            "|" + "---|" * 15,
+        ]
+        for name, mixers in STACKS.items():
+            config = _shape(hidden, intermediate, layers, mixers)
+            layout = "zigzag" if "full" in mixers else "contiguous"
+            for ranks in counts:
+                parts = memory(config, tokens=tokens, ranks=ranks, layout=layout)
+                sent = traffic(config, tokens=tokens, ranks=ranks, layout=layout)
+                step = {kind: 2 * x.forward + x.backward for kind, x in sent.items()}  # every layer twice forward
+                row = [
+                    name,
+                    f"{parameters(config) / 1e9:.2f}B",
+                    str(ranks),
+                    f"{tokens // ranks:,}",
+                    *(f"{x / 1e9:.1f}" for x in (*parts, sum(parts))),
+                    f"{step.get('states', 0) / 1e6:,.0f}",
+                    f"{step.get('window', 0) / 1e6:,.0f}",
+                    f"{step.get('ring', 0) / 1e9:,.1f}",
+                    f"{sharded_traffic(config, gpus=ranks) / 1e9:.1f}",
+                ]
+                lines.append("| " + " | ".join(row) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(tables(), end="")

@@ -1,0 +1,205 @@
+"""Run by tests/ranks.py: a hybrid decoder on two and four ranks, and sharded by FSDP2, beside itself on one."""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache
+
+from hybridattn import (
+    HybridAttnConfig,
+    HybridAttnForCausalLM,
+    gather_sequence,
+    sequence_parallel,
+    shard_sequence,
+)
+
+TOKENS, VOCAB = 64, 40
+MIXERS = ["conv", "gla", "window", "full", "taylor", "retention", "prefix"]
+# Rows, packed rows with targets left out, and segments of any length.
+CASES: dict[str, dict[str, Any]] = {
+    "contiguous": {},
+    "packed, zigzag": {"layout": "zigzag", "packed": [0, 5, 16, 17, 60]},
+    "packed, uneven": {"tokens": [3, 0, 40, 21], "packed": [0, 5, 16, 17, 60]},
+    "no logits, zigzag": {"layout": "zigzag", "options": {"skip_logits": True}},
+    "a given number of targets": {"options": {"num_items_in_batch": 50}},
+    "checkpointed, zigzag": {"layout": "zigzag", "checkpointing": True},
+}
+TWO_RANKS = ("contiguous", "packed, zigzag")
+
+
+def config() -> HybridAttnConfig:
+    return HybridAttnConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        mixers=MIXERS,
+        mixer_options={
+            "gla": {"num_heads": 2, "conv_size": 3},
+            "window": {"num_heads": 2, "window": 7},
+            "full": {"num_heads": 4, "num_key_value_heads": 2, "sinks": True},
+            "taylor": {"num_heads": 2, "key_dim": 4},
+            "prefix": {"num_heads": 2, "key_dim": 4, "tie_prefix": True},
+            "retention": {"num_heads": 2},
+        },
+        input_conv_size=3,
+        initializer="fan_in",
+    )
+
+
+def alibi_config() -> HybridAttnConfig:
+    options = {"full": {"num_heads": 2, "rope_theta": None, "alibi": True}}
+    return HybridAttnConfig(vocab_size=VOCAB, hidden_size=16, mixers=["full"], mixer_options=options)
+
+
+def model() -> HybridAttnForCausalLM:
+    torch.manual_seed(0)
+    return HybridAttnForCausalLM(config())
+
+
+def checkpoint_activations(net: HybridAttnForCausalLM) -> None:
+    getattr(
+        net, "activation_checkpointing_enable", net.gradient_checkpointing_enable
+    )()  # by its name of today, or 5.17
+    net.train()
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return (actual - expected).norm().item() / max(expected.norm().item(), 1e-6)
+
+
+def compare(case: dict[str, Any], group: Any) -> dict[str, float]:
+    torch.manual_seed(1)
+    offsets = torch.tensor(case["packed"]) if "packed" in case else None
+    ids = torch.randint(VOCAB, (2 if offsets is None else 1, TOKENS))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    options = {"cu_seq_lens_q": offsets, "use_cache": False, **case.get("options", {})}
+    net = model()
+    if case.get("checkpointing"):
+        checkpoint_activations(net)
+    expected = net(ids, labels=labels, **options)
+    grads = torch.autograd.grad(expected.loss, list(net.parameters()))
+    with sequence_parallel(case.get("tokens", TOKENS), group, case.get("layout", "contiguous")):
+        out = net(shard_sequence(ids), labels=shard_sequence(labels), **options)
+        parts = torch.autograd.grad(out.loss, list(net.parameters()))
+        logits = 0.0
+        if out.logits is not None:
+            end = TOKENS if offsets is None else int(offsets[-1])
+            whole = gather_sequence(out.logits)
+            logits = error(whole[:, :end], expected.logits[:, :end])
+    total = torch.cat([grad.flatten() for grad in parts])
+    dist.all_reduce(total, group=group)
+    worst = max(map(error, total.split([g.numel() for g in grads]), [g.flatten() for g in grads]))
+    return {"loss": error(out.loss, expected.loss), "logits": logits, "gradients": worst}
+
+
+@torch.no_grad()
+def compare_generation() -> dict[str, float]:
+    """A long prompt is read by all ranks; each then goes on alone with the cache that it has."""
+    net = model().eval()
+    torch.manual_seed(3)
+    ids, more = torch.randint(VOCAB, (2, TOKENS)), torch.randint(VOCAB, (2, 1))
+    caches = [DynamicCache(config=net.config) for _ in range(2)]
+    net(ids, past_key_values=caches[0])
+    with sequence_parallel(TOKENS, None, "zigzag"):
+        net(shard_sequence(ids), past_key_values=caches[1])
+    expected, actual = (net(more, past_key_values=cache).logits for cache in caches)
+    assert caches[1].get_seq_length() == TOKENS + 1
+    return {"logits": error(actual, expected)}
+
+
+def compare_fsdp2() -> tuple[dict[str, float], int]:
+    """Two sequences, each over two ranks; parameters over all four. Two steps of Adam, as one process takes
+    them; also the numbers that this rank has of parameters, gradients and moments."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    torch.manual_seed(2)
+    batches = torch.randint(VOCAB, (2, 2, 1, TOKENS))  # step, sequence
+    alone, net = model().double(), model().double()  # in fp32 the steps would magnify rounding
+    for layer in net.model.layers:
+        fully_shard(layer)
+    fully_shard(net)
+    optimizers = [torch.optim.Adam(x.parameters(), lr=0.01) for x in (alone, net)]
+    errors, kept = {}, 0
+    for step, batch in enumerate(batches):
+        expected = torch.stack([alone(ids, labels=ids).loss for ids in batch])
+        expected.mean().backward()
+        ids = batch[mesh["dp"].get_local_rank()]
+        with sequence_parallel(TOKENS, mesh["sp"], "zigzag") as context:
+            loss = net(shard_sequence(ids), labels=shard_sequence(ids), skip_logits=True).loss
+            (loss * context.size).backward()  # FSDP takes the mean over all ranks; those of a sequence add up
+        errors[f"loss {step}"] = error(loss, expected[mesh["dp"].get_local_rank()])
+        pairs = zip(net.parameters(), alone.parameters(), strict=True)
+        errors[f"gradients {step}"] = max(error(a.grad.full_tensor(), b.grad) for a, b in pairs)
+        for optimizer in optimizers:
+            optimizer.step()
+            kept = sum(
+                x.to_local().numel()
+                for p in net.parameters()
+                for x in (p, p.grad, *optimizer.state[p].values())
+                if isinstance(x, DTensor)
+            )
+            optimizer.zero_grad()
+    pairs = zip(net.parameters(), alone.parameters(), strict=True)
+    errors["weights"] = max(error(a.full_tensor(), b) for a, b in pairs)
+    return errors, kept
+
+
+def count_traffic(ranks: int, group: Any) -> dict[str, list[dict[str, int]]]:
+    """Bytes of a forward pass, and of it with the backward pass, by layout and length."""
+    net, counted = model().bfloat16(), {}
+    for layout in ("contiguous", "zigzag"):
+        for tokens in (64, 128):
+            ids = torch.randint(VOCAB, (2, tokens))
+            with sequence_parallel(tokens, group, layout) as context:
+                loss = net(shard_sequence(ids), labels=shard_sequence(ids), use_cache=False).loss
+                forward = dict(context.traffic)
+                loss.backward()
+                counted[f"{ranks} {layout} {tokens}"] = [forward, dict(context.traffic)]
+    return counted
+
+
+def count_alibi() -> dict[str, list[int]]:
+    """Bytes of a forward and of a backward pass of full attention with slopes, by layout."""
+    net, counted = HybridAttnForCausalLM(alibi_config()).bfloat16(), {}
+    ids = torch.randint(VOCAB, (2, TOKENS))
+    for layout in ("contiguous", "zigzag"):
+        with sequence_parallel(TOKENS, None, layout) as context:
+            loss = net(shard_sequence(ids), labels=shard_sequence(ids), use_cache=False).loss
+            forward = context.traffic["keys"]
+            loss.backward()
+            counted[layout] = [forward, context.traffic["keys"] - forward]
+    return counted
+
+
+def count_checkpoints() -> int:
+    """Bytes of the layers' inputs that are still there after the forward pass."""
+    net, inputs = model().bfloat16(), []
+    checkpoint_activations(net)
+    for layer in net.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    ids = torch.randint(VOCAB, (2, TOKENS))
+    with sequence_parallel(TOKENS, None, "zigzag"):
+        loss = net(shard_sequence(ids), labels=shard_sequence(ids), use_cache=False).loss
+        kept = sum(x.nbytes for x in (ref() for ref in inputs) if x is not None)
+        loss.backward()
+    return kept
+
+
+def results() -> dict[str, Any]:
+    """Errors by case, and bytes, of this rank."""
+    found: dict[str, Any] = {"errors": {}, "traffic": {}}
+    for ranks, group in ((2, dist.new_group([0, 1])), (4, dist.group.WORLD)):
+        if dist.get_rank() < ranks:
+            for name in CASES if ranks == 4 else TWO_RANKS:
+                found["errors"][f"{name}, {ranks} ranks"] = compare(CASES[name], group)
+            found["traffic"] |= count_traffic(ranks, group)
+    found["alibi"] = count_alibi()
+    found["errors"]["generation"] = compare_generation()
+    found["errors"]["fsdp2"], kept = compare_fsdp2()
+    found["memory"] = {"kept": kept, "checkpoints": count_checkpoints()}
+    return found

@@ -1,0 +1,72 @@
+"""A hybrid decoder on several ranks: loss, gradients, caches, FSDP2 beside it, and the bytes that formulas say."""
+
+import runpy
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hybridattn.models.scaling import memory, parameters, traffic
+
+FILE = Path(__file__).with_name("sequence_parallel.py")
+WORKER = runpy.run_path(str(FILE))
+CONFIG = WORKER["config"]()
+# Relative L2, fp32: those of the first law in DESIGN.md.
+LOSS, GRADIENTS = 1e-5, 1e-4
+
+
+def check_errors(ranks: list[dict[str, Any]]) -> None:
+    wrong = {
+        f"rank {rank}, {case}": errors
+        for rank, results in enumerate(ranks)
+        for case, errors in results["errors"].items()
+        if not all(
+            value < (GRADIENTS if name.startswith(("gradients", "weights")) else LOSS) for name, value in errors.items()
+        )
+    }
+    assert not wrong
+    assert len(ranks[0]["errors"]) == len(WORKER["CASES"]) + len(WORKER["TWO_RANKS"]) + 2  # generation and FSDP2
+
+
+def check_traffic(ranks: list[dict[str, Any]]) -> None:
+    """The busiest rank sends what the formula says: constant for states and windows, linear for full attention."""
+    counted = {case: [results["traffic"][case] for results in ranks if case in results["traffic"]] for case in
+               ranks[0]["traffic"]}  # fmt: skip
+    assert len(counted) == 8
+    for case, (number, layout, tokens) in ((case, case.split()) for case in counted):
+        expected = traffic(CONFIG, tokens=int(tokens), ranks=int(number), batch_size=2, layout=layout)
+        assert set(expected) == {"states", "convolution", "window", "ring"}
+        for kind, sent in expected.items():
+            forward = [both[0][kind] for both in counted[case]]
+            backward = [both[1][kind] - both[0][kind] for both in counted[case]]
+            assert (max(forward), max(backward)) == sent, (case, kind)
+    for number in (2, 4):
+        for layout in ("contiguous", "zigzag"):
+            short, long = (
+                Counter({kind: n for rank in counted[f"{number} {layout} {tokens}"] for kind, n in rank[1].items()})
+                for tokens in (64, 128)
+            )
+            assert long["ring"] == 2 * short["ring"] > 0
+            assert all(long[kind] == short[kind] for kind in short if kind != "ring")
+
+
+def check_alibi(ranks: list[dict[str, Any]]) -> None:
+    for layout in ("contiguous", "zigzag"):
+        expected = traffic(WORKER["alibi_config"](), tokens=WORKER["TOKENS"], ranks=4, batch_size=2, layout=layout)
+        sent = zip(*(results["alibi"][layout] for results in ranks), strict=True)
+        assert {"keys": tuple(max(x) for x in sent)} == expected
+
+
+def check_memory(ranks: list[dict[str, Any]]) -> None:
+    expected = memory(CONFIG, tokens=WORKER["TOKENS"], ranks=4, batch_size=2)
+    assert expected.weights == 16 * parameters(CONFIG) // 4
+    assert [4 * results["memory"]["kept"] for results in ranks] == [expected.weights] * 4
+    assert [results["memory"]["checkpoints"] for results in ranks] == [expected.checkpoints] * 4
+
+
+def test_a_decoder_on_two_and_four_ranks(run_ranks: Callable[[Path], list[dict[str, Any]]]):
+    ranks = run_ranks(FILE)
+    check_errors(ranks)
+    check_traffic(ranks)
+    check_alibi(ranks)
+    check_memory(ranks)
