@@ -1,0 +1,88 @@
+"""Trainers in which a softmax model teaches its hybrid: layer by layer, then by its predictions."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridattn.models.decoder import HybridAttnForCausalLM
+from hybridattn.models.linearize import replaced_layers
+
+from .trainer import StreamTrainer
+
+
+@contextmanager
+def taught(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> Iterator[dict[int, Tensor]]:
+    """Within, every replaced mixer of the student hands on what the teacher's gives, and its own error is kept.
+
+    So all mixers see the teacher's hidden states, in one pass, and no error reaches another layer.
+
+    Yields:
+        Of the last forward pass, layer -> squared error over the squared norm of the teacher's output, fp32 [].
+    """
+    errors: dict[int, Tensor] = {}
+
+    def hook(layer: int) -> Any:
+        mixer = teacher.model.layers[layer].mixer
+
+        def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            with torch.no_grad():
+                target = mixer(*args, **kwargs)
+            errors[layer] = (output - target).float().square().sum() / target.float().square().sum()
+            return target
+
+        return compare
+
+    with ExitStack() as stack:
+        for layer in replaced_layers(student, teacher):
+            handle = student.model.layers[layer].mixer.register_forward_hook(hook(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield errors
+
+
+class TransferTrainer(StreamTrainer):
+    """Attention transfer: each replaced mixer alone learns the output of the teacher's, on the teacher's hidden states.
+
+    Zhang et al., "LoLCATs" (2024), section 3.1. The loss is the sum over layers of ``taught``'s errors, so that layers
+    with large outputs do not outweigh others.
+
+    Args:
+        teacher: the softmax model, in the decoder of this library.
+        Other arguments as of StreamTrainer; parameters outside the replaced mixers are to be frozen.
+    """
+
+    def __init__(self, *, teacher: HybridAttnForCausalLM, **kwargs):
+        super().__init__(**kwargs)
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # pyright: ignore
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        student: Any = self.accelerator.unwrap_model(model)
+        labels = inputs["labels"]
+        inputs = {name: x for name, x in inputs.items() if name != "labels"}
+        with taught(student, self.teacher) as errors:
+            outputs = model(**inputs, logits_to_keep=1, use_cache=False)
+        loss = torch.stack(list(errors.values())).sum()
+        if num_items_in_batch is not None:  # this micro-batch's share of the step
+            loss = loss * (labels != -100).sum() / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+class DistillTrainer(StreamTrainer):
+    def __init__(self, *, teacher, weight=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # pyright: ignore
+        self.weight = weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        n = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
+        rest = {name: x for name, x in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            target = self.teacher(**rest, use_cache=False).logits.float().log_softmax(-1)
+        logits = model(**rest, use_cache=False).logits.float().log_softmax(-1)
+        keep = labels[:, 1:] != -100
+        lm = torch.nn.functional.nll_loss(logits[:, :-1][keep], labels[:, 1:][keep], reduction="sum") / n
+        kl = torch.nn.functional.kl_div(logits[:, :-1][keep], target[:, :-1][keep], log_target=True, reduction="sum") / n
+        return (1 - self.weight) * lm + self.weight * kl
