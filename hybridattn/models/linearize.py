@@ -1,7 +1,8 @@
 """Softmax decoders of transformers as hybrids of this library: first every weight as it is, then other mixers.
 
-Linear mixers start from the attention they replace, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into
-RNNs", 2021), SUPRA (Mercat et al., 2024), "The Mamba in the Llama" (Wang et al., 2024) and LoLCATs (Zhang et al., 2024).
+New mixers start from the attention they replace, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into
+RNNs", 2021), SUPRA (Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al.,
+2024) and LoLCATs (Zhang et al., 2024).
 """
 
 import re
@@ -44,15 +45,13 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
         if (got := getattr(theirs, name, expected)) != expected:
             raise ValueError(f"{name}: expected {expected!r} in a model to linearise, got {got!r}")
     windows = _windows(theirs)
-    if len(kinds := set(windows) - {None}) > 1:
-        raise ValueError(f"sliding_window: expected one size for all layers, got {sorted(kinds)}")
+    mixers = ["full" if window is None else "window" for window in windows]
     attention = _attention(theirs)
-    options = {"full": attention} if None in windows else {}
-    options |= {"window": {**attention, "window": window} for window in kinds}
+    options = {"full": attention, "window": {**attention, "window": max(filter(None, windows), default=None)}}
     config = HybridAttnConfig(
         **{name: getattr(theirs, name) for name in SHARED},
-        mixers=["full" if window is None else "window" for window in windows],
-        mixer_options=options,
+        mixers=mixers,
+        mixer_options={name: options[name] for name in sorted(set(mixers))},
     )
     weights = {
         name.replace(".self_attn.", ".mixer."): x
@@ -163,11 +162,17 @@ def replaced_layers(student: HybridAttnForCausalLM, teacher: HybridAttnForCausal
     return [i for i, (a, b) in pairs if a != b or new.mixer_options[a] != old.mixer_options[b]]
 
 
+def mixer_of(model: HybridAttnForCausalLM, layer: int) -> Any:
+    """The token mixer of a layer."""
+    block: Any = model.model.layers[layer]
+    return block.mixer
+
+
 def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> dict[str, Tensor]:
     """The teacher's weights that a student takes, by name, in the student's shapes."""
     taken = {name: x for name, x in teacher.state_dict().items() if name in student.state_dict()}
     for i in replaced_layers(student, teacher):
-        new, old = student.model.layers[i].mixer, teacher.model.layers[i].mixer
+        new, old = mixer_of(student, i), mixer_of(teacher, i)
         prefix = f"model.layers.{i}.mixer."
         for name in [name for name in taken if name.startswith(prefix)]:
             part = name.removeprefix(prefix).partition(".")[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridattn.models.decoder import HybridAttnForCausalLM
-from hybridattn.models.linearize import replaced_layers
+from hybridattn.models.linearize import mixer_of, replaced_layers
 
 from .trainer import StreamTrainer
 
@@ -25,11 +25,11 @@ def taught(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> It
     errors: dict[int, Tensor] = {}
 
     def hook(layer: int) -> Any:
-        mixer = teacher.model.layers[layer].mixer
+        attention = mixer_of(teacher, layer)
 
         def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             with torch.no_grad():
-                target = mixer(*args, **kwargs)
+                target = attention(*args, **kwargs)
             errors[layer] = (output - target).float().square().sum() / target.float().square().sum()
             return target
 
@@ -37,7 +37,7 @@ def taught(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> It
 
     with ExitStack() as stack:
         for layer in replaced_layers(student, teacher):
-            handle = student.model.layers[layer].mixer.register_forward_hook(hook(layer), with_kwargs=True)
+            handle = mixer_of(student, layer).register_forward_hook(hook(layer), with_kwargs=True)
             stack.callback(handle.remove)
         yield errors
 
@@ -55,7 +55,9 @@ class TransferTrainer(StreamTrainer):
 
     def __init__(self, *, teacher: HybridAttnForCausalLM, **kwargs):
         super().__init__(**kwargs)
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # pyright: ignore
+        self.teacher = teacher.eval()
+        for layer in replaced_layers(self.accelerator.unwrap_model(self.model), teacher):
+            mixer_of(teacher, layer).to(self.args.device, torch.float32)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student: Any = self.accelerator.unwrap_model(model)
@@ -67,22 +69,3 @@ class TransferTrainer(StreamTrainer):
         if num_items_in_batch is not None:  # this micro-batch's share of the step
             loss = loss * (labels != -100).sum() / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
-
-
-class DistillTrainer(StreamTrainer):
-    def __init__(self, *, teacher, weight=1.0, **kwargs):
-        super().__init__(**kwargs)
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # pyright: ignore
-        self.weight = weight
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        n = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
-        rest = {name: x for name, x in inputs.items() if name != "labels"}
-        with torch.no_grad():
-            target = self.teacher(**rest, use_cache=False).logits.float().log_softmax(-1)
-        logits = model(**rest, use_cache=False).logits.float().log_softmax(-1)
-        keep = labels[:, 1:] != -100
-        lm = torch.nn.functional.nll_loss(logits[:, :-1][keep], labels[:, 1:][keep], reduction="sum") / n
-        kl = torch.nn.functional.kl_div(logits[:, :-1][keep], target[:, :-1][keep], log_target=True, reduction="sum") / n
-        return (1 - self.weight) * lm + self.weight * kl

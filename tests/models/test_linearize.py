@@ -1,16 +1,13 @@
 """Softmax models of transformers as hybrids of ours: the same function where nothing is replaced, refusals by name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 
-from hybridattn.models.decoder import HybridAttnForCausalLM
-from hybridattn.models.linearize import from_softmax, replaced_layers, swap
+from hybridattn.models.linearize import from_softmax, swap
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
