@@ -1,7 +1,6 @@
 """The command in small: what it trains, what it leaves, what it counts and says."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +104,83 @@ def test_budgets_are_kept_and_the_control_reads_the_same_tokens(made: Path, resu
     assert sum(x.numel() for x in seen[20:30]) == tokens["lora"] == 10 * STEP
     assert tokens["scratch"] == 30 * STEP
     assert tokens["teacher"] == 150 * STEP
+
+
+def test_transfer_teaches_every_new_mixer_and_touches_nothing_else(made: Path, results: dict[str, Any]):
+    before, after = (load_file(made / name / "model.safetensors") for name in ("swapped", "transferred"))
+    teacher = load_file(made.parent / "teacher" / "model.safetensors")
+    trained = {name for name in before if name.startswith(("model.layers.1.mixer.", "model.layers.2.mixer."))}
+    assert trained
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (name not in trained), name
+        if name not in trained:
+            assert torch.equal(after[name], teacher[name.replace(".mixer.", ".self_attn.")])
+    assert list(results["attention_errors"]) == ["1", "2"]
+    for swapped, transferred in results["attention_errors"].values():
+        assert transferred < 0.6 * swapped
+
+
+def test_the_report_says_what_was_measured(made: Path, results: dict[str, Any]):
+    losses = results["losses"]
+    assert set(losses) == {"teacher", "swapped", "transferred", "final", "scratch"}
+    assert losses["teacher"] < losses["final"] < losses["transferred"] < losses["swapped"] < losses["scratch"]
+    expected = (losses["swapped"] - losses["final"]) / (losses["swapped"] - losses["teacher"])
+    assert results["recovery"] == recovery(losses) == pytest.approx(expected, rel=1e-12)
+    assert results["recovery"] > 0.5
+    text = (made / "report.md").read_text()
+    assert all(f"{loss:.4f}" in text for loss in losses.values())
+    assert f"**{results['recovery']:.1%}**" in text
+    assert results["command"] in text
+    assert set(results["provenance"]) >= {"commit", "versions", "config_sha256", "threads"}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
+def test_the_result_is_a_model_with_its_adapters_merged(made: Path, results: dict[str, Any]):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
+    assert isinstance(model, HybridAttnForCausalLM)
+    assert model.config.mixers == ["full", "gla", "gla"]
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(made / "transferred")
+    ids = tokenizer("abcdef abcdef", return_tensors="pt")["input_ids"]
+    expected = PeftModel.from_pretrained(base, made / "adapter").eval()(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model.generate(ids, max_new_tokens=3, eos_token_id=None).shape[1] == ids.shape[1] + 3
+
+
+def test_the_same_command_again_trains_nothing_and_another_is_refused(made: Path, results, monkeypatch, capsys):
+    monkeypatch.delattr(StreamTrainer, "training_step")
+    assert linearize(made.parent, "out", "--pattern", "1 full : 2 gla") == 0
+    assert json.loads((made / "results.json").read_text())["losses"] == results["losses"]
+    capsys.readouterr()
+    assert linearize(made.parent, "out", "--pattern", "1 full : 2 window") == 2
+    assert "pattern: expected '1 full : 2 gla' as before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--pattern", "1 full"), "pattern: expected one that replaces a layer"),
+        (("--pattern", "full,gla,dance"), "got 'dance'"),
+        (("--pattern", "1 gla", "--transfer_tokens", "511"), "transfer_tokens: expected at least the 512 tokens"),
+        (("--pattern", "1 gla", "--lora_tokens", "0"), "lora_tokens: expected at least the 512 tokens"),
+        (("--pattern", "1 gla", "--max_steps", "3"), "max_steps: expected none"),
+        (("--pattern", "1 gla", "--learning-rate=3"), "learning_rate: expected none"),
+        (("--pattern", "1 gla", "--mixer_options", "{"), "mixer_options: expected JSON"),
+        (("--pattern", "1 gla", "--mixer_options", '{"gla": {"gates": 1}}'), "mixer_options['gla']"),
+        (("--pattern", "1 gla", "--dance", "3"), "--dance"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, capsys, options: tuple[str, ...], named: str):
+    capsys.readouterr()
+    assert linearize(folder, "bad", *options) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert err.count("\n") == 1
+    assert not (folder / "bad").exists()
+
+
+def test_a_folder_with_other_files_is_refused(folder: Path, capsys):
+    assert linearize(folder, "teacher", "--pattern", "1 gla") == 2
+    assert "out: expected a new folder" in capsys.readouterr().err
