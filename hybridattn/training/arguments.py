@@ -20,7 +20,7 @@ class ModelArguments:
 
     preset: str | None = field(default=None, metadata={"help": "A new model of this published shape."})
     config: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of HybridAttnConfig, over those of the preset (JSON)."}
+        default=None, metadata={"help": "Arguments of HybridAttnConfig, or of a model_type of transformers (JSON)."}
     )
     model: str | None = field(default=None, metadata={"help": "A saved model: a folder, or a name on the Hub."})
     tokenizer: str | None = field(
