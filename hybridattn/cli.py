@@ -131,6 +131,9 @@ def linearize(
     transfer_learning_rate: Annotated[float, typer.Option("--transfer_learning_rate")] = 1e-3,
     lora_learning_rate: Annotated[float, typer.Option("--lora_learning_rate")] = 1e-4,
     lora_rank: Annotated[int, typer.Option("--lora_rank", min=1)] = 8,
+    distill: Annotated[
+        float, typer.Option("--distill", help="Share of the teacher's predictions in LoRA's loss, from 0 to 1.")
+    ] = 0.5,
     scratch_learning_rate: Annotated[
         float | None,
         typer.Option("--scratch_learning_rate", help="Also train the hybrid from scratch on the same tokens."),
@@ -152,6 +155,7 @@ def linearize(
             transfer_learning_rate=transfer_learning_rate,
             lora_learning_rate=lora_learning_rate,
             lora_rank=lora_rank,
+            distill=distill,
             scratch_learning_rate=scratch_learning_rate,
         )
     except FloatingPointError as error:

@@ -1,7 +1,7 @@
 """`hybridattn linearize`: a pretrained softmax model becomes a hybrid in two stages, and a report says what that cost.
 
 First the new mixers learn the outputs of the attention they replace (`TransferTrainer`), then adapters on the whole
-learn to predict text, and are merged. Recovery is the share of what the swap costs in held-out loss that the training
+learn to predict the text and what the teacher would say, and are merged. Recovery is the share of what the swap costs in held-out loss that the training
 wins back.
 """
 
@@ -29,8 +29,8 @@ from hybridattn.training.build import build_tokenizer
 from hybridattn.training.packing import Place
 from hybridattn.training.train import held_out_batches
 from hybridattn.training.train import run as train
-from hybridattn.training.trainer import STREAM
-from hybridattn.training.transfer import TransferTrainer, taught
+from hybridattn.training.trainer import STREAM, StreamTrainer
+from hybridattn.training.transfer import DistillTrainer, TransferTrainer, taught
 
 SETTINGS = "settings.json"  # beside the stages, what decides them all
 # Fields of `hybridattn train` that the stages are told here.
@@ -52,6 +52,7 @@ def run(
     transfer_learning_rate: float = 1e-3,
     lora_learning_rate: float = 1e-4,
     lora_rank: int = 8,
+    distill: float = 0.5,
     scratch_learning_rate: float | None = None,
 ) -> int:
     """Linearise a model, measure it beside its teacher, and write ``report.md`` and ``results.json``.
@@ -70,6 +71,8 @@ def run(
         transfer_tokens, lora_tokens: most tokens to train on in a stage; what is left of whole steps is not used.
         transfer_learning_rate, lora_learning_rate: of the stages.
         lora_rank: of the adapters; their alpha is twice that.
+        distill: share of the divergence from the teacher's predictions in the loss of the adapters, from 0 to 1; the
+            rest is the language-model loss.
         scratch_learning_rate: for comparison, train a new model of the hybrid's configuration on the very tokens of
             both stages; None for no such model.
 
@@ -89,6 +92,10 @@ def run(
     steps = [_steps(name, budget, data, args) for name, budget in budgets.items()]
     teacher = from_softmax(model)
     rows = held_out_batches(build_tokenizer(asked), teacher.config.vocab_size, data, args)
+    if args.world_size > 1:
+        raise ValueError(f"expected one process, got {args.world_size}: the stages measure and write in between")
+    if not 0 <= distill <= 1:
+        raise ValueError(f"distill: expected a share from 0 to 1, got {distill}")
     if rows is None:
         raise ValueError("eval_data: expected held-out texts to measure losses on, got none")
     set_seed(args.seed)  # the new weights are the same at every start
@@ -115,7 +122,8 @@ def run(
         "max_steps": steps[1],
         "learning_rate": lora_learning_rate,
     }
-    if code := train(*stage(out, **options), start=_end(folders["transferred"])):
+    adapt = partial(DistillTrainer, teacher=teacher, share=distill) if distill else StreamTrainer
+    if code := train(*stage(out, **options), trainer_class=adapt, start=_end(folders["transferred"])):
         return code
     if scratch_learning_rate is None:
         del folders["scratch"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.models.linearize import mixer_of, replaced_layers
@@ -68,4 +69,36 @@ class TransferTrainer(StreamTrainer):
         loss = torch.stack(list(errors.values())).sum()
         if num_items_in_batch is not None:  # this micro-batch's share of the step
             loss = loss * (labels != -100).sum() / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+class DistillTrainer(StreamTrainer):
+    """The language-model loss, and the divergence from the teacher's predictions: ``(1 - share) * CE + share * KL``.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2, at temperature 1. Logits of all
+    tokens of a micro-batch are in memory.
+
+    Args:
+        teacher: a causal language model over the same tokens.
+        share: of the divergence, from 0 to 1.
+        Other arguments as of StreamTrainer.
+    """
+
+    def __init__(self, *, teacher: HybridAttnForCausalLM, share: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        module: nn.Module = teacher
+        self.teacher, self.share = module.to(self.args.device, torch.float32).eval(), share
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        predicted = inputs["labels"][:, 1:] != -100
+        targets = inputs["labels"][:, 1:][predicted]
+        tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
+        inputs = {name: x for name, x in inputs.items() if name != "labels"}
+        outputs = model(**inputs, use_cache=False)
+        with torch.no_grad():
+            taught = self.teacher(**inputs, use_cache=False).logits[:, :-1][predicted].float().log_softmax(-1)
+        logs = outputs.logits[:, :-1][predicted].float().log_softmax(-1)
+        entropy = F.nll_loss(logs, targets, reduction="sum")
+        divergence = F.kl_div(logs, taught, log_target=True, reduction="sum")
+        loss = ((1 - self.share) * entropy + self.share * divergence) / tokens
         return (loss, outputs) if return_outputs else loss
