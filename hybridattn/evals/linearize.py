@@ -1,8 +1,8 @@
 """`hybridattn linearize`: a pretrained softmax model becomes a hybrid in two stages, and a report says what that cost.
 
 First the new mixers learn the outputs of the attention they replace (`TransferTrainer`), then adapters on the whole
-learn to predict the text and what the teacher would say, and are merged. Recovery is the share of what the swap costs in held-out loss that the training
-wins back.
+learn to predict the text and what the teacher would say, and are merged. Recovery is the share of what the swap costs
+in held-out loss that the training wins back.
 """
 
 import json
@@ -103,6 +103,8 @@ def run(
     if not (replaced := replaced_layers(student, teacher)):
         raise ValueError(f"pattern: expected one that replaces a layer, got {pattern!r}, which keeps all")
     _claim(out, settings)
+    source = provenance(settings)  # of the code that runs, whatever is committed meanwhile
+    source["versions"]["peft"] = installed_version("peft")
     folders = {name: out / name for name in ("swapped", "transferred", "scratch")} | {"teacher": model, "final": out}
     student.save_pretrained(folders["swapped"])
 
@@ -139,7 +141,7 @@ def run(
     errors = [attention_errors(load(folders[name], args.device), teacher, rows) for name in ("swapped", "transferred")]
     tokens = [count * (args.rows_per_step or 1) * data.length for count in steps]
     results = {
-        "provenance": provenance(settings),
+        "provenance": source,
         "command": command(out, settings),
         "mixers": student.config.mixers,
         "parameters": student.num_parameters(),
@@ -154,7 +156,6 @@ def run(
             "held out": sum(int((row["labels"] != -100).sum()) for row in rows),
         },
     }
-    results["provenance"]["versions"]["peft"] = installed_version("peft")
     (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (out / "report.md").write_text(report(results), encoding="utf-8")
     print(report(results))

@@ -46,7 +46,7 @@ def taught(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> It
 class TransferTrainer(StreamTrainer):
     """Attention transfer: each replaced mixer alone learns the output of the teacher's, on the teacher's hidden states.
 
-    Zhang et al., "LoLCATs" (2024), section 3.1. The loss is the sum over layers of ``taught``'s errors, so that layers
+    Zhang et al., "LoLCATs" (2024), section 3. The loss is the sum over layers of ``taught``'s errors, so that layers
     with large outputs do not outweigh others.
 
     Args:
@@ -86,8 +86,8 @@ class DistillTrainer(StreamTrainer):
 
     def __init__(self, *, teacher: HybridAttnForCausalLM, share: float = 0.5, **kwargs):
         super().__init__(**kwargs)
-        module: nn.Module = teacher
-        self.teacher, self.share = module.to(self.args.device, torch.float32).eval(), share
+        model: Any = teacher
+        self.teacher, self.share = model.to(self.args.device, torch.float32).eval(), share
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         predicted = inputs["labels"][:, 1:] != -100
