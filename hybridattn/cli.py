@@ -15,6 +15,7 @@ import hybridattn
 if TYPE_CHECKING:
     from torch import nn
 
+    from hybridattn.evals.pareto.suite import Suite
     from hybridattn.layers.mixer import CacheSpec
     from hybridattn.models.decoder import HybridAttnConfig
 
@@ -89,17 +90,116 @@ def evaluate(
         raise ValueError(f"eval: expected pip install 'hybridattn[eval]', got: {error}") from error
 
     options = {"out": out, "allow_truncation": allow_truncation, "trained_length": trained_length}
-    if not run(model, context.args, lengths=_lengths(lengths), **options):
+    wanted = None if lengths is None else _integers("lengths", lengths)
+    if not run(model, context.args, lengths=wanted, **options):
         raise typer.Exit(1)
 
 
-def _lengths(wanted: str | None) -> list[int] | None:
-    if wanted is None:
-        return None
+def _integers(name: str, wanted: str) -> list[int]:
     parts = wanted.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"lengths: expected integers with commas between them, got {wanted!r}")
+        raise ValueError(f"{name}: expected integers with commas between them, got {wanted!r}")
     return [int(part) for part in parts]
+
+
+@app.command()
+def throughput(
+    model: Annotated[list[str], typer.Option("--model", "-M", help="Folder, Hub name or preset; may be repeated.")],
+    lengths: Annotated[str | None, typer.Option(help="Prompts to read, in tokens, such as 1024,4096.")] = None,
+    contexts: Annotated[str, typer.Option(help="Prompts before one sequence's timed steps.")] = "1024,8192",
+    batches: Annotated[str | None, typer.Option(help="Sequences decoded together, after the first context.")] = None,
+    training: Annotated[str | None, typer.Option(help="Rows for forward and backward, in tokens.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Find the largest batch within so many GB.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: by device.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per operation, on a CPU.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is timed again.")] = 3,
+    graphs: Annotated[bool, typer.Option(help="Decode with CUDA graphs as well.")] = False,
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    again: Annotated[bool, typer.Option(help="Measure what is there, too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
+        "reports/throughput"
+    ),
+) -> None:
+    """Time models: prefill, decoding, training, memory; any Hugging Face model, with random weights if it has none."""
+    from hybridattn.evals.pareto.suite import Suite
+    from hybridattn.evals.throughput import subjects
+
+    place = _device(device)
+    on_gpu = place == "cuda"
+    first, *further = _integers("contexts", contexts)
+    together = _integers("batches", batches or ("1,8,32,128,512" if on_gpu else "1,8"))
+    suite = Suite(
+        models={name: {"model": subjects.definition(subjects.named(name)), "steps": None} for name in model},
+        device=place,
+        dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+        threads=threads,
+        rounds=rounds,
+        state=[first, *further],
+        prefill=_integers("lengths", lengths or f"1024,2048,4096,8192{',32768,131072' if on_gpu else ''}"),
+        decode=[*((first, batch) for batch in together), *((context, 1) for context in further)],
+        graphs=graphs,
+        training=_integers("training", training) if training else (),
+        memory=None if budget is None else {"tokens": first, "budget": int(budget * 1e9)},
+    )
+    _measure(suite, out, (1, 1), again, "Throughput")
+
+
+@app.command()
+def pareto(
+    suite: Annotated[str, typer.Option(help="cpu, gpu, or a YAML file of your own.")] = "cpu",
+    shard: Annotated[str, typer.Option(help="Run the i-th of n parts only, as i/n.")] = "1/1",
+    again: Annotated[bool, typer.Option(help="Measure what is there, too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
+        "reports/pareto"
+    ),
+) -> None:
+    """Train or load the models of a suite, measure recall and speed of each, and write one report."""
+    from hybridattn.evals.pareto.suite import load
+
+    part, slash, parts = shard.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal()):
+        raise ValueError(f"shard: expected i/n, such as 1/4, got {shard!r}")
+    _measure(load(suite), out, (int(part), int(parts)), again, "Recall and throughput")
+
+
+def _measure(suite: "Suite", out: Path, shard: tuple[int, int], again: bool, title: str) -> None:
+    from hybridattn.evals.pareto.run import run
+
+    run(suite, out, shard=shard, again=again)
+    _report(out, title)
+
+
+def _report(out: Path, title: str) -> None:
+    from hybridattn.evals.report.build import build
+
+    results = build(out, title=title)
+    print(f"{out / 'report.html'}: {len(results['rows'])} configurations")
+    for problem in results["problems"]:
+        print(f"hybridattn: {problem}", file=sys.stderr)
+    if results["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Reports: one to write again, two to compare, or to merge.")],
+    merge: Annotated[Path | None, typer.Option(help="Write the figures of all folders here, as one report.")] = None,
+    title: Annotated[str, typer.Option(help="Of the report that is written.")] = "Recall and throughput",
+) -> None:
+    """Say what changed from the first report to the second beyond noise; or merge reports into one."""
+    if merge is not None:
+        from hybridattn.evals.report.cells import merge as merge_cells
+
+        merge_cells(folders, merge)
+        _report(merge, title)
+    elif len(folders) == 1:
+        _report(folders[0], title)
+    elif len(folders) == 2:
+        from hybridattn.evals.report.compare import report as compare
+
+        print(compare(*folders))
+    else:
+        raise ValueError(f"folders: expected two to compare, or --merge OUT, got {len(folders)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def run(
     steps: int | None = None,
     only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration and write ``results.json``, ``report.md``, ``pareto.png`` and ``model/``.
+    """Run the demonstration and write ``results.json``, ``report.md``, ``model/`` and ``pareto/``, a report of its own.
 
     Args:
         out: the folder to write, whole or not at all; an earlier report there is replaced.
@@ -78,24 +79,22 @@ def run_text(folder: Path, _seeds: int, steps: int | None) -> dict[str, Any]:
 
 
 def run_recall(folder: Path, seeds: int, steps: int | None) -> dict[str, Any]:
-    """The second part; draws its picture and prints its table."""
-    from hybridattn.evals.recall import suite
-    from hybridattn.evals.report import markdown, pareto
-    from hybridattn.evals.report.provenance import cpu_name
+    """The second part: the suite for CPUs, whose report lies in ``pareto``; prints its first table."""
+    from hybridattn.evals.pareto import run as pareto
+    from hybridattn.evals.pareto.suite import load
+    from hybridattn.evals.report import document, markdown
+    from hybridattn.evals.report.build import build
 
-    result = suite.run(seeds=seeds, steps=steps)
-    pareto.draw(
-        [
-            pareto.Point(
-                row["model"], row["recall"]["32"], row["state_bytes"]["formula"], row["decode"]["32"]["median"]
-            )
-            for row in result["rows"]
-        ],
-        folder / "pareto.png",
-        title=f"Multi-query associative recall on {cpu_name()}, one thread",
-    )
-    print(f"\n{markdown.recall_table(result['rows'])}")
-    return result
+    suite = load("cpu")
+    models = {name: {**entry, "steps": steps or entry["steps"]} for name, entry in suite.models.items()}
+    pareto.run(replace(suite, models=models, seeds=tuple(range(seeds))), folder / "pareto")
+    results = build(folder / "pareto", title="Recall and throughput")
+    if results["problems"]:
+        raise RuntimeError("; ".join(results["problems"]))
+    (first,) = document.overview(results["rows"]).tables
+    print(f"\n{markdown.table(first.heads, [[entry.text for entry in row] for row in first.rows])}")
+    config = {row["config"]["name"]: row["config"] for row in results["rows"]}
+    return {"config": config, "rows": results["rows"]}
 
 
 PART_RUNS = {"text": run_text, "recall": run_recall}

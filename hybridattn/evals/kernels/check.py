@@ -5,7 +5,6 @@ runs twice and has to give the same bits; in Triton's interpreter the second tim
 case is one line of JSON, so that a run that was cut off goes on where it was.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -19,13 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import hybridattn
-
 from ...kernels.runtime.launch import architecture
-from ..report.provenance import commit, cpu_name, installed_version
+from ..report.provenance import PACKAGE, commit, cpu_name, installed_version, source_sha256
 from .cases import DTYPES, OPERATORS, Sizes, make_inputs, sizes_of
 
-PACKAGE = Path(hybridattn.__file__).parent
 EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # relative L2 of fp32
 ROUNDING, ROUNDING_GRADIENT = 1.5, 2.0  # times the error of the fp64 formula with operands rounded once, for 16 bits
 DRAWS = 8  # of the other inputs, for the gradient of constant gates in 16 bits: see ``_draws_of_constant_gates``
@@ -193,14 +189,6 @@ def _other_order():
     from .triton.interpreter import reversed_programs
 
     return reversed_programs()
-
-
-def source_sha256() -> str:
-    """Hash of the package's code: the same code need not be checked again, whatever commit it is in."""
-    digest = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
-        digest.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def origin(device: torch.device) -> dict[str, Any]:

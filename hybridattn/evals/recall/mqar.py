@@ -229,3 +229,39 @@ def train(
         scheduler.step()
         on_step(step + 1)
     model.eval()
+
+
+class Procedure(NamedTuple):
+    """How models are trained and scored.
+
+    Attributes:
+        batches: ``(seed, vocab_size=..) -> Rows`` without end.
+        recall: of a trained model, by number of pairs.
+        telling: the pairs that tell models apart, one of these numbers.
+        look: recall of so many pairs on the way.
+    """
+
+    batches: Callable[..., Iterator[Rows]]
+    recall: Callable[[PreTrainedModel], dict[int, float]]
+    telling: int
+    look: Callable[[PreTrainedModel], float]
+
+
+def _recipe_recall(model: PreTrainedModel) -> dict[int, float]:
+    return {pairs: recall(model, pairs) for pairs in TEST_PAIRS}
+
+
+def _published_recall(model: PreTrainedModel) -> dict[int, float]:
+    return {pairs: score for (_, pairs), score in published_recall(model).items()}
+
+
+def _published_look(model: PreTrainedModel) -> float:
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    return accuracy(model, published_rows(100, 256, 64, generator=generator, vocab_size=model.config.vocab_size))
+
+
+PROCEDURES = {
+    "recipe": Procedure(recipe_batches, _recipe_recall, 32, partial(recall, pairs=32, count=64)),
+    "published": Procedure(published_batches, _published_recall, 64, _published_look),
+}
+"""The CPU recipe and the published procedure."""

@@ -1,7 +1,8 @@
-"""Training many small models at once: one process and one thread per model being trained."""
+"""Training many small models on MQAR: on a CPU one process and one thread per model being trained, on a GPU in turn."""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,38 +19,70 @@ TICK = 10  # steps between two signs of life
 
 
 class Job(NamedTuple):
-    """One model to train on MQAR's CPU recipe.
+    """One model to train on MQAR.
 
     Attributes:
         options: of its configuration.
         steps: optimiser steps.
         seed: of everything.
         rate: peak learning rate.
-        looks: (pairs, every): recall of so many pairs is measured after every so many steps and after the last, and
-            kept beside the weights under ``"recall"``.
+        looks: steps between two looks at recall, 0 for none but the last.
+        procedure: of `mqar.PROCEDURES`.
+        device: where it is trained.
     """
 
     options: dict[str, Any]
     steps: int
     seed: int
     rate: float = 1e-2
-    looks: tuple[int, int] | None = None
+    looks: int = 0
+    procedure: str = "recipe"
+    device: str = "cpu"
 
 
-def train_all(jobs: Sequence[Job]) -> list[dict[str, np.ndarray]]:
-    """Train a model per job, as many at a time as there are cores, the longest first; returns their weights in order.
+class Trained(NamedTuple):
+    """What came out.
+
+    Attributes:
+        weights: by name.
+        recall: share of queries answered right, by number of pairs.
+        curve: (steps, recall of the procedure's most telling number of pairs) at every look; the end is the last.
+        seconds: that training took, looks included.
+    """
+
+    weights: dict[str, np.ndarray]
+    recall: dict[int, float]
+    curve: list[tuple[int, float]]
+    seconds: float
+
+
+def train_all(
+    jobs: Sequence[Job], on_done: Callable[[int, Trained], None] = lambda index, trained: None
+) -> list[Trained]:
+    """Train a model per job, as many at a time as there are cores, the longest first; on a GPU one at a time.
+
+    Args:
+        jobs: what to train, all on one device.
+        on_done: called with the index of a job and its result as soon as it is there.
+
+    Returns:
+        The results, in the order of the jobs.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a training failed; the others are stopped.
     """
+    if not jobs:
+        return []
     order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)
     context = multiprocessing.get_context("spawn")
     taken, reports = context.Value("i", 0), context.SimpleQueue()
-    workers = min(len(jobs), len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if jobs[0].device == "cpu" else 1
     arguments = ([(i, jobs[i]) for i in order], taken, reports)
-    running = start_processes(work, arguments, nprocs=workers, join=False, daemon=True, start_method="spawn")
+    running = start_processes(
+        work, arguments, nprocs=min(len(jobs), cores), join=False, daemon=True, start_method="spawn"
+    )
     assert running is not None  # it is only where join=True
-    weights: dict[int, dict[str, np.ndarray]] = {}
+    results: dict[int, Trained] = {}
     try:
         with tqdm(total=sum(job.steps for job in jobs), desc=f"recall, {len(jobs)} models", unit="step") as bar:
             is_over = False
@@ -58,15 +91,17 @@ def train_all(jobs: Sequence[Job]) -> list[dict[str, np.ndarray]]:
                 while not reports.empty():
                     steps, done = reports.get()
                     bar.update(steps)
-                    weights.update(done)
+                    for index, trained in done.items():
+                        results[index] = trained
+                        on_done(index, trained)
     finally:
         for process in running.processes:
             process.terminate()  # pyright: ignore[reportAttributeAccessIssue]
-    return [weights[i] for i in range(len(jobs))]
+    return [results[i] for i in range(len(jobs))]
 
 
 def work(_rank: int, jobs: list[tuple[int, Job]], taken: Any, reports: Any) -> None:
-    """One worker: take the next job until none is left; report (steps done since the last report, finished weights)."""
+    """One worker: take the next job until none is left; report (steps done since the last report, finished ones)."""
     torch.set_num_threads(1)
     while True:
         with taken.get_lock():
@@ -74,21 +109,40 @@ def work(_rank: int, jobs: list[tuple[int, Job]], taken: Any, reports: Any) -> N
         if place >= len(jobs):
             return
         index, job = jobs[place]
-        torch.manual_seed(job.seed)
-        model = HybridAttnForCausalLM(HybridAttnConfig(**job.options))
-        curve: list[float] = []
-        on_step = partial(_on_step, job=job, model=model, reports=reports, curve=curve)
-        mqar.train(model, steps=job.steps, seed=job.seed, rate=job.rate, on_step=on_step)
-        weights = {name: p.numpy() for name, p in model.state_dict().items()}
-        if job.looks is not None:
-            weights["recall"] = np.array(curve)
-        reports.put((job.steps % TICK, {index: weights}))
+        trained = train_one(job, lambda: reports.put((TICK, {})))
+        reports.put((job.steps % TICK, {index: trained}))
 
 
-def _on_step(step: int, *, job: Job, model: HybridAttnForCausalLM, reports: Any, curve: list[float]) -> None:
+def train_one(job: Job, on_tick: Callable[[], None] = lambda: None) -> Trained:
+    """Train a model; ``on_tick`` is called after every `TICK` steps."""
+    torch.manual_seed(job.seed)
+    model = HybridAttnForCausalLM(HybridAttnConfig(**job.options)).to(torch.device(job.device))  # pyright: ignore
+    procedure, curve = mqar.PROCEDURES[job.procedure], []
+    start = time.perf_counter()
+    mqar.train(
+        model,
+        steps=job.steps,
+        batches=procedure.batches(job.seed, vocab_size=job.options["vocab_size"]),
+        rate=job.rate,
+        on_step=partial(_on_step, job=job, model=model, curve=curve, on_tick=on_tick),
+    )
+    seconds = time.perf_counter() - start
+    recall = procedure.recall(model)
+    weights = {name: p.cpu().numpy() for name, p in model.state_dict().items()}
+    return Trained(weights, recall, [*curve, (job.steps, recall[procedure.telling])], seconds)
+
+
+def _on_step(
+    step: int,
+    *,
+    job: Job,
+    model: HybridAttnForCausalLM,
+    curve: list[tuple[int, float]],
+    on_tick: Callable[[], None],
+) -> None:
     if step % TICK == 0:
-        reports.put((TICK, {}))
-    if job.looks is not None and (step % job.looks[1] == 0 or step == job.steps):
+        on_tick()
+    if job.looks and step % job.looks == 0 and step < job.steps:
         model.eval()
-        curve.append(mqar.recall(model, job.looks[0]))
+        curve.append((step, mqar.PROCEDURES[job.procedure].look(model)))
         model.train()

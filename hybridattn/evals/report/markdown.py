@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hybridattn.evals.report import document
+
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded to read well in a terminal too; the first column is text, the others are figures."""
@@ -21,40 +23,6 @@ def text_table(text: dict[str, Any]) -> str:
     """Bits per byte of the model and of the n-gram models."""
     scores = text["bits_per_byte"]
     return table(["bits per byte, held out", *scores], [["", *(f"{score:.3f}" for score in scores.values())]])
-
-
-def recall_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per model: recall, parameters, state and speed."""
-    pairs, batches = list(rows[0]["recall"]), list(rows[0]["decode"])
-    heads = [
-        "model",
-        *(f"recall {n}" for n in pairs),
-        "parameters",
-        "state B",
-        "allocated B",
-        "prefill tok/s",
-        *(f"decode b{b} tok/s (p90)" for b in batches),
-    ]
-    return table(heads, [recall_cells(row) for row in rows])
-
-
-def recall_cells(row: dict[str, Any]) -> list[str]:
-    """The cells of one model."""
-    return [
-        row["model"],
-        *(recall_cell(value, row["recall_by_seed"][n]) for n, value in row["recall"].items()),
-        f"{row['parameters']:,}",
-        f"{row['state_bytes']['formula']:,}",
-        f"{row['state_bytes']['allocated']:,}",
-        f"{row['prefill']['median']:,.0f}",
-        *(f"{rate['median']:,.0f} ({rate['p90']:,.0f})" for rate in row["decode"].values()),
-    ]
-
-
-def recall_cell(median: float, by_seed: Sequence[float]) -> str:
-    """The median, and the range over the seeds where they differ."""
-    low, high = f"{min(by_seed):.3f}", f"{max(by_seed):.3f}"
-    return f"{median:.3f}" if low == high else f"{median:.3f} ({low}-{high})"
 
 
 def report(results: dict[str, Any]) -> str:
@@ -99,18 +67,15 @@ def printable(text: str) -> str:
 
 
 def recall_part(recall: dict[str, Any]) -> list[str]:
-    """The paragraphs on recall versus throughput."""
-    first = recall["rows"][0]
+    """The paragraphs on recall and throughput: what the suite's report begins with."""
+    overview = document.overview(recall["rows"])
+    tables = [table(each.heads, [[entry.text for entry in row] for row in each.rows]) for each in overview.tables]
     return [
-        "## Recall versus throughput",
-        "![Recall against state bytes and against decode speed](pareto.png)",
-        recall_table(recall["rows"]),
-        "Multi-query associative recall: N key-value pairs, then all N keys again in random order; share of values "
-        f"named right on {recall['test_rows']} held-out rows, median of {recall['seeds']} trained model(s) and, where "
-        f"they differ, from the lowest to the highest. State: bytes of the cache of one sequence of "
-        f"{recall['state_tokens']} tokens in fp32, by formula and as allocated. Speed, with {first['threads']} thread: "
-        f"{first['prefill']['samples']} prompts of {recall['context']} tokens, and {first['decode']['1']['samples']} "
-        "decoding steps after such a prompt, at their median time and at the 90th percentile of their times (p90).",
+        "## Recall and throughput",
+        "![Recall against state bytes and against decode speed](pareto/pareto.png)",
+        *overview.texts,
+        *tables,
+        "More of it is in [the report](pareto/report.md), and in `pareto/report.html`, which opens without a network.",
     ]
 
 
@@ -120,7 +85,7 @@ def origin(provenance: dict[str, Any]) -> list[str]:
     facts = {
         "CPU": f"{provenance['cpu']}, {provenance['cores']} cores, {provenance['platform']}",
         "versions": versions,
-        "commit": provenance["commit"] or "not a git checkout",
+        "commit": provenance["commit"],
         "date": provenance["date"],
         "configuration": f"sha256 {provenance['config_sha256']} (results.json)",
     }

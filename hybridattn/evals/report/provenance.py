@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+PACKAGE = Path(__file__).parents[2]
 PACKAGES = ("hybridattn", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -22,8 +23,8 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
         config: everything that determines the run, as JSON values.
 
     Returns:
-        JSON values: ``date`` (UTC), ``versions``, ``platform``, ``cpu``, ``cores``, ``threads``, ``commit`` (None
-        unless the package lies in its git checkout), ``config`` and ``config_sha256`` (`json_sha256`).
+        JSON values: ``date`` (UTC), ``versions``, ``platform``, ``cpu``, ``cores``, ``threads``, ``commit`` (of
+        the package's git checkout, or else the hash of its sources), ``config`` and ``config_sha256`` (`json_sha256`).
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -32,10 +33,18 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "commit": commit(Path(__file__)),
+        "commit": commit(Path(__file__)) or f"sources-{source_sha256()}",
         "config": config,
         "config_sha256": json_sha256(config),
     }
+
+
+def source_sha256() -> str:
+    """Hash of the package's code: the same code need not be checked again, whatever commit it is in."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def json_sha256(config: Any) -> str:

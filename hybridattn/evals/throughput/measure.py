@@ -1,73 +1,122 @@
-"""Prefill and decode speed of a Hugging Face causal language model, and the bytes its cache holds.
+"""How long a Hugging Face causal language model takes to read, to write and to learn.
 
-Prefill and decode are timed apart, after a warm-up, in inference mode, on whatever device and with as many threads as
-the caller set. Every sample is one call of the model.
+Prefill, decode and training are timed apart, after a warm-up, on whatever device the model is and with as many threads
+as the caller set. Every sample is the seconds of one call; `statistics.summary` makes figures of them.
 """
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
 
-
-@dataclass(frozen=True)
-class Rate:
-    """Tokens per second over all sequences of a batch.
-
-    Attributes:
-        median: at the median time of the samples.
-        p90: at the 90th percentile of their times: nine calls of ten are at least this fast.
-        samples: number of timed calls.
-    """
-
-    median: float
-    p90: float
-    samples: int
+MOST_STEPS = 50  # samples of one decoding, whose context grows with each
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, *, tokens: int, batch: int = 1, samples: int = 10, warmup: int = 2) -> Rate:
-    """Time reading a whole prompt into an empty cache, logits of the last position only.
+def prefill(
+    model: PreTrainedModel, *, tokens: int, batch: int = 1, least: int = 10, seconds: float = 0.2
+) -> list[float]:
+    """Seconds from a whole prompt to its first new token, from an empty cache; logits of the last position only.
 
     Args:
         model: a causal language model in evaluation mode.
         tokens: prompt length.
         batch: sequences per call.
-        samples: timed calls, at least 10.
-        warmup: calls before them.
+        least, seconds: as in `sample`.
     """
     prompt = random_prompt(model, batch, tokens)
-    return rate(lambda: read(model, prompt), work=batch * tokens, samples=samples, warmup=warmup)
+    return sample(lambda: read(model, prompt), least=least, seconds=seconds)
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, *, tokens: int, batch: int = 1, samples: int = 50, warmup: int = 5) -> Rate:
-    """Time greedy decoding, one token per sequence and call, after a prompt.
+def decode(
+    model: PreTrainedModel,
+    *,
+    tokens: int,
+    batch: int = 1,
+    graph: bool = False,
+    least: int = 10,
+    seconds: float = 0.2,
+) -> list[float]:
+    """Seconds of a greedy decoding step, one token per sequence, after a prompt.
 
     Args:
         model: a causal language model in evaluation mode.
         tokens: prompt length; the cache grows by one with every call.
-        batch: sequences decoded together.
-        samples: timed calls, at least 10.
-        warmup: calls before them.
+        batch: sequences decoded together; they are the same one, which changes no time.
+        graph: replay the step as a CUDA graph, on a static cache.
+        least, seconds: as in `sample`, with at most `MOST_STEPS` samples.
+
+    Raises:
+        ValueError: a graph without a GPU.
     """
-    cache, last = read(model, random_prompt(model, batch, tokens))
+    if graph:
+        step = graphed_step(model, tokens, batch)
+    else:
+        cache, last = filled(model, tokens=tokens, batch=batch)
+
+        def step() -> None:
+            nonlocal last
+            last = next_token(model(input_ids=last, past_key_values=cache, use_cache=True).logits)
+
+    return sample(step, least=least, seconds=seconds, most=MOST_STEPS)
+
+
+def training(
+    model: PreTrainedModel, *, tokens: int, batch: int = 1, least: int = 10, seconds: float = 0.2
+) -> list[float]:
+    """Seconds of forward and backward on rows of tokens, without an optimiser; arguments as in `prefill`."""
+    rows = random_prompt(model, batch, tokens)
 
     def step() -> None:
-        nonlocal last
-        last = next_token(model(input_ids=last, past_key_values=cache, use_cache=True).logits)
+        model.zero_grad(set_to_none=True)
+        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
 
-    return rate(step, work=batch, samples=samples, warmup=warmup)
+    model.train()
+    try:
+        return sample(step, least=least, seconds=seconds)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+
+def graphed_step(model: PreTrainedModel, tokens: int, batch: int) -> Callable[[], None]:
+    """A decoding step after a prompt, captured: calling it replays the graph.
+
+    Raises:
+        ValueError: the model is not on a GPU.
+    """
+    if model.device.type != "cuda":
+        raise ValueError(f"graph: expected a model on a GPU, got {model.device}")
+    cache = StaticCache(config=model.config, max_cache_len=tokens + MOST_STEPS + 8)
+    _, last = read(model, random_prompt(model, batch, tokens), cache)
+
+    def step() -> None:
+        last.copy_(next_token(model(input_ids=last, past_key_values=cache, use_cache=True).logits))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+    return captured.replay
 
 
 @torch.inference_mode()
-def filled_cache(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> DynamicCache:
-    """The cache after a prompt of ``tokens`` tokens in each of ``batch`` sequences."""
-    return read(model, random_prompt(model, batch, tokens))[0]
+def filled(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> tuple[Cache, Tensor]:
+    """The cache after a prompt of ``tokens`` tokens, ``batch`` times, and the next tokens ``[batch, 1]``."""
+    cache, last = read(model, random_prompt(model, 1, tokens))
+    if batch > 1:
+        cache.batch_repeat_interleave(batch)
+    return cache, last.repeat(batch, 1)
 
 
 def random_prompt(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
@@ -76,9 +125,9 @@ def random_prompt(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
 
 
-def read(model: PreTrainedModel, prompt: Tensor) -> tuple[DynamicCache, Tensor]:
+def read(model: PreTrainedModel, prompt: Tensor, cache: Cache | None = None) -> tuple[Cache, Tensor]:
     """Read a prompt ``[batch, tokens]``; returns the cache and the greedy next token ``[batch, 1]``."""
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return cache, next_token(logits)
 
@@ -88,23 +137,50 @@ def next_token(logits: Tensor) -> Tensor:
     return logits[:, -1:].argmax(-1)
 
 
-def rate(call: Callable[[], object], *, work: int, samples: int, warmup: int) -> Rate:
-    """Time ``call``, which handles ``work`` tokens, ``samples`` times after ``warmup`` untimed calls.
+class _Names(TorchDispatchMode):
+    """The names of the operators that run, in `names`."""
 
-    Raises:
-        ValueError: fewer than 10 samples, from which no 90th percentile can be read.
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()  # in inference mode SDPA would not say which of its kernels runs
+def attention_operators(model: PreTrainedModel) -> list[str]:
+    """Names of the operators of a short prefill that are attention: what PyTorch's SDPA chose has a name of its own."""
+    with _Names() as seen:
+        read(model, random_prompt(model, 1, 64))
+    return sorted(name for name in seen.names if "attention" in name or name.startswith("hybridattn::"))
+
+
+def sample(
+    call: Callable[[], object], *, least: int = 10, seconds: float = 0.2, most: int = 1000, warmup: int = 2
+) -> list[float]:
+    """Seconds of single calls, after ``warmup`` calls that do not count.
+
+    Args:
+        call: what is timed, work queued on a GPU included.
+        least: calls that are timed at least.
+        seconds: calls go on until they took so long together.
+        most: but no more than so many.
+        warmup: calls before them.
     """
-    if samples < 10:
-        raise ValueError(f"samples: expected at least 10, got {samples}")
     for _ in range(warmup):
         call()
-    times = sorted(timed(call) for _ in range(samples))
-    median = (times[(samples - 1) // 2] + times[samples // 2]) / 2
-    return Rate(work / median, work / times[math.ceil(0.9 * samples) - 1], samples)
+    times: list[float] = []
+    while len(times) < least or (sum(times) < seconds and len(times) < most):
+        times.append(timed(call))
+    return times
 
 
 def timed(call: Callable[[], object]) -> float:
     """Seconds that one call takes, work queued on a GPU included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():

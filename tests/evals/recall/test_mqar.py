@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -5,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hybridattn.evals.recall import mqar, parallel, suite
+from hybridattn.evals.pareto.suite import load
+from hybridattn.evals.recall import mqar, parallel
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
+
+OPTIONS = {name: entry["model"]["config"] for name, entry in load("cpu").models.items()}
 
 
 class Lookup(nn.Module):
@@ -121,8 +125,7 @@ def test_published_rows_that_cannot_be(length: int, pairs: int, named: str):
 
 
 def test_logits_at_queries_are_those_of_the_whole_model():
-    options = suite.model_options(suite.ENTRIES["attention-first hybrid"])
-    model = HybridAttnForCausalLM(HybridAttnConfig(**options)).eval()
+    model = HybridAttnForCausalLM(HybridAttnConfig(**OPTIONS["attention-first hybrid"])).eval()
     batch = mqar.rows(2, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(input_ids=batch.tokens).logits[:, -8:]
@@ -141,34 +144,46 @@ def test_logits_at_queries_are_those_of_the_whole_model():
     ],
 )
 def test_recall_of_32_pairs(entry: str, steps: int, least: float, most: float):
-    model = HybridAttnForCausalLM(HybridAttnConfig(**suite.model_options(suite.ENTRIES[entry])))
+    model = HybridAttnForCausalLM(HybridAttnConfig(**OPTIONS[entry]))
     mqar.train(model, steps=steps)
     assert least <= mqar.recall(model, 32) <= most
 
 
 def test_parallel_training_is_training():
-    jobs = [parallel.Job(suite.model_options(suite.ENTRIES[label]), 3, seed=1) for label in list(suite.ENTRIES)[:3]]
-    trained = parallel.train_all(jobs)
-    for job, weights in zip(jobs, trained, strict=True):
+    jobs = [parallel.Job(options, 3, seed=1, looks=2) for options in list(OPTIONS.values())[:3]]
+    done: dict[int, parallel.Trained] = {}
+    trained = parallel.train_all(jobs, done.__setitem__)
+    assert [done[i].recall for i in range(3)] == [result.recall for result in trained]
+    for job, (weights, recall, curve, seconds) in zip(jobs, trained, strict=True):
         torch.manual_seed(1)
         model = HybridAttnForCausalLM(HybridAttnConfig(**job.options))
         mqar.train(model, steps=3, seed=1)
         for name, parameter in model.state_dict().items():
             assert torch.allclose(torch.from_numpy(weights[name]), parameter, atol=1e-5), name
+        assert recall == {pairs: mqar.recall(model, pairs) for pairs in mqar.TEST_PAIRS}
+        assert [steps for steps, _ in curve] == [2, 3]
+        assert curve[-1][1] == recall[32]
+        assert seconds > 0
+
+
+def test_the_published_procedure_trains_and_scores_its_slices(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mqar, "PUBLISHED_TEST", mqar.PUBLISHED_TEST[:5])
+    monkeypatch.setattr(mqar.published_recall, "__kwdefaults__", {"count": 4, "batch": 4})
+    small = {(64, 4): 8}
+    batches = partial(mqar.published_batches, batch=4, slices=small)
+    monkeypatch.setitem(mqar.PROCEDURES, "published", mqar.PROCEDURES["published"]._replace(batches=batches))
+    found = parallel.train_one(parallel.Job(OPTIONS["GLA"], 3, seed=0, looks=2, procedure="published"))
+    assert list(found.recall) == [4, 8, 16, 32, 64]
+    assert [steps for steps, _ in found.curve] == [2, 3]
+
+
+def test_no_jobs_are_no_work():
+    assert parallel.train_all([]) == []
 
 
 def test_a_failing_worker_fails_the_run():
     with pytest.raises(Exception, match="mixers: expected names from"):
         parallel.train_all([parallel.Job({"mixers": ["nonsense"]}, 3, seed=0)])
-
-
-def test_a_cache_larger_than_the_formula_fails(monkeypatch: pytest.MonkeyPatch):
-    model = HybridAttnForCausalLM(HybridAttnConfig(**suite.model_options(suite.ENTRIES["GLA"]))).eval()
-    honest = suite.check_state(model, 2, 10)
-    assert honest["formula"] == honest["allocated"] > 2 * 32 * 64 * 4
-    monkeypatch.setattr(suite, "allocated_bytes", lambda cache: honest["formula"] + 4)
-    with pytest.raises(RuntimeError, match=f"expected {honest['formula']} bytes by formula"):
-        suite.check_state(model, 2, 10)
 
 
 def test_test_rows_are_not_training_rows():

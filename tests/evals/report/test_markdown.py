@@ -1,4 +1,4 @@
-from hybridattn.evals.report.markdown import fenced, recall_cell, table
+from hybridattn.evals.report.markdown import fenced, table
 
 
 def test_tables_are_padded():
@@ -10,11 +10,6 @@ def test_tables_are_padded():
             "| longer |     2 |",
         ]
     )
-
-
-def test_recall_shows_the_range_over_the_seeds():
-    assert recall_cell(0.5, [0.5]) == recall_cell(0.5, [0.5, 0.5]) == "0.500"
-    assert recall_cell(0.5, [0.25, 0.75]) == "0.500 (0.250-0.750)"
 
 
 def test_sampled_text_stays_in_its_block_and_shows_control_characters():

@@ -2,6 +2,7 @@ import time
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridattn.evals.throughput import measure
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
@@ -15,52 +16,77 @@ def model() -> HybridAttnForCausalLM:
     return HybridAttnForCausalLM(config).eval()
 
 
-def test_a_rate_is_work_over_time():
-    waits = iter([0.5, *[0.01] * 12, *[0.03] * 8])
-    rate = measure.rate(lambda: time.sleep(next(waits)), work=10, samples=20, warmup=1)
-    assert rate.samples == 20
-    assert 500 < rate.median <= 1000
-    assert 150 < rate.p90 <= 334
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_attention_heads=2, num_key_value_heads=1, **sizes)).eval()
 
 
-def test_ninety_of_a_hundred_calls_are_at_least_as_fast_as_p90():
-    waits = iter([*[0.001] * 18, 0.1, 0.1])
-    assert measure.rate(lambda: time.sleep(next(waits)), work=1, samples=20, warmup=0).p90 > 50
+def test_a_sample_is_the_time_of_one_call():
+    waits = iter([0.5, 0.5, *[0.01] * 20])
+    times = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0)
+    assert len(times) == 12
+    assert all(0.01 <= each < 0.1 for each in times)
 
 
-def test_fewer_than_ten_samples_are_refused():
-    with pytest.raises(ValueError, match="samples: expected at least 10, got 9"):
-        measure.rate(lambda: None, work=1, samples=9, warmup=0)
+def test_calls_go_on_until_they_took_their_time():
+    assert 11 <= len(measure.sample(lambda: time.sleep(0.002), least=2, seconds=0.05)) <= 25
+    assert len(measure.sample(lambda: None, least=2, seconds=60, most=30)) == 30
 
 
 def test_prefill_and_decode_are_measured_apart(model: HybridAttnForCausalLM):
-    lengths: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    prefill = measure.prefill(model, tokens=64, samples=10, warmup=1)
-    assert lengths == [(1, 64)] * 11
-    lengths.clear()
-    decode = measure.decode(model, tokens=64, batch=4, samples=10, warmup=1)
+    prefill = measure.prefill(model, tokens=64, least=10, seconds=0)
+    assert shapes == [(1, 64)] * 12
+    shapes.clear()
+    decode = measure.decode(model, tokens=64, batch=4, least=10, seconds=0)
     hook.remove()
-    assert lengths == [(4, 64)] + [(4, 1)] * 11
-    assert prefill.median >= prefill.p90 > 0
-    assert decode.median >= decode.p90 > 0
+    assert shapes == [(1, 64)] + [(4, 1)] * 12
+    assert len(prefill) == len(decode) == 10
+    assert min(*prefill, *decode) > 0
 
 
 def test_decoding_continues_the_prompt(model: HybridAttnForCausalLM):
-    prompt = measure.random_prompt(model, 2, 12)
+    cache, token = measure.filled(model, tokens=12, batch=3)
+    prompt, tokens = measure.random_prompt(model, 1, 12), [token]
     with torch.inference_mode():
-        cache, token = measure.read(model, prompt)
-        tokens = [token]
         for _ in range(5):
             tokens.append(measure.next_token(model(input_ids=tokens[-1], past_key_values=cache).logits))
-        whole = torch.cat([prompt, *tokens], dim=1)
+        written = torch.cat(tokens, dim=1)
+        whole = torch.cat([prompt, written[:1]], dim=1)
         expected = model(input_ids=whole).logits[:, 11:-1].argmax(-1)
     assert torch.equal(expected, whole[:, 12:])
+    assert torch.equal(written, written[:1].expand(3, -1))
 
 
-def test_the_cache_is_filled_for_the_whole_batch(model: HybridAttnForCausalLM):
-    cache = measure.filled_cache(model, tokens=12, batch=3)
-    assert cache.get_seq_length() == 12
-    assert {tensor.shape[0] for layer in cache.layers for tensor in layer.tensors.values()} == {3}
+@pytest.mark.parametrize("which", ["model", "llama"])
+def test_the_cache_is_filled_for_the_whole_batch(which: str, request: pytest.FixtureRequest):
+    model = request.getfixturevalue(which)
+    one, _ = measure.filled(model, tokens=12)
+    three, token = measure.filled(model, tokens=12, batch=3)
+    assert three.get_seq_length() == 12
+    assert token.shape == (3, 1)
+    with torch.inference_mode():
+        logits = [model(input_ids=t, past_key_values=c).logits for c, t in ((one, token[:1]), (three, token))]
+    torch.testing.assert_close(logits[0].expand(3, -1, -1), logits[1])
+
+
+def test_training_leaves_the_model_as_it_was(model: HybridAttnForCausalLM):
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    assert len(measure.training(model, tokens=16, batch=2, least=3, seconds=0)) == 3
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_graph_needs_a_gpu(model: HybridAttnForCausalLM):
+    with pytest.raises(ValueError, match="graph: expected a model on a GPU, got cpu"):
+        measure.decode(model, tokens=4, graph=True)
+
+
+def test_the_kernel_of_attention_is_named(model: HybridAttnForCausalLM, llama: LlamaForCausalLM):
+    assert measure.attention_operators(llama) == ["aten::_scaled_dot_product_flash_attention_for_cpu"]
+    assert "hybridattn::linear_attention_chunked" in measure.attention_operators(model)

@@ -1,13 +1,11 @@
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
-from hybridattn.evals.report.pareto import Point, draw, front, fronts, holds, place_labels
+from hybridattn.evals.report.fronts import front, holds, place_labels
 
 LABELS = ["softmax attention", "sliding window 16", "linear attention", "GLA", "attention-first hybrid"]
 
@@ -48,24 +46,3 @@ def test_labels_cover_neither_each_other_nor_points(case: int):
         box.contains(*mark) for box in boxes for mark in axes.transData.transform(list(zip(x, y, strict=True)))
     )
     assert all(holds(axes.bbox, box) for box in boxes)
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_the_picture_is_drawn(tmp_path: Path, count: int):
-    points = [Point(label, i / 5, 1000 * 2**i, 2e4 / (i + 1)) for i, label in enumerate(LABELS[:count])]
-    draw(points, tmp_path / "pareto.png", title="recall")
-    pixels = imread(tmp_path / "pareto.png")
-    assert pixels.shape[:2] == (750, 1650)
-    assert 0.001 < (pixels[..., :3].min(-1) < 0.5).mean() < 0.2  # some ink, mostly paper
-
-
-def test_small_states_and_fast_decoding_make_the_fronts():
-    points = [
-        Point("small", 0.5, 10, 5.0),
-        Point("fast", 0.5, 20, 9.0),
-        Point("exact", 0.99996, 40, 4.0),
-        Point("exact, large and slow", 1.0, 50, 3.0),
-    ]
-    by_state, by_rate = fronts(points)
-    assert sorted(by_state) == [0, 2]
-    assert sorted(by_rate) == [1, 2]

@@ -1,0 +1,221 @@
+"""Carrying out a suite: train what has to be trained, then time everything in rounds, one thing at a time.
+
+Every figure is a cell, written as soon as it is there and looked up before it is made, so a run that was killed goes
+on, and parts of a suite on several machines make one report.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from hybridattn.evals.pareto.suite import DTYPES, Suite
+from hybridattn.evals.recall.learnability import steps_to_threshold
+from hybridattn.evals.recall.parallel import Job, Trained, train_all
+from hybridattn.evals.report import cells
+from hybridattn.evals.report.provenance import cpu_name
+from hybridattn.evals.throughput import measure, memory, subjects
+from hybridattn.models.decoder import HybridAttnConfig
+
+Cell = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
+"""Kind, configuration, and what is measured of the model."""
+
+
+def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool = False) -> None:
+    """Measure what ``out`` does not have yet.
+
+    Args:
+        suite: what to measure.
+        out: the folder of cells, weights and, later, the report.
+        shard: (i, n): the i-th of n parts, from 1: every n-th model, beginning with the i-th; the operators are in the
+            first part.
+        again: measure what is there, too.
+
+    Raises:
+        ValueError: a part that there is not, or a GPU that there is not.
+    """
+    part, parts = shard
+    if not 1 <= part <= parts:
+        raise ValueError(f"shard: expected i/n with 1 <= i <= n, got {part}/{parts}")
+    if suite.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
+    names = list(suite.models)[part - 1 :: parts]
+    train(suite, names, out, again)
+    with threads(suite.threads):
+        for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
+            for name in names:
+                measure_model(suite, name, turn, out, again)
+        if suite.operators and part == 1:
+            from hybridattn.evals.kernels import contest
+
+            kernels = out / cells.KERNELS
+            if again:
+                kernels.unlink(missing_ok=True)
+            contest.run(suite.device, suite.device == "cuda", out=kernels)
+
+
+def device_name(suite: Suite) -> str:
+    """The name of what the suite runs on."""
+    return torch.cuda.get_device_name() if suite.device == "cuda" else cpu_name()
+
+
+def base(suite: Suite, name: str) -> dict[str, Any]:
+    """What all cells of a row have in common; its hash is the row's."""
+    entry = suite.models[name]
+    trained = {"procedure": suite.procedure, "steps": entry["steps"]} if entry["steps"] else None
+    common = {"name": name, "model": entry["model"], "train": trained, "device": device_name(suite)}
+    return {**common, "dtype": suite.dtype, "threads": suite.threads}
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def trainings(suite: Suite, name: str) -> Iterator[tuple[dict[str, Any], Job]]:
+    """The configurations of a model's recall cells and the jobs that fill them, the one that is timed first."""
+    entry = suite.models[name]
+    for rate in suite.rates if entry["steps"] else ():
+        for seed in suite.seeds:
+            config = {**base(suite, name), "seed": seed, "rate": rate, "looks": suite.looks}
+            options = entry["model"]["config"]
+            yield config, Job(options, entry["steps"], seed, rate, suite.looks, suite.procedure, suite.device)
+
+
+def train(suite: Suite, names: Sequence[str], out: Path, again: bool) -> None:
+    """Train what there is no recall cell of; its weights are kept beside the cells."""
+    wanted = [
+        each
+        for name in names
+        for each in trainings(suite, name)
+        if again or not (cells.path_of(out, "recall", each[0]).exists() and weights_of(out, each[0]).exists())
+    ]
+
+    def keep(index: int, trained: Trained) -> None:
+        config = wanted[index][0]
+        file = weights_of(out, config)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A tied weight is one array under two names, which the format refuses: the model ties it again.
+        save_file({each: values for each, values in trained.weights.items() if each != "lm_head.weight"}, file)
+        figures = {
+            "recall": {str(pairs): share for pairs, share in trained.recall.items()},
+            "curve": trained.curve,
+            "steps_to_threshold": steps_to_threshold(trained.curve),
+            "seconds": trained.seconds,
+        }
+        cells.write(out, "recall", config, figures, device=device_name(suite))
+
+    train_all([job for _, job in wanted], keep)
+
+
+def weights_of(out: Path, config: dict[str, Any]) -> Path:
+    """The file of a trained model's weights."""
+    return out / "weights" / f"{cells.key('recall', config)}.safetensors"
+
+
+def model_of(suite: Suite, name: str, out: Path) -> PreTrainedModel:
+    """The model that is timed: the one that was trained first, or else as its definition says."""
+    where = {"dtype": DTYPES[suite.dtype], "device": suite.device}
+    model = subjects.build(suite.models[name]["model"], **where)
+    first = next(trainings(suite, name), None)
+    if first is not None:
+        stored = {each: torch.from_numpy(values) for each, values in load_file(weights_of(out, first[0])).items()}
+        missing, unexpected = model.load_state_dict(stored, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise ValueError(f"{name}: expected the model's weights, missing {missing}, unexpected {unexpected}")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------- measurement
+def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool) -> None:
+    """Fill a model's cells of one round."""
+    wanted = [cell for cell in plan(suite, name, turn) if again or not cells.path_of(out, cell[0], cell[1]).exists()]
+    if not wanted:
+        return
+    model = model_of(suite, name, out)
+    for kind, config, call in wanted:
+        try:
+            figures = call(model)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.out_of_memory(error):
+                raise
+            figures = {"reason": "out of memory"}
+        cells.write(out, kind, config, figures, device=device_name(suite))
+
+
+def plan(suite: Suite, name: str, turn: int) -> Iterator[Cell]:
+    """A model's cells of one round; what is no time is measured in the first one only."""
+    common = base(suite, name)
+    sampling = {"least": -(-suite.least // suite.rounds), "seconds": suite.seconds}
+    if turn == 0:
+        yield "model", common, facts
+        for tokens in suite.state:
+            yield "state", {**common, "tokens": tokens}, partial(memory.cache_sizes, tokens=tokens)
+    timed = {**common, "round": turn}
+    for tokens in suite.prefill:
+        call = partial(timed_prefill, tokens=tokens, with_peak=turn == 0, **sampling)
+        yield "prefill", {**timed, "tokens": tokens, "batch": 1}, call
+    for tokens, batch in suite.decode:
+        for graph in (False, True) if suite.graphs else (False,):
+            call = partial(timed_decode, tokens=tokens, batch=batch, graph=graph, **sampling)
+            yield "decode", {**timed, "tokens": tokens, "batch": batch, "graph": graph}, call
+    for tokens in suite.training:
+        call = partial(timed_training, tokens=tokens, with_peak=turn == 0, **sampling)
+        yield "training", {**timed, "tokens": tokens, "batch": 1}, call
+    if turn == 0 and suite.memory is not None:
+        yield "largest_batch", {**common, **suite.memory}, partial(memory.largest_batch, **suite.memory)
+
+
+def facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What a row says of the model itself."""
+    config = model.config
+    return {
+        "type": config.model_type,
+        "mixers": list(config.mixers) if isinstance(config, HybridAttnConfig) else None,
+        "reach": _reach(config) if isinstance(config, HybridAttnConfig) else None,
+        "attn_implementation": config._attn_implementation,
+        "attention_operators": measure.attention_operators(model),
+        "parameters": model.num_parameters(),
+        "weight_bytes": memory.weight_bytes(model),
+    }
+
+
+def _reach(config: HybridAttnConfig) -> int | None:
+    """Tokens after which the cache of a model declares to grow no more; None if it always does."""
+    if "full" in config.mixers:
+        return None
+    options = config.mixer_options or {}
+    return max([1, *(options.get(name, {}).get("window") or 1 for name in config.mixers)])
+
+
+def timed_prefill(model: PreTrainedModel, *, tokens: int, with_peak: bool, **sampling: Any) -> dict[str, Any]:
+    """Samples of prefill, and its peak memory."""
+    prompt = measure.random_prompt(model, 1, tokens)
+    with torch.inference_mode():
+        peak = memory.peak_bytes(lambda: measure.read(model, prompt), model.device) if with_peak else None
+    return {"seconds": measure.prefill(model, tokens=tokens, **sampling), "peak_bytes": peak}
+
+
+def timed_decode(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """Samples of decoding steps."""
+    return {"seconds": measure.decode(model, **options)}
+
+
+def timed_training(model: PreTrainedModel, *, tokens: int, with_peak: bool, **sampling: Any) -> dict[str, Any]:
+    """Samples of forward and backward, and their peak memory."""
+    seconds = measure.training(model, tokens=tokens, **sampling)
+    once = partial(measure.training, model, tokens=tokens, least=1, seconds=0)
+    return {"seconds": seconds, "peak_bytes": memory.peak_bytes(once, model.device) if with_peak else None}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the block with ``count`` threads per operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

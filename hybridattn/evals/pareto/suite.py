@@ -1,0 +1,134 @@
+"""What a suite is: models, how they are trained, and what is measured, from a YAML file or from arguments."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hybridattn.evals.recall import mqar
+from hybridattn.evals.throughput import subjects
+
+SUITES = Path(__file__).parent / "suites"
+FORMS = ("mixers", "preset", "path", "config")  # of a model in a suite's file
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Everything that determines a run.
+
+    Attributes:
+        models: by name, ``model`` (see `subjects.definition`) and ``steps`` of training on MQAR, None for none.
+        device: "cpu" or "cuda".
+        dtype: of the timed model; training is in fp32.
+        threads: per operation, on a CPU, of everything that is timed.
+        rounds: times that everything is timed again, so that a drifting machine shows in the intervals.
+        seconds: of samples per figure and round at least; 10 samples in all at least.
+        procedure: of `mqar.PROCEDURES`.
+        seeds: models trained per rate.
+        rates: learning rates; the best counts.
+        looks: steps between two points of a learning curve.
+        state: tokens after which caches are measured.
+        prefill: prompt lengths, one sequence.
+        decode: (context, batch) of the timed steps.
+        graphs: decode with CUDA graphs as well.
+        training: row lengths of forward and backward, one sequence.
+        memory: ``tokens`` and ``budget``, bytes of the largest batch; None for not.
+        operators: time the operators too.
+    """
+
+    models: dict[str, dict[str, Any]]
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    rounds: int = 5
+    seconds: float = 0.2
+    procedure: str = "recipe"
+    seeds: Sequence[int] = (0,)
+    rates: Sequence[float] = (1e-2,)
+    looks: int = 50
+    state: Sequence[int] = ()
+    prefill: Sequence[int] = ()
+    decode: Sequence[Sequence[int]] = ()
+    graphs: bool = False
+    training: Sequence[int] = ()
+    memory: dict[str, int] | None = None
+    operators: bool = False
+    least: int = field(init=False, default=10)  # samples of a figure, over all rounds
+
+    def __post_init__(self) -> None:
+        _expect("models", bool(self.models), "at least one", self.models)
+        _expect("device", self.device in ("cpu", "cuda"), "'cpu' or 'cuda'", self.device)
+        _expect("dtype", self.dtype in DTYPES, f"one of {sorted(DTYPES)}", self.dtype)
+        _expect("procedure", self.procedure in mqar.PROCEDURES, f"one of {sorted(mqar.PROCEDURES)}", self.procedure)
+        for name in ("threads", "rounds", "looks"):
+            _expect(name, _is_positive(getattr(self, name)), "a positive integer", getattr(self, name))
+        for name in ("state", "prefill", "training"):
+            _expect(name, all(map(_is_positive, getattr(self, name))), "positive integers", getattr(self, name))
+        pairs = all(len(pair) == 2 and all(map(_is_positive, pair)) for pair in self.decode)
+        _expect("decode", pairs, "pairs (context, batch) of positive integers", self.decode)
+        _expect("seconds", self.seconds >= 0, "a number of at least 0", self.seconds)
+        _expect("graphs", not self.graphs or self.device == "cuda", "false on a CPU", self.graphs)
+        is_budget = self.memory is None or (set(self.memory) == {"tokens", "budget"} and all(self.memory.values()))
+        _expect("memory", is_budget, "tokens and budget", self.memory)
+        if any(entry["steps"] for entry in self.models.values()):
+            _expect("seeds", bool(self.seeds), "at least one", self.seeds)
+            _expect("rates", bool(self.rates), "at least one", self.rates)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _expect(name: str, holds: bool, expected: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def load(name: str) -> Suite:
+    """A shipped suite, by name, or a YAML file.
+
+    Its fields are those of `Suite`, and ``shared``, a configuration that every model with ``mixers`` takes what it does
+    not say itself from; ``mixer_options`` are merged, and those of mixers it does not have left out. A model has
+    ``mixers`` (a list or a pattern, beside other fields of a configuration), ``preset``, ``path`` or ``config``, and
+    ``steps`` where it is to be trained.
+
+    Raises:
+        ValueError: no such suite, a field that there is not, or a wrong value.
+    """
+    shipped = sorted(path.stem for path in SUITES.glob("*.yaml"))
+    file = SUITES / f"{name}.yaml" if name in shipped else Path(name)
+    if not file.is_file():
+        raise ValueError(f"suite: expected one of {shipped} or a YAML file, got {name!r}")
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        raise ValueError(f"{file}: expected a mapping with models, by name")
+    shared = content.pop("shared", {})
+    known = {each.name for each in fields(Suite) if each.init}
+    if unknown := sorted(set(content) - known):
+        raise ValueError(f"{file}: expected fields of {sorted(known)}, got {unknown}")
+    models = {str(label): _model(str(label), dict(entry), shared) for label, entry in content.pop("models").items()}
+    return Suite(models=models, **content)
+
+
+def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    steps = entry.pop("steps", None)
+    forms = [form for form in FORMS if form in entry]
+    if len(forms) != 1 or (forms != ["mixers"] and len(entry) != 1):
+        raise ValueError(f"models: expected {label!r} with one of {list(FORMS)}, got {sorted(entry)}")
+    if forms != ["mixers"]:
+        _expect("steps", steps is None, f"none where {forms[0]} is given ({label})", steps)
+        return {"model": subjects.definition(entry), "steps": None}
+    options = shared.get("mixer_options", {}) | entry.get("mixer_options", {})
+    wanted = entry["mixers"]
+    used = wanted.split() if isinstance(wanted, str) else wanted
+    merged = {
+        name: shared.get("mixer_options", {}).get(name, {}) | entry.get("mixer_options", {}).get(name, {})
+        for name in options
+        if name in used
+    }
+    _expect("steps", steps is None or _is_positive(steps), f"a positive integer ({label})", steps)
+    return {"model": {"config": {**shared, **entry, "mixer_options": merged}}, "steps": steps}

@@ -1,0 +1,69 @@
+"""What changed between two reports beyond noise."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hybridattn.evals.report import cells
+from hybridattn.evals.report.markdown import table
+from hybridattn.evals.report.rows import rows
+
+Change = tuple[str, str, str, str, str]
+"""Row, figure, old, new, and the new one over the old one."""
+
+
+def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Compare the rows of two reports by name, so that rows that were configured anew, or on another device, compare.
+
+    A time changed if the intervals of its medians do not overlap; recall, if the ranges over the seeds do not; bytes
+    and the number of parameters, if they differ at all.
+
+    Returns:
+        ``changes``, ``compared`` (the number of figures in both), ``gone`` and ``come``, names of rows in one only.
+    """
+    before, after = ({row["config"]["name"]: row for row in each} for each in (old, new))
+    changes: list[Change] = []
+    compared = 0
+    for name in before.keys() & after.keys():
+        left, right = dict(_figures(before[name])), dict(_figures(after[name]))
+        for figure in left.keys() & right.keys():
+            compared += 1
+            (a, low_a, high_a, text), (b, low_b, high_b, _) = left[figure], right[figure]
+            if low_a > high_b or low_b > high_a:
+                ratio = f"{b / a:.2f}" if a else ""
+                changes.append((name, figure, text.format(a), text.format(b), ratio))
+    return {
+        "changes": sorted(changes),
+        "compared": compared,
+        "gone": sorted(before.keys() - after.keys()),
+        "come": sorted(after.keys() - before.keys()),
+    }
+
+
+def _figures(row: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, float, str]]]:
+    """Name, (value, lowest and highest that is the same within noise, format) of everything a row has."""
+    for pairs, found in row["recall"].items():
+        yield f"recall, {pairs} pairs", (found["median"], found["low"], found["high"], "{:.3f}")
+    for tokens, sizes in row["state"].items():
+        if "reason" not in sizes:
+            yield f"state after {tokens} tokens, bytes", (*[sizes["allocated"]] * 3, "{:,}")
+    if row["facts"] is not None:
+        yield "parameters", (*[row["facts"]["parameters"]] * 3, "{:,}")
+    for kind in ("prefill", "decode", "training"):
+        for timed in row[kind]:
+            if "median" in timed:
+                graph = ", CUDA graph" if timed["graph"] else ""
+                name = f"{kind}, {timed['tokens']} tokens, batch {timed['batch']}{graph}, s"
+                yield name, (timed["median"], timed["low"], timed["high"], "{:.3g}")
+    if row["largest_batch"] is not None:
+        yield "largest batch", (*[row["largest_batch"]["batch"]] * 3, "{:,}")
+
+
+def report(old: Any, new: Any) -> str:
+    """The comparison of two folders as Markdown."""
+    found = compare(rows(cells.read(old)), rows(cells.read(new)))
+    text = [f"{found['compared']} figures in both, {len(found['changes'])} of them changed beyond noise."]
+    if found["changes"]:
+        text.append(table(["row", "figure", "old", "new", "new / old"], found["changes"]))
+    text += [f"Only in {old}: {', '.join(found['gone'])}."] if found["gone"] else []
+    text += [f"Only in {new}: {', '.join(found['come'])}."] if found["come"] else []
+    return "\n\n".join(text)

@@ -1,0 +1,192 @@
+"""The pictures of a report, drawn once for files and for pages.
+
+Text and lines have one color, which a page replaces by its own (`svg`); series have colors that show on white and on
+black.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+from hybridattn.evals.report.fronts import front, place_labels
+
+INK = "#123456"  # of text and lines; `svg` makes it the page's
+COLORS = ("#3b82d0", "#d9772b", "#2f9e58", "#d6455d", "#9467bd", "#a0785a", "#d664b4", "#8a8a8a", "#a3a022", "#20a8b8")
+MARKERS = "osD^vP*Xph"
+STYLE: dict[Any, str] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hybridattn",
+    "font.family": "sans-serif",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "legend.labelcolor": INK,
+}
+
+
+def figures(
+    rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]], kernels: Sequence[dict[str, Any]]
+) -> dict[str, Figure]:
+    """The pictures that there are figures for, by name: ``pareto``, ``scaling``, ``learnability``, ``roofline``."""
+    drawn: dict[str, Figure] = {}
+    with matplotlib.rc_context(STYLE):
+        if points:
+            drawn["pareto"] = pareto(points)
+        if any(row["prefill_exponent"] is not None for row in rows):
+            drawn["scaling"] = scaling(rows)
+        if any(len(curve) > 1 for row in rows for curve in row["curves"]):
+            drawn["learnability"] = curves(rows)
+        if kernels:
+            drawn["roofline"] = roofline(kernels)
+    return drawn
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, on white."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, facecolor="white")
+
+
+def svg(figure: Figure) -> str:
+    """The picture as an element of a page, without a background, in the page's color of text and its font."""
+    out = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    width = f"{figure.get_figwidth() * 100:.0f}px"
+    return re.sub(r'<svg ([^>]*?)height="[^"]*"', rf'<svg \1style="width: {width}"', text, count=1)
+
+
+def _figure(count: int, width: float = 5.6) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * count, 4.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for each in axes:
+        each.grid(alpha=0.2)
+        each.set_facecolor("none")
+    return figure, axes
+
+
+def _log(axes: Axes, *names: str) -> None:
+    """Logarithmic axes with plain numbers."""
+    for name in names:
+        getattr(axes, f"set_{name}scale")("log")
+        axis = getattr(axes, f"{name}axis")
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def pareto(points: Sequence[dict[str, Any]]) -> Figure:
+    """Recall against state bytes, and against decoded tokens per second; the fronts are dashed."""
+    figure, axes = _figure(2)
+    recalls = [point["recall"] for point in points]
+    steps = [round(recall, 3) for recall in recalls]  # what a test of a few thousand answers can tell apart
+    first = points[0]
+    states = [point["state_bytes"] for point in points]
+    rates = [point["tokens_per_second"] for point in points]
+    panels = (
+        (f"state after {first['state_tokens']:,} tokens, bytes (less is better)", states, front(states, steps)),
+        (
+            f"decode, tokens/s at batch {first['batch']} after {first['context']:,} tokens (more is better)",
+            rates,
+            front([-rate for rate in rates], steps),
+        ),
+    )
+    colors = [COLORS[i % len(COLORS)] for i in range(len(points))]
+    for each, (label, values, best) in zip(axes, panels, strict=True):
+        each.plot([values[i] for i in best], [recalls[i] for i in best], "--", color=INK, alpha=0.5, zorder=1)
+        each.scatter(values, recalls, c=colors, s=45, zorder=2)
+        each.set(xlabel=label, xlim=(min(values) / 2, max(values) * 2), ylim=(-0.08, 1.15))
+        _log(each, "x")
+    axes[0].set_ylabel(f"recall, {first['pairs']} pairs")
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # labels are placed in the layout just computed
+    for each in axes:
+        place_labels(each, [point["name"] for point in points], [INK] * len(points))
+    return figure
+
+
+def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Seconds of prefill against its length, and of a decoding step against the context, one sequence."""
+    figure, axes = _figure(2)
+
+    def alone(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+        return [each for each in row[kind] if "median" in each and each["batch"] == 1 and not each["graph"]]
+
+    for i, row in enumerate(rows):
+        for each, kind in zip(axes, ("prefill", "decode"), strict=True):
+            measured = alone(row, kind)
+            if not measured:
+                continue
+            label = row["config"]["name"]
+            if kind == "prefill" and row["prefill_exponent"] is not None:
+                label += f": T^{row['prefill_exponent']:.2f}"
+            elif kind == "decode" and row["decode_growth"] is not None:
+                label += f": x {row['decode_growth']:.2f}"
+            x, y = [m["tokens"] for m in measured], [m["median"] for m in measured]
+            spread = [[m["median"] - m["low"] for m in measured], [m["high"] - m["median"] for m in measured]]
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            each.errorbar(x, y, yerr=spread, label=label, linewidth=1.2, capsize=2, **style)
+    for each, what in zip(axes, ("prompt, tokens", "context, tokens"), strict=True):
+        each.set(xlabel=what)
+        each.set_xscale("log", base=2)
+        each.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
+        if each.lines:
+            _log(each, "y")
+            each.legend(fontsize=7, framealpha=0)
+    axes[0].set_ylabel("prefill, s")
+    axes[1].set_ylabel("decoding step, s")
+    return figure
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Recall over training steps, a line per seed at the best rate."""
+    figure, (axes,) = _figure(1)
+    for i, row in enumerate(rows):
+        for n, curve in enumerate(row["curves"]):
+            steps, recall = zip(*curve, strict=True)
+            label = row["config"]["name"] if n == 0 else None
+            axes.plot(steps, recall, color=COLORS[i % len(COLORS)], label=label, linewidth=1.3)
+    axes.set(xlabel="training steps", ylabel="recall", ylim=(-0.03, 1.03))
+    axes.legend(fontsize=7, framealpha=0)
+    return figure
+
+
+def roofline(kernels: Sequence[dict[str, Any]]) -> Figure:
+    """Rate against operations per byte, below this machine's ceilings, one point per operator and contestant."""
+    figure, (axes,) = _figure(1, width=8)
+    right = [line for line in kernels if "reason" not in line]
+    copy = max(line["copy_bytes_per_second"] for line in kernels)
+    product = max(line["matmul_flop_per_second"] for line in kernels)
+    ridge = product / copy
+    works, contestants = (list(dict.fromkeys(line[name] for line in right)) for name in ("work", "contestant"))
+    intensities = [line["flop_per_second"] / line["bytes_per_second"] for line in right]
+    low, high = min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3
+    axes.plot([low, ridge, high], [low * copy, product, product], color=INK, linewidth=1.2)
+    for line, intensity in zip(right, intensities, strict=True):
+        work, contestant = works.index(line["work"]), contestants.index(line["contestant"])
+        style = {"color": COLORS[work % len(COLORS)], "marker": MARKERS[contestant % len(MARKERS)], "s": 30}
+        axes.scatter(intensity, line["flop_per_second"], **style)
+    for i, work in enumerate(works):
+        axes.plot([], [], linestyle="", markersize=4, marker="o", color=COLORS[i % len(COLORS)], label=work)
+    for i, contestant in enumerate(contestants):
+        axes.plot([], [], linestyle="", markersize=4, marker=MARKERS[i % len(MARKERS)], color=INK, label=contestant)
+    _log(axes, "x", "y")
+    axes.set(xlabel="useful operations per byte that must move", ylabel="useful operations per second")
+    axes.legend(fontsize=7, framealpha=0, loc="upper left", bbox_to_anchor=(1.02, 1))
+    return figure

@@ -1,0 +1,182 @@
+"""From cells to rows: one configuration, one row, with what was recalled, kept and timed, all of it the same model."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from hybridattn.evals.recall.learnability import learnability
+from hybridattn.evals.report.provenance import json_sha256
+from hybridattn.evals.throughput.statistics import exponent, summary
+
+BASE = ("name", "model", "train", "device", "dtype", "threads")  # of every cell's configuration: what a row is
+
+
+def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Group cells by what they are of, in the order of the first ones.
+
+    Returns:
+        JSON values, one dict per row: ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
+        by number of pairs (median, lowest and highest of the seeds at the best rate) with ``learnability`` and
+        ``curves``; ``state`` by tokens; ``prefill`` and ``training`` by tokens, ``decode`` as a list, each with a
+        `summary` of seconds, ``tokens_per_second`` and ``peak_bytes``; ``prefill_exponent``; ``decode_growth``, the
+        ratio of the step after the longest context to that after the shortest, one sequence; ``largest_batch``. What
+        was not measured is empty or None.
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for cell in sorted(cells, key=lambda cell: cell["kind"] != "model"):  # models are measured in the suite's order
+        groups[json_sha256({name: cell["config"][name] for name in BASE})].append(cell)
+    return [_row(key, group) for key, group in groups.items()]
+
+
+def _row(key: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        kinds[cell["kind"]].append(cell)
+    prefill, decode = _timed(kinds["prefill"]), _timed(kinds["decode"])
+    measured = [each for each in prefill if "median" in each]
+    alone = [each for each in decode if each["batch"] == 1 and not each["graph"] and "median" in each]
+    facts, largest = kinds["model"], kinds["largest_batch"]
+    return {
+        "config": {name: cells[0]["config"][name] for name in BASE},
+        "config_sha256": key,
+        "facts": facts[-1]["figures"] if facts else None,
+        **_recall(kinds["recall"]),
+        "state": {str(cell["config"]["tokens"]): cell["figures"] for cell in _by_tokens(kinds["state"])},
+        "prefill": prefill,
+        "prefill_exponent": exponent([x["tokens"] for x in measured], [x["median"] for x in measured]),
+        "decode": decode,
+        "decode_growth": alone[-1]["median"] / alone[0]["median"] if len(alone) > 1 else None,
+        "training": _timed(kinds["training"]),
+        "largest_batch": {**largest[-1]["config"], **largest[-1]["figures"]} if largest else None,
+    }
+
+
+def _by_tokens(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(cells, key=lambda cell: cell["config"]["tokens"])
+
+
+def _timed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Timed cells without their rounds, which are pooled; by tokens, batch and graph."""
+    groups: dict[tuple[int, int, bool], list[dict[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        config = cell["config"]
+        groups[config["tokens"], config["batch"], config.get("graph", False)].append(cell["figures"])
+    found = []
+    for (tokens, batch, graph), rounds in sorted(groups.items()):
+        here = {"tokens": tokens, "batch": batch, "graph": graph}
+        reasons = [each["reason"] for each in rounds if "reason" in each]
+        samples = [each["seconds"] for each in rounds if "seconds" in each]
+        if reasons or sum(map(len, samples)) < 10:  # a run that was cut off has too few yet
+            found.append({**here, "reason": reasons[0] if reasons else f"{sum(map(len, samples))} samples so far"})
+            continue
+        figures = summary(samples)
+        peaks = [each["peak_bytes"] for each in rounds if each.get("peak_bytes") is not None]
+        found.append({**here, **figures, "peak_bytes": peaks[0] if peaks else None})
+    return found
+
+
+def _recall(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Recall at the rate that is best by its median."""
+    if not cells:
+        return {"recall": {}, "learnability": None, "curves": []}
+    runs = [
+        {
+            "rate": cell["config"]["rate"],
+            "seed": cell["config"]["seed"],
+            "recall": cell["figures"]["curve"][-1][1],
+            "curve": cell["figures"]["curve"],
+            "shares": cell["figures"]["recall"],
+        }
+        for cell in cells
+    ]
+    learnt = learnability(runs)
+    best = [run for run in runs if run["rate"] == learnt["rate"]]
+    recall = {}
+    for pairs in best[0]["shares"]:
+        shares = sorted(run["shares"][pairs] for run in best)
+        middle = (shares[(len(shares) - 1) // 2] + shares[len(shares) // 2]) / 2
+        recall[pairs] = {"median": middle, "low": shares[0], "high": shares[-1], "seeds": len(shares)}
+    return {"recall": recall, "learnability": learnt, "curves": [run["curve"] for run in best]}
+
+
+def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What must not be: a cache that is not what its formula says, and one declared constant that grows."""
+    told = []
+    for row in rows:
+        name = row["config"]["name"]
+        for tokens, sizes in row["state"].items():
+            if "reason" not in sizes and sizes["formula"] not in (None, sizes["allocated"]):
+                told.append(
+                    f"{name}: the cache after {int(tokens):,} tokens has {sizes['allocated']:,} bytes, by its formula "
+                    f"{sizes['formula']:,}"
+                )
+        reach = (row["facts"] or {}).get("reach")
+        kept = {
+            sizes["allocated"]
+            for tokens, sizes in row["state"].items()
+            if reach is not None and int(tokens) >= reach and "reason" not in sizes
+        }
+        if len(kept) > 1:
+            told.append(f"{name}: the cache is declared constant and has {' and '.join(map(str, sorted(kept)))} bytes")
+    return told
+
+
+def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the fronts are made of, one dict for every row that has it all.
+
+    Returns:
+        ``name``; ``recall`` of ``pairs`` pairs, the most telling number that all rows have; ``state_bytes`` after
+        ``state_tokens``, the fewest that were measured; ``step``, seconds of one sequence after ``context`` tokens, the
+        shortest; ``tokens_per_second`` of ``batch`` sequences, the most that were decoded there.
+    """
+    found = []
+    for row in rows:
+        steps = [each for each in row["decode"] if "median" in each and not each["graph"]]
+        sizes = [each for each in row["state"].values() if "reason" not in each]
+        if not (row["recall"] and steps and sizes):
+            continue
+        shortest = [each for each in steps if each["tokens"] == steps[0]["tokens"]]
+        pairs = str(_telling(rows))
+        found.append(
+            {
+                "name": row["config"]["name"],
+                "pairs": int(pairs),
+                "recall": row["recall"][pairs]["median"],
+                "state_bytes": sizes[0]["allocated"],
+                "state_tokens": int(next(iter(row["state"]))),
+                "step": shortest[0]["median"],
+                "context": shortest[0]["tokens"],
+                "batch": shortest[-1]["batch"],
+                "tokens_per_second": shortest[-1]["batch"] / shortest[-1]["median"],
+            }
+        )
+    return found
+
+
+def _telling(rows: Sequence[dict[str, Any]]) -> int:
+    """The number of pairs whose recalls differ most, the larger of two."""
+    trained = [row for row in rows if row["recall"]]
+    common = set.intersection(*(set(row["recall"]) for row in trained))
+
+    def spread(pairs: int) -> float:
+        shares = [row["recall"][str(pairs)]["median"] for row in trained]
+        return round(max(shares) - min(shares), 3)
+
+    return max(map(int, common), key=lambda pairs: (spread(pairs), pairs))
+
+
+def best_under(costs: Sequence[float], gains: Sequence[float], limits: Sequence[float]) -> list[int | None]:
+    """For every limit the index of the largest gain whose cost is within it, of equal ones the cheapest, or None."""
+    best: list[int | None] = []
+    for limit in limits:
+        within = [i for i, cost in enumerate(costs) if cost <= limit]
+        best.append(max(within, key=lambda i: (round(gains[i], 3), -costs[i])) if within else None)
+    return best
+
+
+def limits(costs: Sequence[float]) -> list[float]:
+    """Round limits over the range of some costs: 1, 2 and 5 times powers of ten."""
+    steps = [m * 10.0**e for e in range(-9, 15) for m in (1, 2, 5)]
+    low = max(i for i, step in enumerate(steps) if step <= min(costs))
+    high = min(i for i, step in enumerate(steps) if step >= max(costs))
+    return steps[low + 1 : high + 1] or steps[high : high + 1]

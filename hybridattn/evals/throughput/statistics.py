@@ -1,0 +1,52 @@
+"""What samples of a time say: median, spread, and how far another run's median may lie."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+
+
+def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Median and spread of samples that were taken in rounds, some time apart.
+
+    The interval holds the median of 95 % of the resampled runs: rounds are drawn with replacement, then samples within
+    each (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 8). So it is as wide as a machine that
+    drifts between rounds makes it; of one round it only knows that round.
+
+    Args:
+        rounds: seconds, at least 10 samples in all.
+
+    Returns:
+        ``median``, ``p10`` and ``p90``, ``low`` and ``high`` (the interval), all in seconds, and ``samples``.
+
+    Raises:
+        ValueError: fewer than 10 samples, from which no 90th percentile can be read.
+    """
+    samples = np.concatenate([np.asarray(each, dtype=float) for each in rounds])
+    if len(samples) < 10:
+        raise ValueError(f"samples: expected at least 10, got {len(samples)}")
+    generator = np.random.default_rng(0)
+    medians = []
+    for _ in range(RESAMPLES):
+        drawn = [rounds[i] for i in generator.integers(len(rounds), size=len(rounds))]
+        medians.append(np.median(np.concatenate([generator.choice(each, len(each)) for each in drawn])))
+    low, high = np.quantile(medians, [0.025, 0.975])
+    p10, p90 = np.quantile(samples, [0.1, 0.9], method="higher")
+    return {
+        "median": float(np.median(samples)),
+        "p10": float(p10),
+        "p90": float(p90),
+        "low": float(low),
+        "high": float(high),
+        "samples": len(samples),
+    }
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
+    """The b of cost = a * size^b that fits best, least squares of logarithms; None for fewer than two sizes."""
+    if len(set(sizes)) < 2:
+        return None
+    return float(np.polyfit([math.log(x) for x in sizes], [math.log(y) for y in costs], 1)[0])

@@ -1,0 +1,29 @@
+from dataclasses import replace
+
+import pytest
+
+from hybridattn.evals.pareto.suite import Suite, load
+
+NAMES = ("softmax attention", "GLA")
+
+
+@pytest.fixture
+def tiny() -> Suite:
+    """Two models of the suite for CPUs, hardly trained, and a Llama: every kind of figure, as little as counts."""
+    cpu = load("cpu")
+    models = {name: {**cpu.models[name], "steps": 3} for name in NAMES}
+    llama = {"model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 16}
+    llama |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+    return replace(
+        cpu,
+        models=models | {"Llama": {"model": {"config": llama}, "steps": None}},
+        rounds=2,
+        seconds=0,
+        looks=2,
+        state=(16, 64),
+        prefill=(64, 128, 256),
+        decode=((32, 1), (64, 1), (32, 2)),
+        training=(32,),
+        memory={"tokens": 1024, "budget": 20_000_000},
+        operators=False,
+    )

@@ -1,0 +1,145 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybridattn.evals.pareto import run
+from hybridattn.evals.pareto.suite import Suite
+from hybridattn.evals.recall import mqar
+from hybridattn.evals.report import cells, rows
+from hybridattn.evals.throughput import measure
+
+# Per model: what it is, two caches, the largest batch; twice three prefills, three decodings and a training.
+MEASURED = 1 + 2 + 1 + 2 * (3 + 3 + 1)
+SEEDS = 2
+
+
+def dates(out: Path) -> dict[str, int]:
+    """When every cell was written, in nanoseconds."""
+    return {path.name: path.stat().st_mtime_ns for path in (out / cells.CELLS).iterdir()}
+
+
+def test_a_suite_fills_its_cells_and_a_killed_run_goes_on(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is killed in the middle of the second round, and what was there is not measured again."""
+    calls = 0
+
+    def killed(model: Any, **options: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls > 11:  # three models' three decodings, and two more
+            raise KeyboardInterrupt
+        return decode(model, **options)
+
+    decode = measure.decode
+    monkeypatch.setattr(measure, "decode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tiny, tmp_path)
+    monkeypatch.undo()
+    before = dates(tmp_path)
+    assert 2 * SEEDS + 3 * 10 < len(before) < 2 * SEEDS + 3 * MEASURED
+    assert "samples so far" in str(rows.rows(cells.read(tmp_path)))  # half a run has no figures of its own
+
+    run.run(tiny, tmp_path)
+    after = dates(tmp_path)
+    assert len(after) == 2 * SEEDS + 3 * MEASURED
+    assert {name: after[name] for name in before} == before
+
+    run.run(tiny, tmp_path)
+    assert dates(tmp_path) == after
+
+    check_rows(tiny, tmp_path)
+
+    changed = replace(tiny, models={"GLA": {**tiny.models["GLA"], "steps": 2}}, rounds=1)
+    run.run(changed, tmp_path)
+    assert {name: stamp for name, stamp in dates(tmp_path).items() if name in after} == after
+    assert [row["config"]["name"] for row in rows.rows(cells.read(tmp_path))] == [*tiny.models, "GLA"]
+
+
+def check_rows(tiny: Suite, out: Path) -> None:
+    """Every row has everything, and what is timed is what was trained."""
+    found = {row["config"]["name"]: row for row in rows.rows(cells.read(out))}
+    assert list(found) == list(tiny.models)
+    assert rows.problems(list(found.values())) == []
+    for name, row in found.items():
+        assert list(row["state"]) == ["16", "64"]
+        assert [each["tokens"] for each in row["prefill"]] == [64, 128, 256]
+        assert [(each["tokens"], each["batch"]) for each in row["decode"]] == [(32, 1), (32, 2), (64, 1)]
+        assert all(each["samples"] >= 10 for kind in ("prefill", "decode", "training") for each in row[kind])
+        assert row["prefill_exponent"] is not None
+        assert row["decode_growth"] > 0
+        assert row["largest_batch"]["batch"] >= 1
+        assert set(row["recall"]) == ({"8", "16", "32"} if name != "Llama" else set())
+    assert found["Llama"]["facts"]["attention_operators"] == ["aten::_scaled_dot_product_flash_attention_for_cpu"]
+    assert found["GLA"]["state"]["16"]["allocated"] == found["GLA"]["state"]["64"]["allocated"]
+    for name in ("GLA", "softmax attention"):
+        model = run.model_of(tiny, name, out)
+        with torch.inference_mode():
+            assert mqar.recall(model, 8) == stored_recall(tiny, name, out)["8"]
+
+
+def stored_recall(tiny: Suite, name: str, out: Path) -> dict[str, float]:
+    """Recall of the model that was trained first."""
+    config, _ = next(run.trainings(tiny, name))
+    (cell,) = [cell for cell in cells.read(out) if cell["kind"] == "recall" and cell["config"] == config]
+    return cell["figures"]["recall"]
+
+
+def test_parts_are_the_whole(tiny: Suite, tmp_path: Path):
+    small = replace(tiny, seeds=(0,), rounds=1, prefill=(32,), decode=((16, 1),), training=(), memory=None)
+    for part in (1, 2):
+        run.run(small, tmp_path / f"{part}", shard=(part, 2))
+    run.run(small, tmp_path / "whole")
+    one, two, whole = (set(dates(tmp_path / name)) for name in ("1", "2", "whole"))
+    assert not one & two
+    assert one | two == whole
+    cells.merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
+    assert set(dates(tmp_path / "merged")) == whole
+
+
+def test_again_measures_again(tiny: Suite, tmp_path: Path):
+    small = replace(tiny, models={"Llama": tiny.models["Llama"]}, prefill=(32,), decode=(), training=(), memory=None)
+    run.run(small, tmp_path)
+    before = dates(tmp_path)
+    run.run(small, tmp_path, again=True)
+    after = dates(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(after[name] > before[name] for name in before)
+
+
+def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def large(model: Any, *, tokens: int, **options: Any) -> list[float]:
+        if tokens > 100:
+            raise torch.OutOfMemoryError("too long")
+        return [0.1] * 10
+
+    monkeypatch.setattr(measure, "prefill", large)
+    small = replace(tiny, models={"Llama": tiny.models["Llama"]}, decode=(), training=(), memory=None)
+    run.run(small, tmp_path)
+    (row,) = rows.rows(cells.read(tmp_path))
+    assert [each.get("reason") for each in row["prefill"]] == [None, "out of memory", "out of memory"]
+    assert row["prefill_exponent"] is None
+
+
+def test_what_is_wrong_is_not_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(model: Any, **options: Any) -> list[float]:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(measure, "prefill", broken)
+    small = replace(tiny, models={"Llama": tiny.models["Llama"]})
+    with pytest.raises(RuntimeError, match="a bug"):
+        run.run(small, tmp_path)
+
+
+@pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
+def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int]):
+    with pytest.raises(ValueError, match="shard: expected i/n with 1 <= i <= n"):
+        run.run(tiny, tmp_path, shard=shard)
+
+
+def test_a_gpu_that_there_is_not(tiny: Suite, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="device: expected 'cpu' without a GPU, got 'cuda'"):
+        run.run(replace(tiny, device="cuda"), tmp_path)

@@ -1,0 +1,48 @@
+import math
+
+import numpy as np
+import pytest
+
+from hybridattn.evals.throughput.statistics import exponent, summary
+
+
+def test_median_and_spread_are_of_all_samples():
+    found = summary([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]])
+    assert (found["median"], found["samples"]) == (6, 11)
+    assert (found["p10"], found["p90"]) == (2, 10)
+    assert 1 <= found["low"] < 6 < found["high"] <= 11
+
+
+def test_nine_of_ten_samples_are_within_p90():
+    assert summary([[0.001] * 18 + [0.1] * 2])["p90"] == 0.1
+    assert summary([[0.001] * 19 + [0.1]])["p90"] == 0.001
+
+
+def test_fewer_than_ten_samples_are_refused():
+    with pytest.raises(ValueError, match="samples: expected at least 10, got 9"):
+        summary([[1.0] * 5, [1.0] * 4])
+
+
+def test_the_interval_covers_the_median_of_19_of_20_runs():
+    """Of one round of independent samples; the true median of this distribution is 1."""
+    generator = np.random.default_rng(3)
+    runs = [summary([generator.lognormal(0, 0.3, 25).tolist()]) for _ in range(200)]
+    covered = sum(run["low"] <= 1 <= run["high"] for run in runs)
+    assert 180 <= covered <= 199
+
+
+def test_a_machine_that_drifts_between_rounds_has_a_wide_interval():
+    generator = np.random.default_rng(3)
+    steady = [generator.normal(1, 0.01, 40).tolist() for _ in range(5)]
+    drifting = [[x * slow for x in each] for each, slow in zip(steady, (1, 1, 1.2, 1.1, 1.3), strict=True)]
+    calm, wide = summary(steady), summary(drifting)
+    assert calm["high"] - calm["low"] < 0.02
+    assert wide["high"] - wide["low"] > 0.1
+
+
+def test_the_exponent_is_that_of_a_power():
+    sizes = [2048, 4096, 32768]
+    assert exponent(sizes, [3e-9 * t**1.7 for t in sizes]) == pytest.approx(1.7)
+    assert exponent([2048], [1.0]) is None
+    assert exponent([2048, 2048], [1.0, 2.0]) is None
+    assert math.isclose(exponent([1, 10], [5, 5]) or 0, 0, abs_tol=1e-12)
