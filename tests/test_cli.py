@@ -53,7 +53,7 @@ def test_env(run) -> None:
         (("train",), "CONFIG"),
         (("train", "no-such-config"), "no-such-config"),
         (("train", "tiny_cpu", "--max_step", "3"), "--max_step"),
-        (("linearize", "no-such-model"), "OUT"),
+        (("linearize", "no-such-model"), "'out'"),
         (("linearize", "no-such-model", "out"), "--pattern"),
         (("info",), "MODEL_OR_PRESET"),
         (("info", "no-such-preset"), "no-such-preset"),
