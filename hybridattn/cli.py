@@ -213,6 +213,57 @@ def train(
     raise typer.Exit(main([config, *context.args]))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def linearize(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Folder of a Llama, Mistral or Qwen3.")],
+    out: Annotated[Path, typer.Argument(help="New folder, or that of the same run.")],
+    pattern: Annotated[
+        str, typer.Option("--pattern", help="Such as '1 full : 3 gla', or full,gla,..; full layers stay as they are.")
+    ],
+    mixer_options: Annotated[
+        str, typer.Option("--mixer_options", help='Of new mixers (JSON): {"window": {"window": 64}}.')
+    ] = "{}",
+    transfer_tokens: Annotated[
+        int, typer.Option("--transfer_tokens", help="At most, for attention transfer.")
+    ] = 20_000_000,
+    lora_tokens: Annotated[int, typer.Option("--lora_tokens", help="At most, for LoRA.")] = 20_000_000,
+    transfer_learning_rate: Annotated[float, typer.Option("--transfer_learning_rate")] = 1e-3,
+    lora_learning_rate: Annotated[float, typer.Option("--lora_learning_rate")] = 1e-4,
+    lora_rank: Annotated[int, typer.Option("--lora_rank", min=1)] = 8,
+    distill: Annotated[
+        float, typer.Option("--distill", help="Share of the teacher's predictions in LoRA's loss, from 0 to 1.")
+    ] = 0.5,
+    scratch_learning_rate: Annotated[
+        float | None,
+        typer.Option("--scratch_learning_rate", help="Also train the hybrid from scratch on the same tokens."),
+    ] = None,
+) -> None:
+    """Turn a softmax model into a hybrid: swap mixers, transfer attention, LoRA; --data, --seed, .. as of `train`."""
+    from hybridattn.evals.linearize import run
+    from hybridattn.training.arguments import read_mapping
+
+    try:
+        code = run(
+            model,
+            out,
+            context.args,
+            pattern=pattern,
+            mixer_options=read_mapping("mixer_options", mixer_options),
+            transfer_tokens=transfer_tokens,
+            lora_tokens=lora_tokens,
+            transfer_learning_rate=transfer_learning_rate,
+            lora_learning_rate=lora_learning_rate,
+            lora_rank=lora_rank,
+            distill=distill,
+            scratch_learning_rate=scratch_learning_rate,
+        )
+    except FloatingPointError as error:
+        print("hybridattn:", error, file=sys.stderr)
+        code = 1
+    raise typer.Exit(code)
+
+
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_PRESET", help="A saved model's folder, or a preset.")],

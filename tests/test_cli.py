@@ -26,7 +26,7 @@ def test_version(run) -> None:
 def test_help_names_every_verb(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(verb in out for verb in ("demo", "eval", "train", "info", "env"))
+    assert all(verb in out for verb in ("demo", "eval", "train", "info", "convert", "linearize", "env"))
 
 
 def test_env(run) -> None:
@@ -53,6 +53,8 @@ def test_env(run) -> None:
         (("train",), "CONFIG"),
         (("train", "no-such-config"), "no-such-config"),
         (("train", "tiny_cpu", "--max_step", "3"), "--max_step"),
+        (("linearize", "no-such-model"), "'out'"),
+        (("linearize", "no-such-model", "out"), "--pattern"),
         (("info",), "MODEL_OR_PRESET"),
         (("info", "no-such-preset"), "no-such-preset"),
         (("info", "gla_340m", "--dtype", "int3"), "int3"),

@@ -29,6 +29,7 @@ def test_commands_exist(run_python):
         "demo",
         "eval",
         "info",
+        "linearize",
         "train",
         "kernels bench",
         "kernels check",

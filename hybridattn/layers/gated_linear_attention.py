@@ -69,10 +69,12 @@ class GatedLinearAttention(DecayedLinearAttention):
         gate_bias_range: of the gate per channel: its bias starts uniform between these; at zero by default.
         gate_min: least log-decay that a gate can have, at most 0; None is no limit.
         conv_size: taps of short convolutions of q, k and v, each followed by silu; None is none.
+        rope_theta: base of rotary positions of q and k; None, the paper's, for none.
         norm_eps: of the output norm.
         backend: of the operator.
 
-    The cache holds the state [N,H,K,V] and the last inputs of the convolutions.
+    The cache holds the state [N,H,K,V], the last inputs of the convolutions and, with rotary positions, the number of
+    tokens [N] in it.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class GatedLinearAttention(DecayedLinearAttention):
         gate_bias_range: Sequence[float] | None = None,
         gate_min: float | None = None,
         conv_size: int | None = None,
+        rope_theta: float | None = None,
         norm_eps: float = 1e-5,
         backend: str | None = None,
     ):
@@ -98,7 +101,7 @@ class GatedLinearAttention(DecayedLinearAttention):
             raise ValueError(f"gate_min: expected a number of at most 0 or None, got {gate_min!r}")
         key_dim = head_size(hidden_size, 2 * positive("num_heads", num_heads)) if key_dim is None else key_dim
         value_dim = head_size(hidden_size, num_heads) if value_dim is None else value_dim
-        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend=backend, conv_size=conv_size)
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, rope_theta, backend, conv_size)
         self.gate_per, self.gate_normalizer, self.gate_min = gate_per, gate_normalizer, gate_min
         if gate_per == "head":
             self.gk_proj = HeadDecay(hidden_size, num_heads)

@@ -38,6 +38,8 @@ class SoftmaxAttention(TokenMixer):
         softcap: scores become ``softcap * tanh(score / softcap)``. "Gemma 2" (2024), section 2.
         qk_norm: RMSNorm of every query and key head before the rotary positions. "Qwen3 Technical Report" (2025),
             section 2.
+        norm_eps: of these norms.
+        bias: biases of all four projections.
         backend: of the operators.
 
     The cache holds keys, values and lengths (see ``kv_cache``).
@@ -56,6 +58,8 @@ class SoftmaxAttention(TokenMixer):
         sinks: bool = False,
         softcap: float | None = None,
         qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        bias: bool = False,
         backend: str | None = None,
     ):
         super().__init__()
@@ -73,16 +77,16 @@ class SoftmaxAttention(TokenMixer):
         self.window = window if window is None else positive("window", window)
         self.num_heads, self.num_key_value_heads = num_heads, kv_heads
         self.rope_theta, self.rope_scaling, self.softcap, self.backend = rope_theta, rope_scaling, softcap, backend
-        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
         self.alibi = Slopes(decay_slopes("alibi", num_heads), num_heads) if alibi else None
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.qk_norm = qk_norm
         if qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         """Of a prompt of ``tokens``; a full cache grows from there (see ``kv_cache``)."""

@@ -160,7 +160,7 @@ def _from_gla(source: Path) -> HybridAttnForCausalLM:
         *("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
     )
     config = HybridAttnConfig(**{name: getattr(theirs.config, name) for name in shared})
-    return _filled(config, theirs.state_dict())
+    return filled(config, theirs.state_dict())
 
 
 def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
@@ -198,7 +198,7 @@ def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAtt
             raise ValueError("lm_head.weight: expected the embeddings, with tie_word_embeddings, got other values")
     elif config.tie_word_embeddings:
         renamed["lm_head.weight"] = renamed["model.embed_tokens.weight"]
-    return _filled(config, renamed)
+    return filled(config, renamed)
 
 
 def _based_mixers(fields: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -275,7 +275,7 @@ def _based_names(name: str, x: Tensor, mixers: list[str]) -> Iterator[tuple[str,
         yield name, x
 
 
-def _filled(config: HybridAttnConfig, weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
+def filled(config: HybridAttnConfig, weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
     """The model of a configuration with exactly these weights."""
     with torch.device("meta"):
         model = HybridAttnForCausalLM(config)

@@ -20,7 +20,7 @@ class ModelArguments:
 
     preset: str | None = field(default=None, metadata={"help": "A new model of this published shape."})
     config: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of HybridAttnConfig, over those of the preset (JSON)."}
+        default=None, metadata={"help": "Arguments of HybridAttnConfig, or of a model_type of transformers (JSON)."}
     )
     model: str | None = field(default=None, metadata={"help": "A saved model: a folder, or a name on the Hub."})
     tokenizer: str | None = field(
@@ -34,7 +34,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        self.config, self.lora = _mapping("config", self.config), _mapping("lora", self.lora)
+        self.config, self.lora = read_mapping("config", self.config), read_mapping("lora", self.lora)
         new = self.preset is not None or self.config is not None
         if new == (self.model is not None):
             raise ValueError(f"model: expected it or else preset or config, got {'both' if new else 'none of them'}")
@@ -127,7 +127,7 @@ class RunArguments(TrainingArguments):
         self.gradient_accumulation_steps = self.rows_per_step // at_once
 
 
-def _mapping(name: str, value: dict | str | None) -> dict[str, Any] | None:
+def read_mapping(name: str, value: dict | str | None) -> dict[str, Any] | None:
     """A mapping as it is, or read from JSON."""
     if isinstance(value, str):
         try:

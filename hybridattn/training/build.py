@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -65,17 +66,21 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     return config
 
 
-def new_config(preset: str | None, options: dict[str, Any]) -> HybridAttnConfig:
-    """The configuration of a preset, with ``options`` over it.
+def new_config(preset: str | None, options: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a preset, or of a ``model_type`` of transformers, with ``options`` over it.
 
     Raises:
-        ValueError: no such preset or option.
+        ValueError: no such preset, model type or option.
     """
+    options = dict(options)
+    kind = options.pop("model_type", HybridAttnConfig.model_type)
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
-    make: Any = PRESETS[preset] if preset else HybridAttnConfig
+    if preset is None and kind not in CONFIG_MAPPING:
+        raise ValueError(f"config: expected a model_type of transformers, such as 'llama', got {kind!r}")
+    make: Any = PRESETS[preset] if preset else CONFIG_MAPPING[kind]
     family = getattr(make, "func", make)  # of a preset that fills in some fields
-    if unknown := sorted(set(options) - {field.name for field in fields(family)}):
+    if unknown := sorted(set(options) - {field.name for field in fields(family)} - {"attn_implementation"}):
         raise ValueError(f"config: expected arguments of {family.__name__}, got {unknown}")
     try:
         return make(**options)

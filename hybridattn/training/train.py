@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.utils import logging
 from . import checkpoints
 from .arguments import DataArguments, ModelArguments, RunArguments, parse
 from .build import build_config, build_model, build_tokenizer
-from .packing import PackedBatches
+from .packing import PackedBatches, Place
 from .sources import open_documents
 from .trainer import StreamTrainer
 
@@ -35,8 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, FloatingPointError) else 2
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments) -> int:
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    *,
+    trainer_class: Callable[..., StreamTrainer] = StreamTrainer,
+    start: Place | None = None,
+) -> int:
     """Train, going on from the last whole checkpoint in the output folder, and save the model there.
+
+    Args:
+        trainer_class: makes the trainer, with another loss for instance.
+        start: the place in the data to begin at, where an earlier run on it ended.
 
     Returns:
         0, or 143 if a SIGTERM came before the last step; a checkpoint was saved then.
@@ -58,7 +70,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgum
     settings["data_seed"] = run_args.data_seed
     settings["parameters"] = model.num_parameters()
     settings["tokenizer"] = fingerprint(tokenizer)
-    trainer = StreamTrainer(
+    if start is not None:
+        batches.place = start
+    trainer = trainer_class(
         model=model,
         args=run_args,
         batches=batches,

@@ -49,6 +49,7 @@ class Prefixed(PrefixLinearAttention):
 MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla": lambda: GatedLinearAttention(D, num_heads=2, gate_bias_range=(-40.0, 4.0)),
     "gla, short convolutions": lambda: GatedLinearAttention(D, num_heads=2, conv_size=3, gate_min=-0.02),
+    "gla, rotary positions": lambda: GatedLinearAttention(D, num_heads=3, key_dim=4, rope_theta=100.0),
     "gla, a gate per head": lambda: GatedLinearAttention(D, num_heads=2, gate_per="head"),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
@@ -68,6 +69,7 @@ MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "full, sinks": lambda: SoftmaxAttention(D, num_heads=2, sinks=True),
     "full, softcap": lambda: SoftmaxAttention(D, num_heads=2, softcap=0.5),
     "full, qk norm": lambda: SoftmaxAttention(D, num_heads=2, qk_norm=True),
+    "full, biases": lambda: SoftmaxAttention(D, num_heads=2, bias=True),
     "full, yarn": lambda: SoftmaxAttention(D, num_heads=2, rope_scaling=YARN),
     "window 6, all options": lambda: SoftmaxAttention(
         D, num_heads=2, window=6, rope_scaling=YARN, alibi=True, sinks=True, softcap=2.0, qk_norm=True

@@ -14,9 +14,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alibi": {"alibi": True, "rope_theta": None},
     "sinks": {"sinks": True},
     "softcap": {"softcap": 0.3},
-    "qk norm": {"qk_norm": True},
+    "qk norm": {"qk_norm": True, "norm_eps": 0.1},
+    "biases": {"bias": True},
     "yarn": {"rope_scaling": YARN},
-    "all": {"window": 3, "alibi": True, "sinks": True, "softcap": 0.3, "qk_norm": True, "rope_scaling": YARN},
+    "all": {
+        "window": 3,
+        "bias": True,
+        "alibi": True,
+        "sinks": True,
+        "softcap": 0.3,
+        "qk_norm": True,
+        "rope_scaling": YARN,
+    },
 }
 
 
@@ -32,7 +41,10 @@ def test_softmax_attention_is_the_formula(name: str):
     def normed(y: torch.Tensor, norm: str) -> torch.Tensor:
         if "qk_norm" not in options:
             return y
-        return y / (y.square().mean() + 1e-6).sqrt() * getattr(layer, norm).weight
+        return y / (y.square().mean() + options.get("norm_eps", 1e-6)).sqrt() * getattr(layer, norm).weight
+
+    def projected(y: torch.Tensor, projection: torch.nn.Linear) -> torch.Tensor:
+        return y @ projection.weight.T + (projection.bias if "bias" in options else 0)
 
     def turned(y: torch.Tensor, position: int) -> torch.Tensor:
         if options.get("rope_theta", 1) is None:
@@ -41,8 +53,8 @@ def test_softmax_attention_is_the_formula(name: str):
         z = torch.complex(y[: dim // 2], y[dim // 2 :]) * torch.exp(1j * position * frequencies.double()) * factor
         return torch.cat((z.real, z.imag))
 
-    q = (x[0] @ layer.q_proj.weight.T).unflatten(-1, (heads, dim))
-    k, v = ((x[0] @ p.weight.T).unflatten(-1, (kv_heads, dim)) for p in (layer.k_proj, layer.v_proj))
+    q = projected(x[0], layer.q_proj).unflatten(-1, (heads, dim))
+    k, v = (projected(x[0], p).unflatten(-1, (kv_heads, dim)) for p in (layer.k_proj, layer.v_proj))
     rows = []
     for t in range(tokens):
         row = []
@@ -60,7 +72,7 @@ def test_softmax_attention_is_the_formula(name: str):
                 weights, total = weights + score.exp(), total + score.exp() * v[s, h // 2]
             row.append(total / weights)
         rows.append(torch.cat(row))
-    torch.testing.assert_close(layer(x)[0], torch.stack(rows) @ layer.o_proj.weight.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x)[0], projected(torch.stack(rows), layer.o_proj), rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ PARAMETERS = {
 
 
 def test_these_are_shipped():
-    assert set(shipped()) == {*PUBLISHED, "tiny_cpu", "finetune_lora"}
+    assert set(shipped()) == {*PUBLISHED, "tiny_cpu", "finetune_lora", "linearize", "tiny_llama"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.training.arguments import ModelArguments
-from hybridattn.training.build import build_config, build_model, build_tokenizer
+from hybridattn.training.build import build_config, build_model, build_tokenizer, new_config
 
 OPTIONS = {"hidden_size": 16, "mixers": ["gla", "gla"], "mixer_options": {"gla": {"num_heads": 2}}, "vocab_size": 258}
 
@@ -37,3 +38,23 @@ def test_adapters_that_do_not_fit(tmp_path, lora):
     arguments = ModelArguments(model=str(tmp_path), tokenizer="bytes", lora=lora)
     with pytest.raises(ValueError, match="lora: "):
         build_model(arguments, HybridAttnConfig(**OPTIONS))
+
+
+def test_a_new_model_of_transformers():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"model_type": "llama", "vocab_size": 258, "attn_implementation": "hybridattn", **sizes}
+    arguments = ModelArguments(config=options, tokenizer="bytes")
+    config = build_config(arguments, build_tokenizer(arguments))
+    model = build_model(arguments, config)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.config._attn_implementation == "hybridattn"
+    assert (config.bos_token_id, config.pad_token_id, model.config.intermediate_size) == (256, 257, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"model_type": "lama"}, "model_type of transformers"), ({"model_type": "llama", "mixers": []}, "LlamaConfig")],
+)
+def test_bad_models_of_transformers(options: dict, named: str):
+    with pytest.raises(ValueError, match=named):
+        new_config(None, options)

@@ -1,0 +1,190 @@
+"""Softmax decoders of transformers as hybrids of this library: first every weight as it is, then other mixers.
+
+New mixers start from the attention they replace, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into
+RNNs", 2021), SUPRA (Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al.,
+2024) and LoLCATs (Zhang et al., 2024).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from .convert import filled, read_weights
+from .decoder import HybridAttnConfig, HybridAttnForCausalLM
+from .decoder.configuration import expand_pattern
+
+FAMILIES = ("llama", "mistral", "qwen3")
+# Fields of these that would change the function, and the value they must have.
+EXPECTED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0}
+MOST_TAYLOR_KEYS = 16  # BASED's d'; features grow with its square
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+SHARED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps", "initializer_range", "dtype"),
+    *("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
+    """The saved Llama, Mistral or Qwen3 in folder ``source``, with ``full`` or ``window`` mixers: the same function.
+
+    Raises:
+        ValueError: the source is none of these, a field of its configuration asks for what this library has nothing
+            for, or a weight is unknown, missing or of another shape.
+    """
+    source = Path(source)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"model: expected a folder with config.json, got {str(source)!r}")
+    theirs = AutoConfig.from_pretrained(source)
+    if theirs.model_type not in FAMILIES:
+        raise ValueError(f"model: expected a model_type of {list(FAMILIES)}, got {theirs.model_type!r}")
+    for name, expected in EXPECTED.items():
+        if (got := getattr(theirs, name, expected)) != expected:
+            raise ValueError(f"{name}: expected {expected!r} in a model to linearise, got {got!r}")
+    windows = _windows(theirs)
+    mixers = ["full" if window is None else "window" for window in windows]
+    attention = _attention(theirs)
+    options = {"full": attention, "window": {**attention, "window": max(filter(None, windows), default=None)}}
+    config = HybridAttnConfig(
+        **{name: getattr(theirs, name) for name in SHARED},
+        mixers=mixers,
+        mixer_options={name: options[name] for name in sorted(set(mixers))},
+    )
+    weights = {
+        name.replace(".self_attn.", ".mixer."): x
+        for name, x in read_weights(source).items()
+        if not IGNORED.search(name)
+    }
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    return filled(config, weights)
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer, None for full attention."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if config.model_type == "mistral" or kinds is None:
+        return [window] * config.num_hidden_layers
+    if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"layer_types: expected full_attention or sliding_attention, got {unknown}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _attention(config: Any) -> dict[str, Any]:
+    """The options of ``SoftmaxAttention`` that all layers share."""
+    rope = dict(config.rope_parameters)
+    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor: expected 1.0 in a model to linearise, got less")
+    if kind == "yarn":  # the length that transformers takes where none is given
+        rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    options: dict[str, Any] = {
+        "num_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": theta,
+    }
+    if kind != "default":
+        options["rope_scaling"] = rope
+    if config.model_type == "qwen3":
+        options |= {"qk_norm": True, "norm_eps": config.rms_norm_eps}
+    if getattr(config, "attention_bias", False):
+        options["bias"] = True
+    return options
+
+
+def swap(
+    teacher: HybridAttnForCausalLM, mixers: str | Sequence[str], options: dict[str, dict[str, Any]] | None = None
+) -> HybridAttnForCausalLM:
+    """A copy of a softmax model in which some layers have another mixer, which starts from the weights it can take.
+
+    What the two mixers both have under one name and in one shape is copied: the projections of queries, keys, values
+    and outputs, heads of keys and values repeated where several queries shared one. Other weights of a new mixer, such
+    as gates and norms, are initialised as in a new model; norms of queries and keys that it has not are left out.
+
+    Args:
+        teacher: as from ``from_softmax``.
+        mixers: a pattern such as ``"1 full : 3 gla"`` or the mixer of every layer; ``full`` keeps the teacher's own.
+        options: for a mixer's name, options of its layer, over those that make it of the teacher's shape.
+
+    Raises:
+        ValueError: an unknown mixer or option, a number of layers that does not fit, kept and new layers with different
+            windows, or biases of attention that a new mixer has not.
+    """
+    old, options = teacher.config, options or {}
+    names = expand_pattern(mixers, len(old.mixers)) if isinstance(mixers, str) else list(mixers)
+    if len(names) != len(old.mixers):
+        raise ValueError(f"mixers: expected one for each of the {len(old.mixers)} layers, got {len(names)}")
+    kept = {own for name, own in zip(names, old.mixers, strict=True) if name == "full"}
+    names = [own if name == "full" else name for name, own in zip(names, old.mixers, strict=True)]
+    if unused := sorted(set(options) - set(names)):
+        raise ValueError(f"mixer_options: expected mixers of {sorted(set(names))}, got {unused}")
+    attention = old.mixer_options[old.mixers[0]]
+    chosen = {name: {**starting_options(name, attention), **options.get(name, {})} for name in sorted(set(names))}
+    for name in kept:
+        if (asked := {**old.mixer_options[name], **options.get(name, {})}) != old.mixer_options[name]:
+            raise ValueError(f"mixer_options: expected {name} as in the layers that are kept, got {asked}")
+        chosen[name] = old.mixer_options[name]
+    if attention.get("bias") and (without := sorted(set(names) - {"full", "window"})):
+        raise ValueError(f"attention_bias: expected False where layers become {without}, got True")
+    config = HybridAttnConfig(**{name: getattr(old, name) for name in SHARED}, mixers=names, mixer_options=chosen)
+    student = HybridAttnForCausalLM._from_config(config, dtype=config.dtype)
+    student.load_state_dict(inherited(student, teacher), strict=False)
+    return student
+
+
+def starting_options(mixer: str, attention: dict[str, Any]) -> dict[str, Any]:
+    """Options of a mixer with heads as those of the softmax attention with these options, where it has such."""
+    heads = {"num_heads": attention["num_heads"]}
+    theta, values = {"rope_theta": attention["rope_theta"]}, {"value_dim": attention["head_dim"]}
+    same = {**heads, "key_dim": attention["head_dim"], **values}
+    few = {**heads, "key_dim": min(attention["head_dim"], MOST_TAYLOR_KEYS), **values}
+    return {
+        "full": attention,
+        "window": {name: value for name, value in attention.items() if name != "window"},
+        "gla": {**same, **theta, "gate_bias_range": (4.0, 6.0)},
+        "linear": same,
+        "taylor": few,
+        "prefix": few,
+        "retention": {**same, **theta},
+        "lightning": {**same, **theta},
+    }.get(mixer, {})
+
+
+def replaced_layers(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> list[int]:
+    """The layers whose mixers are of another kind, or have other options."""
+    new, old = student.config, teacher.config
+    pairs = enumerate(zip(new.mixers, old.mixers, strict=True))
+    return [i for i, (a, b) in pairs if a != b or new.mixer_options[a] != old.mixer_options[b]]
+
+
+def mixer_of(model: HybridAttnForCausalLM, layer: int) -> Any:
+    """The token mixer of a layer."""
+    block: Any = model.model.layers[layer]
+    return block.mixer
+
+
+def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> dict[str, Tensor]:
+    """The teacher's weights that a student takes, by name, in the student's shapes."""
+    taken = {name: x for name, x in teacher.state_dict().items() if name in student.state_dict()}
+    for i in replaced_layers(student, teacher):
+        new, old = mixer_of(student, i), mixer_of(teacher, i)
+        prefix = f"model.layers.{i}.mixer."
+        for name in [name for name in taken if name.startswith(prefix)]:
+            part = name.removeprefix(prefix).partition(".")[0]
+            keys_or_values = "key_dim" if part in ("q_proj", "k_proj") else "value_dim"
+            same_heads = getattr(new, "num_heads", None) == old.num_heads
+            if not same_heads or getattr(new, keys_or_values, getattr(new, "head_dim", None)) != old.head_dim:
+                del taken[name]
+            elif part in ("k_proj", "v_proj"):
+                taken[name] = _repeated(taken[name], old.head_dim, len(student.get_parameter(name)))
+    return taken
+
+
+def _repeated(x: Tensor, head_dim: int, rows: int) -> Tensor:
+    """Weights [G D,..] or biases [G D] of shared heads as [rows,..], each head once for every one that reads it."""
+    return x.unflatten(0, (-1, head_dim)).repeat_interleave(rows // len(x), 0).flatten(0, 1)
