@@ -21,6 +21,7 @@ from hybridattn.evals.recall.parallel import Job, Trained, train_all
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.provenance import cpu_name
 from hybridattn.evals.throughput import measure, memory, subjects
+from hybridattn.evals.throughput.calm import Probe
 from hybridattn.models.decoder import HybridAttnConfig
 
 Cell = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
@@ -48,9 +49,10 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
     names = list(suite.models)[part - 1 :: parts]
     train(suite, names, out, again)
     with threads(suite.threads):
+        probe = Probe() if suite.device == "cpu" else None
         for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
             for name in names:
-                measure_model(suite, name, turn, out, again)
+                measure_model(suite, name, turn, out, again, probe)
         if suite.operators and part == 1:
             from hybridattn.evals.kernels import contest
 
@@ -129,9 +131,11 @@ def model_of(suite: Suite, name: str, out: Path) -> PreTrainedModel:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool) -> None:
+def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool, probe: Probe | None) -> None:
     """Fill a model's cells of one round."""
-    wanted = [cell for cell in plan(suite, name, turn) if again or not cells.path_of(out, cell[0], cell[1]).exists()]
+    wanted = [
+        cell for cell in plan(suite, name, turn, probe) if again or not cells.path_of(out, cell[0], cell[1]).exists()
+    ]
     if not wanted:
         return
     model = model_of(suite, name, out)
@@ -145,10 +149,10 @@ def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool) ->
         cells.write(out, kind, config, figures, device=device_name(suite))
 
 
-def plan(suite: Suite, name: str, turn: int) -> Iterator[Cell]:
+def plan(suite: Suite, name: str, turn: int, probe: Probe | None = None) -> Iterator[Cell]:
     """A model's cells of one round; what is no time is measured in the first one only."""
     common = base(suite, name)
-    sampling = {"least": -(-suite.least // suite.rounds), "seconds": suite.seconds}
+    sampling = {"least": -(-suite.least // suite.rounds), "seconds": suite.seconds, "probe": probe}
     if turn == 0:
         yield "model", common, facts
         for tokens in suite.state:
@@ -195,19 +199,19 @@ def timed_prefill(model: PreTrainedModel, *, tokens: int, with_peak: bool, **sam
     prompt = measure.random_prompt(model, 1, tokens)
     with torch.inference_mode():
         peak = memory.peak_bytes(lambda: measure.read(model, prompt), model.device) if with_peak else None
-    return {"seconds": measure.prefill(model, tokens=tokens, **sampling), "peak_bytes": peak}
+    return {**measure.prefill(model, tokens=tokens, **sampling)._asdict(), "peak_bytes": peak}
 
 
 def timed_decode(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     """Samples of decoding steps."""
-    return {"seconds": measure.decode(model, **options)}
+    return measure.decode(model, **options)._asdict()
 
 
 def timed_training(model: PreTrainedModel, *, tokens: int, with_peak: bool, **sampling: Any) -> dict[str, Any]:
     """Samples of forward and backward, and their peak memory."""
-    seconds = measure.training(model, tokens=tokens, **sampling)
     once = partial(measure.training, model, tokens=tokens, least=1, seconds=0)
-    return {"seconds": seconds, "peak_bytes": memory.peak_bytes(once, model.device) if with_peak else None}
+    peak = memory.peak_bytes(once, model.device) if with_peak else None
+    return {**measure.training(model, tokens=tokens, **sampling)._asdict(), "peak_bytes": peak}
 
 
 @contextmanager

@@ -172,10 +172,24 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Section | None:
     texts = [
         "Medians in milliseconds, in brackets where 95 % of resampled medians lie (rounds are resampled, then samples "
         "within each). The exponent b is that of a * T^b, fitted to all lengths. Prefill ends with the first new "
-        "token: it is the time to it."
+        "token: it is the time to it.",
+        *_disturbed(rows),
     ]
     has = any(row["prefill_exponent"] is not None for row in rows)
     return Section("Time against length", texts, tables, "scaling" if has else None, "One sequence; bars: intervals.")
+
+
+def _disturbed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on samples that do not count."""
+    timed = [each for row in rows for kind in ("prefill", "decode", "training") for each in row[kind]]
+    aside = sum(each.get("set_aside", 0) for each in timed)
+    if not aside:
+        return []
+    share = aside / (aside + sum(each.get("samples", 0) for each in timed))
+    return [
+        f"A fixed piece of work is timed before and after every sample. Where it took longer than on the undisturbed "
+        f"machine, the sample does not count: {share:.0%} of them."
+    ]
 
 
 def _time(row: dict[str, Any], kind: str, wanted: dict[str, Any]) -> Entry:

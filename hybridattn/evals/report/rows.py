@@ -71,7 +71,8 @@ def _timed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         figures = summary(samples)
         peaks = [each["peak_bytes"] for each in rounds if each.get("peak_bytes") is not None]
-        found.append({**here, **figures, "peak_bytes": peaks[0] if peaks else None})
+        aside = sum(each.get("set_aside", 0) for each in rounds)
+        found.append({**here, **figures, "set_aside": aside, "peak_bytes": peaks[0] if peaks else None})
     return found
 
 

@@ -6,6 +6,7 @@ as the caller set. Every sample is the seconds of one call; `statistics.summary`
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +14,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-MOST_STEPS = 50  # samples of one decoding, whose context grows with each
+from hybridattn.evals.throughput.calm import TOLERANCE, Probe
+
+MOST_STEPS = 200  # calls of one decoding, whose context grows with each
+
+
+class Samples(NamedTuple):
+    """Seconds of the calls that count, and the number of those that were set aside since the machine was disturbed."""
+
+    seconds: list[float]
+    set_aside: int
 
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel, *, tokens: int, batch: int = 1, least: int = 10, seconds: float = 0.2
-) -> list[float]:
+    model: PreTrainedModel,
+    *,
+    tokens: int,
+    batch: int = 1,
+    least: int = 10,
+    seconds: float = 0.2,
+    probe: Probe | None = None,
+) -> Samples:
     """Seconds from a whole prompt to its first new token, from an empty cache; logits of the last position only.
 
     Args:
         model: a causal language model in evaluation mode.
         tokens: prompt length.
         batch: sequences per call.
-        least, seconds: as in `sample`.
+        least, seconds, probe: as in `sample`.
     """
     prompt = random_prompt(model, batch, tokens)
-    return sample(lambda: read(model, prompt), least=least, seconds=seconds)
+    return sample(lambda: read(model, prompt), least=least, seconds=seconds, probe=probe)
 
 
 @torch.inference_mode()
@@ -41,7 +57,8 @@ def decode(
     graph: bool = False,
     least: int = 10,
     seconds: float = 0.2,
-) -> list[float]:
+    probe: Probe | None = None,
+) -> Samples:
     """Seconds of a greedy decoding step, one token per sequence, after a prompt.
 
     Args:
@@ -49,7 +66,7 @@ def decode(
         tokens: prompt length; the cache grows by one with every call.
         batch: sequences decoded together; they are the same one, which changes no time.
         graph: replay the step as a CUDA graph, on a static cache.
-        least, seconds: as in `sample`, with at most `MOST_STEPS` samples.
+        least, seconds, probe: as in `sample`, with at most `MOST_STEPS` calls.
 
     Raises:
         ValueError: a graph without a GPU.
@@ -63,12 +80,18 @@ def decode(
             nonlocal last
             last = next_token(model(input_ids=last, past_key_values=cache, use_cache=True).logits)
 
-    return sample(step, least=least, seconds=seconds, most=MOST_STEPS)
+    return sample(step, least=least, seconds=seconds, most=MOST_STEPS, probe=probe)
 
 
 def training(
-    model: PreTrainedModel, *, tokens: int, batch: int = 1, least: int = 10, seconds: float = 0.2
-) -> list[float]:
+    model: PreTrainedModel,
+    *,
+    tokens: int,
+    batch: int = 1,
+    least: int = 10,
+    seconds: float = 0.2,
+    probe: Probe | None = None,
+) -> Samples:
     """Seconds of forward and backward on rows of tokens, without an optimiser; arguments as in `prefill`."""
     rows = random_prompt(model, batch, tokens)
 
@@ -78,7 +101,7 @@ def training(
 
     model.train()
     try:
-        return sample(step, least=least, seconds=seconds)
+        return sample(step, least=least, seconds=seconds, probe=probe)
     finally:
         model.zero_grad(set_to_none=True)
         model.eval()
@@ -158,23 +181,38 @@ def attention_operators(model: PreTrainedModel) -> list[str]:
 
 
 def sample(
-    call: Callable[[], object], *, least: int = 10, seconds: float = 0.2, most: int = 1000, warmup: int = 2
-) -> list[float]:
-    """Seconds of single calls, after ``warmup`` calls that do not count.
+    call: Callable[[], object],
+    *,
+    least: int = 10,
+    seconds: float = 0.2,
+    most: int = 1000,
+    probe: Probe | None = None,
+) -> Samples:
+    """Time single calls, after two that do not count, or one that takes longer than ``seconds``.
 
     Args:
         call: what is timed, work queued on a GPU included.
-        least: calls that are timed at least.
-        seconds: calls go on until they took so long together.
-        most: but no more than so many.
-        warmup: calls before them.
+        least: samples that are wanted at least.
+        seconds: calls go on until the samples took so long together.
+        most: but no more than so many calls.
+        probe: sets disturbed samples aside; calls then go on for up to ten times ``seconds``, and three times ``least``
+            of them, to find enough others. Where these are too few, the least disturbed ones complete them.
     """
-    for _ in range(warmup):
+    if timed(call) < seconds:
         call()
-    times: list[float] = []
-    while len(times) < least or (sum(times) < seconds and len(times) < most):
-        times.append(timed(call))
-    return times
+    found: list[tuple[float, float]] = []  # disturbance and seconds of every call
+    kept: list[float] = []
+    while len(found) < most:
+        before = probe.disturbance() if probe else 1.0
+        took = timed(call)
+        found.append((max(before, probe.disturbance() if probe else 1.0), took))
+        kept = [each for disturbance, each in found if disturbance <= TOLERANCE]
+        is_tried = len(found) >= 3 * least and sum(each for _, each in found) >= 10 * seconds
+        if is_tried or (len(kept) >= least and sum(kept) >= seconds):
+            break
+    if len(kept) < least:
+        kept = [each for _, each in sorted(found)[:least]]
+    return Samples(kept, len(found) - len(kept))
 
 
 def timed(call: Callable[[], object]) -> float:

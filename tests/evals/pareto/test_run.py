@@ -25,7 +25,7 @@ def test_a_suite_fills_its_cells_and_a_killed_run_goes_on(tiny: Suite, tmp_path:
     """It is killed in the middle of the second round, and what was there is not measured again."""
     calls = 0
 
-    def killed(model: Any, **options: Any) -> list[float]:
+    def killed(model: Any, **options: Any) -> measure.Samples:
         nonlocal calls
         calls += 1
         if calls > 11:  # three models' three decodings, and two more
@@ -109,10 +109,10 @@ def test_again_measures_again(tiny: Suite, tmp_path: Path):
 
 
 def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def large(model: Any, *, tokens: int, **options: Any) -> list[float]:
+    def large(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
         if tokens > 100:
             raise torch.OutOfMemoryError("too long")
-        return [0.1] * 10
+        return measure.Samples([0.1] * 10, 0)
 
     monkeypatch.setattr(measure, "prefill", large)
     small = replace(tiny, models={"Llama": tiny.models["Llama"]}, decode=(), training=(), memory=None)
@@ -123,7 +123,7 @@ def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypa
 
 
 def test_what_is_wrong_is_not_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def broken(model: Any, **options: Any) -> list[float]:
+    def broken(model: Any, **options: Any) -> measure.Samples:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(measure, "prefill", broken)

@@ -23,15 +23,43 @@ def llama() -> LlamaForCausalLM:
 
 
 def test_a_sample_is_the_time_of_one_call():
-    waits = iter([0.5, 0.5, *[0.01] * 20])
-    times = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0)
-    assert len(times) == 12
+    waits = iter([0.2, 0.2, *[0.01] * 100])
+    times, aside = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0.21)
+    assert 12 <= len(times) <= 21
+    assert aside == 0
     assert all(0.01 <= each < 0.1 for each in times)
 
 
 def test_calls_go_on_until_they_took_their_time():
-    assert 11 <= len(measure.sample(lambda: time.sleep(0.002), least=2, seconds=0.05)) <= 25
-    assert len(measure.sample(lambda: None, least=2, seconds=60, most=30)) == 30
+    assert 11 <= len(measure.sample(lambda: time.sleep(0.002), least=2, seconds=0.05).seconds) <= 25
+    assert len(measure.sample(lambda: None, least=2, seconds=60, most=30).seconds) == 30
+
+
+class Disturbed:
+    """A probe of a machine that is disturbed at every third call, and a clock that shows it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, every: int):
+        self.calls, self.every = 0, every
+        monkeypatch.setattr(measure, "timed", self.timed)
+
+    def timed(self, call) -> float:
+        self.calls += 1
+        return 1.7 if self.calls % self.every == 0 else 1.0
+
+    def disturbance(self) -> float:
+        return 1.2 if self.calls % self.every == 0 else 1.01
+
+
+def test_samples_of_a_disturbed_machine_are_set_aside(monkeypatch: pytest.MonkeyPatch):
+    times, aside = measure.sample(lambda: None, least=4, seconds=1, probe=Disturbed(monkeypatch, 3))  # pyright: ignore
+    assert times == [1.0] * 4
+    assert aside > 0
+
+
+def test_where_it_never_rests_the_least_disturbed_count(monkeypatch: pytest.MonkeyPatch):
+    times, aside = measure.sample(lambda: None, least=4, seconds=1, probe=Disturbed(monkeypatch, 1))  # pyright: ignore
+    assert times == [1.7] * 4
+    assert aside == 8
 
 
 def test_prefill_and_decode_are_measured_apart(model: HybridAttnForCausalLM):
@@ -40,13 +68,13 @@ def test_prefill_and_decode_are_measured_apart(model: HybridAttnForCausalLM):
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     prefill = measure.prefill(model, tokens=64, least=10, seconds=0)
-    assert shapes == [(1, 64)] * 12
+    assert shapes == [(1, 64)] * 11  # one that does not count
     shapes.clear()
     decode = measure.decode(model, tokens=64, batch=4, least=10, seconds=0)
     hook.remove()
-    assert shapes == [(1, 64)] + [(4, 1)] * 12
-    assert len(prefill) == len(decode) == 10
-    assert min(*prefill, *decode) > 0
+    assert shapes == [(1, 64)] + [(4, 1)] * 11
+    assert len(prefill.seconds) == len(decode.seconds) == 10
+    assert min(*prefill.seconds, *decode.seconds) > 0
 
 
 def test_decoding_continues_the_prompt(model: HybridAttnForCausalLM):
@@ -76,7 +104,7 @@ def test_the_cache_is_filled_for_the_whole_batch(which: str, request: pytest.Fix
 
 def test_training_leaves_the_model_as_it_was(model: HybridAttnForCausalLM):
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    assert len(measure.training(model, tokens=16, batch=2, least=3, seconds=0)) == 3
+    assert len(measure.training(model, tokens=16, batch=2, least=3, seconds=0).seconds) == 3
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
