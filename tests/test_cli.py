@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hybridattn
-from hybridattn import cli
+from hybridattn import HybridAttnConfig, cli
 
 
 @pytest.fixture
@@ -26,7 +26,10 @@ def test_version(run) -> None:
 def test_help_names_every_verb(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(verb in out for verb in ("demo", "eval", "train", "info", "convert", "linearize", "env"))
+    assert all(
+        verb in out
+        for verb in ("demo", "eval", "throughput", "pareto", "report", "train", "info", "convert", "linearize", "env")
+    )
 
 
 def test_env(run) -> None:
@@ -50,6 +53,16 @@ def test_env(run) -> None:
         (("demo", "--only", "nothing"), "nothing"),
         (("eval",), "--model"),
         (("eval", "--model", "x", "--lengths", "1k"), "lengths"),
+        (("throughput",), "--model"),
+        (("throughput", "--model", "no-such/", "--lengths", "1k"), "lengths"),
+        (("throughput", "--model", "gla_340m", "--contexts", ""), "contexts"),
+        (("throughput", "--model", "gla_340m", "--batches", "0"), "decode"),
+        (("throughput", "--model", "gla_340m", "--device", "cpu", "--graphs"), "graphs"),
+        (("pareto", "--suite", "no-such-suite"), "no-such-suite"),
+        (("pareto", "--shard", "2"), "shard"),
+        (("pareto", "--shard", "3/2"), "shard"),
+        (("report", "no-such-folder"), "no-such-folder"),
+        (("report", "a", "b", "c"), "--merge"),
         (("train",), "CONFIG"),
         (("train", "no-such-config"), "no-such-config"),
         (("train", "tiny_cpu", "--max_step", "3"), "--max_step"),
@@ -132,3 +145,44 @@ def test_info_on_a_saved_model(run, tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there_is_named(run, verb: str, tmp_path: Path) -> None:
     code, _, err = run("kernels", verb, "--device", "cuda", "--out", str(tmp_path / "out.jsonl"))
     assert (code, err) == (2, "hybridattn: device: expected 'cpu' without a GPU, got 'cuda'\n")
+
+
+def test_throughput_of_any_model_is_a_report_that_can_be_compared_and_merged(run, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaConfig(vocab_size=64, **sizes).save_pretrained(tmp_path / "llama")  # no weights: random ones
+    HybridAttnConfig(vocab_size=64, hidden_size=16, mixers=["gla"]).save_pretrained(tmp_path / "gla")
+    few = ("--lengths", "32,64", "--contexts", "16,32", "--batches", "1,2", "--rounds", "1", "--device", "cpu")
+    for name in ("llama", "gla"):
+        out = str(tmp_path / f"of {name}")
+        code, printed, _ = run("throughput", "--model", str(tmp_path / name), *few, "--training", "16", "--out", out)
+        assert code == 0
+        assert "report.html: 1 configurations" in printed
+        text = (tmp_path / f"of {name}" / "report.md").read_text()
+        assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in text) == (name == "llama")
+    folders = [str(tmp_path / f"of {name}") for name in ("llama", "gla")]
+    code, printed, _ = run("report", *folders)
+    assert code == 0
+    assert "0 figures in both" in printed
+    code, printed, _ = run("report", *folders, "--merge", str(tmp_path / "both"))
+    assert code == 0
+    assert "2 configurations" in printed
+    code, printed, _ = run("report", folders[0], str(tmp_path / "both"))
+    assert "0 of them changed beyond noise" in printed
+    assert f"Only in {tmp_path / 'both'}: {tmp_path / 'gla'}." in printed
+
+
+def test_a_cache_that_is_not_its_formula_fails_the_command(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridattn.evals.throughput import memory
+
+    honest = memory.bytes_of
+    monkeypatch.setattr(memory, "bytes_of", lambda cache: honest(cache) + 4)
+    HybridAttnConfig(vocab_size=64, hidden_size=16, mixers=["gla"]).save_pretrained(tmp_path / "gla")
+    few = ("--lengths", "32", "--contexts", "16", "--batches", "1", "--rounds", "1", "--device", "cpu")
+    code, _, told = run("throughput", "--model", str(tmp_path / "gla"), *few, "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert "the cache after 16 tokens has" in told
+    assert "contradict" in (tmp_path / "out" / "report.md").read_text()

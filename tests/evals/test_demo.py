@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridattn.evals import demo
-from hybridattn.evals.recall import suite
+from hybridattn.evals.pareto import suite
 from hybridattn.evals.report.provenance import json_sha256
 
 
@@ -54,21 +55,46 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_short_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_short_run_writes_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    cpu = suite.load("cpu")
+    timed = {"prefill": (64, 128), "decode": ((32, 1), (32, 2)), "training": (), "memory": None, "operators": False}
+    names = ("softmax attention", "GLA")
+    models = {name: cpu.models[name] for name in names}
+    small = replace(cpu, models=models, rounds=1, seconds=0, state=(16,), looks=2, **timed)
+    monkeypatch.setattr(suite, "load", lambda name: small if name == "cpu" else None)
     out = tmp_path / "demo"
     results = demo.run(out=out, steps=2, seeds=2)
-    assert sorted(path.name for path in out.iterdir()) == ["model", "pareto.png", "report.md", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["model", "pareto", "report.md", "results.json"]
     assert json.loads((out / "results.json").read_text()) == results
     check_text(results["text"], out)
+    assert [row["config"]["name"] for row in results["recall"]["rows"]] == list(names)
     for row in results["recall"]["rows"]:
-        check_row(row)
+        assert row["config"]["train"]["steps"] == 2
+        assert all(share["seeds"] == 2 for share in row["recall"].values())
+        assert row["state"]["16"]["formula"] == row["state"]["16"]["allocated"] > 0
     assert results["provenance"]["config_sha256"] == json_sha256(results["provenance"]["config"])
     assert results["provenance"]["config"]["options"] == {"only": ["text", "recall"], "seeds": 2, "steps": 2}
     printed, report = capsys.readouterr().out, (out / "report.md").read_text()
-    for label in suite.ENTRIES:
+    for label in names:
         assert label in printed
         assert label in report
     assert str(out) in printed
+    assert {"report.html", "report.md", "results.json", "pareto.png"} <= {
+        path.name for path in (out / "pareto").iterdir()
+    }
+
+
+def test_a_contradiction_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hybridattn.evals.pareto import run
+    from hybridattn.evals.report import build
+
+    monkeypatch.setattr(run, "run", lambda suite, out: out.mkdir())
+    monkeypatch.setattr(build, "build", lambda out, title: {"rows": [], "problems": ["GLA: the cache is wrong"]})
+    with pytest.raises(RuntimeError, match="GLA: the cache is wrong"):
+        demo.run(out=tmp_path / "out", only=["recall"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def check_text(text: dict, out: Path) -> None:
@@ -83,13 +109,3 @@ def check_text(text: dict, out: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
     assert model.num_parameters() == text["parameters"]
     assert len(tokenizer) == model.config.vocab_size
-
-
-def check_row(row: dict) -> None:
-    """Two seeds, three loads, bytes that agree and speeds that are possible."""
-    assert row["state_bytes"]["formula"] == row["state_bytes"]["allocated"] > 0
-    assert {n: len(values) for n, values in row["recall_by_seed"].items()} == {"8": 2, "16": 2, "32": 2}
-    assert row["recall"]["8"] == pytest.approx(sum(row["recall_by_seed"]["8"]) / 2)
-    assert row["prefill"]["median"] >= row["prefill"]["p90"] > 0
-    assert all(row["decode"][batch]["median"] >= row["decode"][batch]["p90"] > 0 for batch in ("1", "32"))
-    assert row["config_sha256"] == json_sha256(row["config"])

@@ -1,9 +1,12 @@
 """What changed between two reports beyond noise."""
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hybridattn.evals.report import cells
+from hybridattn.evals.report.folder import RESULTS
 from hybridattn.evals.report.markdown import table
 from hybridattn.evals.report.rows import rows
 
@@ -58,9 +61,20 @@ def _figures(row: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, flo
         yield "largest batch", (*[row["largest_batch"]["batch"]] * 3, "{:,}")
 
 
-def report(old: Any, new: Any) -> str:
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a report, from its cells or, where only the report was kept, from its ``results.json``.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if (folder / cells.CELLS).is_dir() or not (folder / RESULTS).is_file():
+        return rows(cells.read(folder))
+    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))["rows"]
+
+
+def report(old: Path, new: Path) -> str:
     """The comparison of two folders as Markdown."""
-    found = compare(rows(cells.read(old)), rows(cells.read(new)))
+    found = compare(read(old), read(new))
     text = [f"{found['compared']} figures in both, {len(found['changes'])} of them changed beyond noise."]
     if found["changes"]:
         text.append(table(["row", "figure", "old", "new", "new / old"], found["changes"]))

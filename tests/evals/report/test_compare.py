@@ -2,7 +2,10 @@ from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
+import pytest
+
 from hybridattn.evals.report import cells
+from hybridattn.evals.report.build import build
 from hybridattn.evals.report.compare import compare
 from hybridattn.evals.report.compare import report as told
 from hybridattn.evals.report.rows import rows
@@ -12,6 +15,17 @@ def test_a_report_has_not_changed_from_itself(report: Path):
     found = compare(rows(cells.read(report)), rows(cells.read(report)))
     assert found["changes"] == found["gone"] == found["come"] == []
     assert found["compared"] > 20
+
+
+def test_a_report_without_its_cells_is_compared(report: Path, tmp_path: Path):
+    build(report, title="x")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (report / "results.json").rename(kept / "results.json")
+    assert "0 of them changed" in told(report, kept)
+    (kept / "results.json").unlink()
+    with pytest.raises(ValueError, match="report: expected a folder with cells"):
+        told(report, kept)
 
 
 def test_only_what_is_beyond_noise_has_changed(report: Path, write_cell: Callable[..., None], tmp_path: Path):
