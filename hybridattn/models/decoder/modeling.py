@@ -300,7 +300,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         )
         context = current()
         if labels is not None and context is not None:
-            kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), context)
+            kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), context)
         if skip_logits and labels is not None:
             given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
             loss: Any = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **given)

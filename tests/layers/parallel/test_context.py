@@ -108,6 +108,18 @@ def test_recomputed_layers_belong_inside():
         loss.backward()
 
 
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_given_targets_are_kept(skip_logits: bool):
+    net, ids, targets = decoder(), torch.randint(20, (2, 9)), torch.randint(20, (2, 9))
+    targets[:, 3] = -100
+    options = {"labels": ids, "shift_labels": targets, "skip_logits": skip_logits}
+    expected = net(ids, **options).loss
+    with sequence_parallel(tokens=9):
+        torch.testing.assert_close(net(ids, **options).loss, expected)
+        with pytest.raises(ValueError, match="shift_labels: expected 9 tokens"):
+            net(ids, **{**options, "shift_labels": targets[:, 1:]})
+
+
 def test_what_has_no_context_is_refused():
     for function in (shard_sequence, gather_sequence):
         with pytest.raises(ValueError, match="sequence_parallel: expected an active context, got none"):
