@@ -65,6 +65,8 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     """The sliding window of each layer, None for full attention."""
+    if config.model_type == "llama":  # does not read such a field, which rewritten configurations may still have
+        return [None] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if config.model_type == "mistral" or kinds is None:
