@@ -183,7 +183,11 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
             if not same_heads or getattr(new, keys_or_values, getattr(new, "head_dim", None)) != old.head_dim:
                 del taken[name]
             elif part in ("k_proj", "v_proj"):
-                taken[name] = _repeated(taken[name], old.head_dim, len(student.get_parameter(name)))
+                rows = len(student.get_parameter(name))
+                if rows % len(taken[name]):  # fewer heads than the teacher has
+                    del taken[name]
+                else:
+                    taken[name] = _repeated(taken[name], old.head_dim, rows)
     return taken
 
 

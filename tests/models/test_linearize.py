@@ -94,6 +94,8 @@ def test_what_does_not_fit_is_not_taken(tmp_path: Path):
     teacher = from_softmax(tmp_path)
     taken = inherited(swap(teacher, "1 full : 1 linear", {"linear": {"key_dim": 4}}), teacher)
     assert {name.split(".")[4] for name in taken if ".1.mixer." in name} == {"v_proj", "o_proj"}
+    taken = inherited(swap(teacher, "1 full : 1 window", {"window": {"num_key_value_heads": 1}}), teacher)
+    assert {name.split(".")[4] for name in taken if ".1.mixer." in name} == {"q_proj", "o_proj"}
 
 
 @torch.no_grad()
