@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridattn.cli import main
-from hybridattn.evals.linearize import recovery
+from hybridattn.evals.linearize import recovery, report
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training.trainer import StreamTrainer
 
@@ -132,6 +132,12 @@ def test_the_report_says_what_was_measured(made: Path, results: dict[str, Any]):
     assert f"**{results['recovery']:.1%}**" in text
     assert results["command"] in text
     assert set(results["provenance"]) >= {"commit", "versions", "config_sha256", "threads"}
+
+
+@pytest.mark.parametrize("swapped", [1.0, 0.9])
+def test_nothing_is_recovered_where_the_swap_cost_nothing(swapped: float, results: dict[str, Any]):
+    assert recovery({"teacher": 1.0, "swapped": swapped, "final": 0.8}) is None
+    assert "**none, since the swap cost nothing**" in report({**results, "recovery": None})
 
 
 @torch.no_grad()
