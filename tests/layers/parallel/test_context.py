@@ -1,5 +1,6 @@
 """The context: arguments, what is refused, and one rank alone; in a group of one process."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -145,7 +146,13 @@ def test_offsets_are_of_the_whole_sequence():
         mixer(x, cu_seqlens=torch.tensor([0, 3, 7]))
 
 
-def test_changed_offsets_are_read_again():
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+def test_changed_offsets_are_read_again(mode: Any):
+    with mode():
+        check_changed_offsets()
+
+
+def check_changed_offsets() -> None:
     mixer, x, offsets = GatedLinearAttention(8, num_heads=2), torch.randn(1, 4, 8), torch.tensor([0, 1, 4])
     with sequence_parallel(tokens=4):
         before = mixer(x, cu_seqlens=offsets)
