@@ -109,6 +109,15 @@ def test_recomputed_layers_belong_inside():
         loss.backward()
 
 
+def test_a_loss_comes_without_a_cache_unless_asked_for():
+    net, ids, offsets = decoder(), torch.randint(20, (1, 9)), torch.tensor([0, 4, 9])
+    with sequence_parallel(tokens=9):
+        assert net(ids, labels=ids).past_key_values is None
+        assert net(ids, labels=ids, cu_seq_lens_q=offsets).loss.isfinite()
+        assert net(ids, labels=ids, use_cache=True).past_key_values.get_seq_length() == 9
+        assert net(ids).past_key_values.get_seq_length() == 9
+
+
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_given_targets_are_kept(skip_logits: bool):
     net, ids, targets = decoder(), torch.randint(20, (2, 9)), torch.randint(20, (2, 9))
