@@ -33,7 +33,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "llama, biases and tied": LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True),
     "llama, scaled positions": LlamaConfig(**SIZES, rope_parameters=LLAMA3, head_dim=16, rms_norm_eps=1e-4),
-    "llama, a window that it does not read": LlamaConfig(**SIZES, sliding_window=5),
+    "llama, a window that it does not read": LlamaConfig(**{**SIZES, "sliding_window": 5}),
     "mistral": MistralConfig(**SIZES, sliding_window=5),
     "mistral, full": MistralConfig(**SIZES, sliding_window=None, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, rms_norm_eps=1e-3, attention_bias=True),
