@@ -250,9 +250,13 @@ def _moved(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in row.items()}
 
 
-def recovery(losses: dict[str, float]) -> float:
-    """``(swapped - final) / (swapped - teacher)``: 1 is the teacher's loss again, 0 is nothing won."""
-    return (losses["swapped"] - losses["final"]) / (losses["swapped"] - losses["teacher"])
+def recovery(losses: dict[str, float]) -> float | None:
+    """``(swapped - final) / (swapped - teacher)``: 1 is the teacher's loss again, 0 is nothing won.
+
+    None where the swap cost nothing, as with windows that are as wide as the rows.
+    """
+    cost = losses["swapped"] - losses["teacher"]
+    return (losses["swapped"] - losses["final"]) / cost if cost > 0 else None
 
 
 def trained_tokens(folder: Path) -> int | None:
@@ -299,6 +303,7 @@ def report(results: dict[str, Any]) -> str:
     share = ""
     if tokens["teacher"]:
         share = f" Both stages took {trained['final'] / tokens['teacher']:.1%} of the teacher's tokens."
+    recovered = "none, since the swap cost nothing" if results["recovery"] is None else f"{results['recovery']:.1%}"
     return "\n".join(
         [
             f"# {source['config']['model']} linearised",
@@ -307,7 +312,7 @@ def report(results: dict[str, Any]) -> str:
             "",
             table(["model", "held-out loss, nats per token", "trained on, tokens"], cells),
             "",
-            f"Recovery, (swapped - final) / (swapped - teacher): **{results['recovery']:.1%}**.{share} "
+            f"Recovery, (swapped - final) / (swapped - teacher): **{recovered}**.{share} "
             f"Losses are those of {tokens['held out']:,} held-out tokens.",
             "",
             table(["squared error of layer, over its output's", "swapped", "after attention transfer"], errors),

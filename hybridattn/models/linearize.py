@@ -65,6 +65,8 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     """The sliding window of each layer, None for full attention."""
+    if config.model_type == "llama":  # does not read such a field, which rewritten configurations may still have
+        return [None] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if config.model_type == "mistral" or kinds is None:
@@ -181,7 +183,11 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
             if not same_heads or getattr(new, keys_or_values, getattr(new, "head_dim", None)) != old.head_dim:
                 del taken[name]
             elif part in ("k_proj", "v_proj"):
-                taken[name] = _repeated(taken[name], old.head_dim, len(student.get_parameter(name)))
+                rows = len(student.get_parameter(name))
+                if rows % len(taken[name]):  # fewer heads than the teacher has
+                    del taken[name]
+                else:
+                    taken[name] = _repeated(taken[name], old.head_dim, rows)
     return taken
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridattn.cli import main
-from hybridattn.evals.linearize import recovery
+from hybridattn.evals.linearize import recovery, report
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training.trainer import StreamTrainer
 
@@ -77,16 +77,19 @@ def linearize(folder: Path, out: str, *options: str) -> int:
 def made(folder: Path) -> Path:
     """The folder of a whole run."""
     seen: list[torch.Tensor] = []
+    trainers: list[tuple[str, float | None]] = []
     step = StreamTrainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
         seen.append(inputs["input_ids"].clone())
+        trainers.append((type(self).__name__, getattr(self, "share", None)))
         return step(self, model, inputs, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StreamTrainer, "training_step", training_step)
-        assert linearize(folder, "out", "--pattern", "1 full : 2 gla") == 0
+        assert linearize(folder, "out", "--pattern", "1 full : 2 gla", "--distill", "0.4") == 0
     torch.save(seen, folder / "seen.pt")
+    (folder / "trainers.json").write_text(json.dumps(trainers))
     return folder / "out"
 
 
@@ -104,6 +107,12 @@ def test_budgets_are_kept_and_the_control_reads_the_same_tokens(made: Path, resu
     assert sum(x.numel() for x in seen[20:30]) == tokens["lora"] == 10 * STEP
     assert tokens["scratch"] == 30 * STEP
     assert tokens["teacher"] == 150 * STEP
+
+
+def test_every_stage_has_its_loss(made: Path):
+    trainers = json.loads((made.parent / "trainers.json").read_text())
+    expected = [["TransferTrainer", None]] * 20 + [["DistillTrainer", 0.4]] * 10 + [["StreamTrainer", None]] * 30
+    assert trainers == expected
 
 
 def test_transfer_teaches_every_new_mixer_and_touches_nothing_else(made: Path, results: dict[str, Any]):
@@ -134,6 +143,12 @@ def test_the_report_says_what_was_measured(made: Path, results: dict[str, Any]):
     assert set(results["provenance"]) >= {"commit", "versions", "config_sha256", "threads"}
 
 
+@pytest.mark.parametrize("swapped", [1.0, 0.9])
+def test_nothing_is_recovered_where_the_swap_cost_nothing(swapped: float, results: dict[str, Any]):
+    assert recovery({"teacher": 1.0, "swapped": swapped, "final": 0.8}) is None
+    assert "**none, since the swap cost nothing**" in report({**results, "recovery": None})
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
 def test_the_result_is_a_model_with_its_adapters_merged(made: Path, results: dict[str, Any]):
@@ -151,7 +166,7 @@ def test_the_result_is_a_model_with_its_adapters_merged(made: Path, results: dic
 
 def test_the_same_command_again_trains_nothing_and_another_is_refused(made: Path, results, monkeypatch, capsys):
     monkeypatch.delattr(StreamTrainer, "training_step")
-    assert linearize(made.parent, "out", "--pattern", "1 full : 2 gla") == 0
+    assert linearize(made.parent, "out", "--pattern", "1 full : 2 gla", "--distill", "0.4") == 0
     assert json.loads((made / "results.json").read_text())["losses"] == results["losses"]
     capsys.readouterr()
     assert linearize(made.parent, "out", "--pattern", "1 full : 2 window") == 2

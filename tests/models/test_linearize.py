@@ -33,6 +33,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "llama, biases and tied": LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True),
     "llama, scaled positions": LlamaConfig(**SIZES, rope_parameters=LLAMA3, head_dim=16, rms_norm_eps=1e-4),
+    "llama, a window that it does not read": LlamaConfig(**{**SIZES, "sliding_window": 5}),
     "mistral": MistralConfig(**SIZES, sliding_window=5),
     "mistral, full": MistralConfig(**SIZES, sliding_window=None, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, rms_norm_eps=1e-3, attention_bias=True),
@@ -93,6 +94,8 @@ def test_what_does_not_fit_is_not_taken(tmp_path: Path):
     teacher = from_softmax(tmp_path)
     taken = inherited(swap(teacher, "1 full : 1 linear", {"linear": {"key_dim": 4}}), teacher)
     assert {name.split(".")[4] for name in taken if ".1.mixer." in name} == {"v_proj", "o_proj"}
+    taken = inherited(swap(teacher, "1 full : 1 window", {"window": {"num_key_value_heads": 1}}), teacher)
+    assert {name.split(".")[4] for name in taken if ".1.mixer." in name} == {"q_proj", "o_proj"}
 
 
 @torch.no_grad()

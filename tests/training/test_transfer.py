@@ -85,5 +85,10 @@ def test_distillation_is_a_mixture_of_two_losses(teacher, student, count):
     half = 1 if count is None else 0.5
     torch.testing.assert_close(loss(0.0, student), student(**ROW, labels=LABELS).loss * half)
     torch.testing.assert_close(loss(1.0, teacher), torch.tensor(0.0), rtol=0, atol=1e-6)
-    assert loss(1.0, student) > 1e-3
+    said, learned = (
+        model(**ROW).logits[LABELS.roll(-1) != -100].log_softmax(-1).double() for model in (teacher, student)
+    )
+    divergence = (said.exp() * (said - learned)).sum(-1).mean()
+    assert divergence > 1e-3
+    torch.testing.assert_close(loss(1.0, student).double(), divergence * half, rtol=1e-4, atol=0)
     torch.testing.assert_close(loss(0.25, student), 0.75 * loss(0.0, student) + 0.25 * loss(1.0, student))

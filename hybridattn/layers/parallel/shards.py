@@ -119,7 +119,9 @@ def local_shards(x: Tensor, cu_seqlens: Tensor | None, cache: dict[str, Tensor] 
     context.check("hidden_states", x)
     if cache is not None and cu_seqlens is not None:
         raise ValueError("cache: expected None beside cu_seqlens under sequence_parallel, got a cache")
-    key = (cu_seqlens, None if cu_seqlens is None else cu_seqlens._version, len(x), x.device)
+    # A tensor of inference mode does not say whether it was changed: it is read by every layer.
+    version = None if cu_seqlens is None else object() if cu_seqlens.is_inference() else cu_seqlens._version
+    key = (cu_seqlens, version, len(x), x.device)
     if context.memo is None or context.memo[0][0] is not cu_seqlens or context.memo[0][1:] != key[1:]:
         if cu_seqlens is not None:
             check_cu_seqlens("cu_seqlens", cu_seqlens, len(x), context.tokens, True)

@@ -42,10 +42,15 @@ def next_token_loss(
 
 
 def shared_targets(
-    labels: Tensor, num_items_in_batch: Tensor | int | None, context: SequenceParallel
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    shift_labels: Tensor | None,
+    context: SequenceParallel,
 ) -> dict[str, Any]:
     """What a loss function needs to know of other ranks' tokens: this rank's targets, and how many there are in all."""
-    targets = next_labels(labels)
+    if shift_labels is not None:
+        context.check("shift_labels", shift_labels)
+    targets = next_labels(labels) if shift_labels is None else shift_labels
     if num_items_in_batch is None:
         num_items_in_batch = Sum.apply((targets != -100).sum(), context)
     return {"shift_labels": targets, "num_items_in_batch": num_items_in_batch}

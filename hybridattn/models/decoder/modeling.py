@@ -284,10 +284,13 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             Other arguments as in ``HybridAttnModel.forward``.
 
         Under ``sequence_parallel`` the loss is that of the whole sequence on every rank, and its gradients are to be
-        added up over the ranks.
+        added up over the ranks; ``logits_to_keep`` is of a rank's tokens; with labels there is no cache by default.
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits: expected False without labels, got True")
+        context = current()
+        if use_cache is None and labels is not None and context is not None:
+            use_cache = False  # which would gather the keys of all ranks on each
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -298,9 +301,8 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
-        context = current()
         if labels is not None and context is not None:
-            kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), context)
+            kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), context)
         if skip_logits and labels is not None:
             given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
             loss: Any = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **given)

@@ -1,5 +1,6 @@
 """The context: arguments, what is refused, and one rank alone; in a group of one process."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,6 +109,27 @@ def test_recomputed_layers_belong_inside():
         loss.backward()
 
 
+def test_a_loss_comes_without_a_cache_unless_asked_for():
+    net, ids, offsets = decoder(), torch.randint(20, (1, 9)), torch.tensor([0, 4, 9])
+    with sequence_parallel(tokens=9):
+        assert net(ids, labels=ids).past_key_values is None
+        assert net(ids, labels=ids, cu_seq_lens_q=offsets).loss.isfinite()
+        assert net(ids, labels=ids, use_cache=True).past_key_values.get_seq_length() == 9
+        assert net(ids).past_key_values.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_given_targets_are_kept(skip_logits: bool):
+    net, ids, targets = decoder(), torch.randint(20, (2, 9)), torch.randint(20, (2, 9))
+    targets[:, 3] = -100
+    options = {"labels": ids, "shift_labels": targets, "skip_logits": skip_logits}
+    expected = net(ids, **options).loss
+    with sequence_parallel(tokens=9):
+        torch.testing.assert_close(net(ids, **options).loss, expected)
+        with pytest.raises(ValueError, match="shift_labels: expected 9 tokens"):
+            net(ids, **{**options, "shift_labels": targets[:, 1:]})
+
+
 def test_what_has_no_context_is_refused():
     for function in (shard_sequence, gather_sequence):
         with pytest.raises(ValueError, match="sequence_parallel: expected an active context, got none"):
@@ -133,7 +155,13 @@ def test_offsets_are_of_the_whole_sequence():
         mixer(x, cu_seqlens=torch.tensor([0, 3, 7]))
 
 
-def test_changed_offsets_are_read_again():
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+def test_changed_offsets_are_read_again(mode: Any):
+    with mode():
+        check_changed_offsets()
+
+
+def check_changed_offsets() -> None:
     mixer, x, offsets = GatedLinearAttention(8, num_heads=2), torch.randn(1, 4, 8), torch.tensor([0, 1, 4])
     with sequence_parallel(tokens=4):
         before = mixer(x, cu_seqlens=offsets)
