@@ -206,16 +206,21 @@ def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
     for row in found:
         largest = row["largest_batch"]
         taken = next((each["bytes"] for each in largest["tried"] if each["batch"] == largest["batch"]), None)
-        larger = min((each for each in largest["tried"] if each["batch"] > largest["batch"]), key=lambda x: x["batch"])
-        over = "out of memory" if larger["bytes"] is None else f"{larger['bytes'] / 1e6:,.1f} MB"
+        larger = [each for each in largest["tried"] if each["batch"] > largest["batch"]]
         numbers = [number(largest["budget"] / 1e6, "{:,.6g}"), number(largest["tokens"], "{:,}")]
         body.append([Entry(row["config"]["name"]), *numbers, number(largest["batch"], "{:,}")])
-        body[-1] += [number(_mega(taken), "{:,.1f}"), Entry(f"{larger['batch']:,}: {over}")]
+        over = _attempt(min(larger, key=lambda tried: tried["batch"])) if larger else "none"
+        body[-1] += [number(_mega(taken), "{:,.1f}"), Entry(over)]
     texts = [
         "Sequences that are decoded together within the budget, found by bisection: weights, caches and a decoding "
         "step at their peak. On a CPU bytes are those of the process beyond what it had before."
     ]
     return Section("Largest batch", texts, [Table(heads, body)])
+
+
+def _attempt(tried: dict[str, Any]) -> str:
+    over = "out of memory" if tried["bytes"] is None else f"{tried['bytes'] / 1e6:,.1f} MB"
+    return f"{tried['batch']:,}: {over}"
 
 
 def learning(rows: Sequence[dict[str, Any]]) -> Section | None:

@@ -68,6 +68,14 @@ def test_a_report_of_speed_alone_has_no_fronts(tmp_path: Path, write_cell: Calla
     assert "Learnability" not in text
 
 
+def test_a_batch_beyond_which_nothing_was_tried_is_told(tmp_path: Path, write_cell: Callable[..., None]):
+    tried = [{"batch": 1, "bytes": 1_000_000}, {"batch": 2, "bytes": 2_000_000}]
+    write_cell("one", "largest_batch", {"batch": 2, "tried": tried}, tokens=8, budget=10**9)
+    build(tmp_path, title="x")
+    last = (tmp_path / "report.md").read_text().partition("## Largest batch")[2].partition("##")[0].strip().splitlines()
+    assert [entry.strip() for entry in last[-1].strip("|").split("|")] == ["one", "1,000", "8", "2", "2.0", "none"]
+
+
 class Links(HTMLParser):
     """Everything a page would load."""
 
