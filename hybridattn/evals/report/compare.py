@@ -14,13 +14,15 @@ Change = tuple[str, str, str, str, str]
 def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compare the rows of two reports by name, so that rows that were configured anew, or on another device, compare.
 
+    Where a report has several rows of a name, they compare by their labels, which tell them apart.
+
     A time changed if the intervals of its medians do not overlap; recall, if the ranges over the seeds do not; bytes
     and the number of parameters, if they differ at all.
 
     Returns:
         ``changes``, ``compared`` (the number of figures in both), ``gone`` and ``come``, names of rows in one only.
     """
-    before, after = ({row["config"]["name"]: row for row in each} for each in (old, new))
+    before, after = ({row["label"]: row for row in each} for each in (old, new))
     changes: list[Change] = []
     compared = 0
     for name in before.keys() & after.keys():

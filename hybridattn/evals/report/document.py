@@ -63,7 +63,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> Section:
     steps = _keys(rows, "decode", ("tokens", "batch", "graph"))
     state = list(dict.fromkeys(tokens for row in rows for tokens in row["state"]))
     columns: list[tuple[str, Callable[[dict[str, Any]], Entry]]] = [
-        ("model", lambda row: Entry(row["config"]["name"])),
+        ("model", lambda row: Entry(row["label"])),
         *((f"recall, {n} pairs", lambda row, n=n: _recall(row["recall"].get(n))) for n in pairs),
         ("parameters", lambda row: number((row["facts"] or {}).get("parameters"), "{:,}")),
         *((f"state after {int(n):,} tokens, bytes", lambda row, n=n: _size(row["state"].get(n))) for n in state),
@@ -158,7 +158,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Section | None:
         body = []
         for row in rows:
             times = [_time(row, "decode", _named(key)) for key in steps]
-            body.append([Entry(row["config"]["name"]), *times, number(row["decode_growth"], "{:.2f}")])
+            body.append([Entry(row["label"]), *times, number(row["decode_growth"], "{:.2f}")])
         tables.append(Table(["decoding step, ms", *heads, "longest over shortest context"], body))
     if learns:
         heads = ["forward and backward, ms", *(f"{n:,} tokens" for (n,) in learns), "tokens/s", "peak MB"]
@@ -184,7 +184,7 @@ def _time(row: dict[str, Any], kind: str, wanted: dict[str, Any]) -> Entry:
 
 
 def _times(row: dict[str, Any], kind: str, lengths: Sequence[tuple[int]]) -> list[Entry]:
-    return [Entry(row["config"]["name"]), *(_time(row, kind, {"tokens": n}) for (n,) in lengths)]
+    return [Entry(row["label"]), *(_time(row, kind, {"tokens": n}) for (n,) in lengths)]
 
 
 def _growth(row: dict[str, Any]) -> list[Entry]:
@@ -208,7 +208,7 @@ def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
         taken = next((each["bytes"] for each in largest["tried"] if each["batch"] == largest["batch"]), None)
         larger = [each for each in largest["tried"] if each["batch"] > largest["batch"]]
         numbers = [number(largest["budget"] / 1e6, "{:,.6g}"), number(largest["tokens"], "{:,}")]
-        body.append([Entry(row["config"]["name"]), *numbers, number(largest["batch"], "{:,}")])
+        body.append([Entry(row["label"]), *numbers, number(largest["batch"], "{:,}")])
         over = _attempt(min(larger, key=lambda tried: tried["batch"])) if larger else "none"
         body[-1] += [number(_mega(taken), "{:,.1f}"), Entry(over)]
     texts = [
@@ -233,7 +233,7 @@ def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
     for row in found:
         learnt = row["learnability"]
         shares = [number(learnt[name], "{:.3f}") for name in ("median", "best", "worst")]
-        cells = [Entry(row["config"]["name"]), number(row["config"]["train"]["steps"], "{:,}")]
+        cells = [Entry(row["label"]), number(row["config"]["train"]["steps"], "{:,}")]
         cells += [number(learnt["rate"], "{:g}"), *shares]
         cells += [Entry(f"{learnt['reached']} of {learnt['runs']}", learnt["reached"] / learnt["runs"])]
         body.append([*cells, number(learnt["steps_to_threshold"], "{:,.0f}")])
@@ -284,7 +284,7 @@ def origin(rows: Sequence[dict[str, Any]], provenance: Sequence[dict[str, Any]])
     body = []
     for row in rows:
         told = ", ".join((row["facts"] or {}).get("attention_operators") or []) or "not measured"
-        body.append([Entry(row["config"]["name"]), Entry(row["config_sha256"][:16]), Entry(told)])
+        body.append([Entry(row["label"]), Entry(row["config_sha256"][:16]), Entry(told)])
     texts = []
     for source in provenance:
         versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items() if version)

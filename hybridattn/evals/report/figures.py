@@ -133,7 +133,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
             measured = alone(row, kind)
             if not measured:
                 continue
-            label = row["config"]["name"]
+            label = row["label"]
             if kind == "prefill" and row["prefill_exponent"] is not None:
                 label += f": T^{row['prefill_exponent']:.2f}"
             elif kind == "decode" and row["decode_growth"] is not None:
@@ -160,7 +160,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
     for i, row in enumerate(rows):
         for n, curve in enumerate(row["curves"]):
             steps, recall = zip(*curve, strict=True)
-            label = row["config"]["name"] if n == 0 else None
+            label = row["label"] if n == 0 else None
             axes.plot(steps, recall, color=COLORS[i % len(COLORS)], label=label, linewidth=1.3)
     axes.set(xlabel="training steps", ylabel="recall", ylim=(-0.03, 1.03))
     axes.legend(fontsize=7, framealpha=0)

@@ -15,7 +15,8 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Group cells by what they are of, in the order of the first ones.
 
     Returns:
-        JSON values, one dict per row: ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
+        JSON values, one dict per row: ``label``, its name, and in brackets what tells it from others of that name;
+        ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
         by number of pairs (median, lowest and highest of the seeds at the best rate) with ``learnability`` and
         ``curves``; ``state`` by tokens; ``prefill`` and ``training`` by tokens, ``decode`` as a list, each with a
         `summary` of seconds, ``tokens_per_second`` and ``peak_bytes``; ``prefill_exponent``; ``decode_growth``, the
@@ -25,7 +26,17 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in sorted(cells, key=lambda cell: cell["kind"] != "model"):  # models are measured in the suite's order
         groups[json_sha256({name: cell["config"][name] for name in BASE})].append(cell)
-    return [_row(key, group) for key, group in groups.items()]
+    made = [_row(key, group) for key, group in groups.items()]
+    return [{"label": _label(row, made), **row} for row in made]
+
+
+def _label(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    config = row["config"]
+    alike = [each["config"] for each in rows if each["config"]["name"] == config["name"]]
+    differ = [name for name in BASE if any(each[name] != config[name] for each in alike)]
+    told = [f"{config[name]} threads" if name == "threads" else config[name] for name in BASE[3:] if name in differ]
+    told += [row["config_sha256"][:8]] if {"model", "train"} & set(differ) else []
+    return f"{config['name']} ({', '.join(told)})" if told else config["name"]
 
 
 def _row(key: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What must not be: a cache that is not what its formula says, and one declared constant that grows."""
     told = []
     for row in rows:
-        name = row["config"]["name"]
+        name = row["label"]
         for tokens, sizes in row["state"].items():
             if "reason" not in sizes and sizes["formula"] not in (None, sizes["allocated"]):
                 told.append(
@@ -139,7 +150,7 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         pairs = str(_telling(rows))
         found.append(
             {
-                "name": row["config"]["name"],
+                "name": row["label"],
                 "pairs": int(pairs),
                 "recall": row["recall"][pairs]["median"],
                 "state_bytes": sizes[0]["allocated"],

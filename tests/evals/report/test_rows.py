@@ -32,6 +32,21 @@ def test_a_model_on_another_device_is_another_row(report: Path, write_cell: Call
     assert len(rows(cells.read(report))) == 4
 
 
+def test_rows_of_one_name_are_told_apart(report: Path, write_cell: Callable[..., None]):
+    write_cell("attention", "model", {"parameters": 1}, device="a GPU", dtype="bfloat16")
+    write_cell("window", "model", {"parameters": 1}, threads=2, train=None)
+    found = rows(cells.read(report))
+    hashes = [row["config_sha256"][:8] for row in found if row["config"]["name"] == "window"]
+    assert [row["label"] for row in found] == [
+        "attention (a machine, float32)",
+        f"window (1 threads, {hashes[0]})",
+        "other",
+        "attention (a GPU, bfloat16)",
+        f"window (2 threads, {hashes[1]})",
+    ]
+    assert points(found)[0]["name"] == "attention (a machine, float32)"
+
+
 def test_contradictions_are_told(report: Path, write_cell: Callable[..., None]):
     write_cell("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
     write_cell("window", "state", {"allocated": 5004, "formula": 5004}, tokens=256)
