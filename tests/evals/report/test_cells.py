@@ -19,6 +19,12 @@ def test_a_cell_says_where_it_comes_from(tmp_path: Path):
     assert [path.suffix for path in (tmp_path / cells.CELLS).iterdir()] == [".json"]
 
 
+def test_cells_are_read_in_the_order_they_were_written(tmp_path: Path):
+    for i in range(8):
+        cells.write(tmp_path, "model", {"name": i}, {}, device="a machine")
+    assert [cell["config"]["name"] for cell in cells.read(tmp_path)] == list(range(8))
+
+
 def test_another_configuration_is_another_cell(tmp_path: Path):
     assert cells.path_of(tmp_path, "a", CONFIG) == cells.path_of(tmp_path, "a", dict(reversed(CONFIG.items())))
     assert len({cells.path_of(tmp_path, k, c) for k in "ab" for c in (CONFIG, {**CONFIG, "tokens": 4})}) == 4
