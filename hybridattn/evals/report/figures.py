@@ -21,9 +21,10 @@ from hybridattn.evals.report.fronts import front, place_labels
 INK = "#123456"  # of text and lines; `svg` makes it the page's
 COLORS = ("#3b82d0", "#d9772b", "#2f9e58", "#d6455d", "#9467bd", "#a0785a", "#d664b4", "#8a8a8a", "#a3a022", "#20a8b8")
 MARKERS = "osD^vP*Xph"
-STYLE: dict[Any, str] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hybridattn",
+    "text.parse_math": False,  # a model's name may have dollars
     "font.family": "sans-serif",
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,

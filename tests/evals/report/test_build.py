@@ -76,6 +76,13 @@ def test_a_batch_beyond_which_nothing_was_tried_is_told(tmp_path: Path, write_ce
     assert [entry.strip() for entry in last[-1].strip("|").split("|")] == ["one", "1,000", "8", "2", "2.0", "none"]
 
 
+def test_a_name_is_no_formula(tmp_path: Path, write_cell: Callable[..., None]):
+    for tokens in (8, 16):
+        write_cell(r"$\foo$", "prefill", {"seconds": [1.0] * 10, "peak_bytes": None}, tokens=tokens, batch=1, round=0)
+    build(tmp_path, title="x")
+    assert r"$\foo$: T^0.00</text>" in (tmp_path / "report.html").read_text()
+
+
 class Links(HTMLParser):
     """Everything a page would load."""
 
