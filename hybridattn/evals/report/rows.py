@@ -140,21 +140,20 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ``state_tokens``, the fewest that were measured; ``step``, seconds of one sequence after ``context`` tokens, the
         shortest; ``tokens_per_second`` of ``batch`` sequences, the most that were decoded there.
     """
-    found = []
+    found, pairs = [], _telling(rows)
     for row in rows:
         steps = [each for each in row["decode"] if "median" in each and not each["graph"]]
-        sizes = [each for each in row["state"].values() if "reason" not in each]
-        if not (row["recall"] and steps and sizes):
+        sizes = [(tokens, each) for tokens, each in row["state"].items() if "reason" not in each]
+        if pairs is None or not (row["recall"] and steps and sizes):
             continue
         shortest = [each for each in steps if each["tokens"] == steps[0]["tokens"]]
-        pairs = str(_telling(rows))
         found.append(
             {
                 "name": row["label"],
-                "pairs": int(pairs),
-                "recall": row["recall"][pairs]["median"],
-                "state_bytes": sizes[0]["allocated"],
-                "state_tokens": int(next(iter(row["state"]))),
+                "pairs": pairs,
+                "recall": row["recall"][str(pairs)]["median"],
+                "state_bytes": sizes[0][1]["allocated"],
+                "state_tokens": int(sizes[0][0]),
                 "step": shortest[0]["median"],
                 "context": shortest[0]["tokens"],
                 "batch": shortest[-1]["batch"],
@@ -164,16 +163,16 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _telling(rows: Sequence[dict[str, Any]]) -> int:
-    """The number of pairs whose recalls differ most, the larger of two."""
+def _telling(rows: Sequence[dict[str, Any]]) -> int | None:
+    """The number of pairs whose recalls differ most, the larger of two; None if there is none that all rows have."""
     trained = [row for row in rows if row["recall"]]
-    common = set.intersection(*(set(row["recall"]) for row in trained))
+    common = set[str]().union(*(row["recall"] for row in trained)).intersection(*(row["recall"] for row in trained))
 
     def spread(pairs: int) -> float:
         shares = [row["recall"][str(pairs)]["median"] for row in trained]
         return round(max(shares) - min(shares), 3)
 
-    return max(map(int, common), key=lambda pairs: (spread(pairs), pairs))
+    return max(map(int, common), key=lambda pairs: (spread(pairs), pairs), default=None)
 
 
 def best_under(costs: Sequence[float], gains: Sequence[float], limits: Sequence[float]) -> list[int | None]:

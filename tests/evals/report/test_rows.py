@@ -72,6 +72,17 @@ def test_nothing_recalled_is_no_point(report: Path):
     assert points([row for row in rows(cells.read(report)) if row["config"]["name"] == "other"]) == []
 
 
+def test_rows_without_a_number_of_pairs_in_common_are_no_points(report: Path, write_cell: Callable[..., None]):
+    write_cell("other", "recall", {"recall": {"64": 0.5}, "curve": [[100, 0.5]]}, seed=0, rate=0.01)
+    assert points(rows(cells.read(report))) == []
+
+
+def test_a_point_names_the_tokens_its_state_was_measured_after(report: Path, write_cell: Callable[..., None]):
+    write_cell("attention", "state", {"reason": "out of memory"}, tokens=64)
+    attention, _ = points(rows(cells.read(report)))
+    assert (attention["state_bytes"], attention["state_tokens"]) == (12800, 128)
+
+
 def test_the_best_within_a_budget():
     costs, gains = [10, 20, 40, 5], [0.5, 0.9, 0.90004, 0.4]
     assert best_under(costs, gains, [1, 5, 10, 30, 100]) == [None, 3, 0, 1, 1]
