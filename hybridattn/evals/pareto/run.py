@@ -38,8 +38,9 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
         again: measure what is there, too.
 
     Raises:
-        ValueError: a part that there is not, or a GPU that there is not.
+        ValueError: a part that there is not, or a GPU that there is not; or as `cells.check_output`.
     """
+    cells.check_output(out)
     part, parts = shard
     if not 1 <= part <= parts:
         raise ValueError(f"shard: expected i/n with 1 <= i <= n, got {part}/{parts}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridattn.evals.report.folder import RESULTS
 from hybridattn.evals.report.provenance import json_sha256, provenance
 
 CELLS = "cells"
@@ -50,6 +51,18 @@ def write(out: Path, kind: str, config: dict[str, Any], figures: dict[str, Any],
     with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".partial", delete=False, encoding="utf-8") as file:
         json.dump(cell, file, indent=1)
     os.replace(file.name, target)
+
+
+def check_output(out: Path) -> None:
+    """Check that cells may be written in ``out``: nothing is there, or a folder without a report of another kind.
+
+    Raises:
+        ValueError: a file, or a report without cells, which the one of cells would overwrite.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder or a new path, got {out}, which is a file")
+    if (out / RESULTS).exists() and not (out / CELLS).is_dir():
+        raise ValueError(f"out: expected a new path or a folder with {CELLS}, got {out} with a report of another kind")
 
 
 def check(cell: dict[str, Any]) -> None:
@@ -90,8 +103,9 @@ def merge(folders: Sequence[Path], out: Path) -> None:
     """Copy the cells and kernel measurements of several folders into one; of two with one name, the newer one.
 
     Raises:
-        ValueError: a folder has no cells.
+        ValueError: a folder has no cells, or as `check_output`.
     """
+    check_output(out)
     newest: dict[str, tuple[str, Path]] = {}
     for folder in folders:
         read(folder)

@@ -81,3 +81,14 @@ def test_of_two_cells_the_newer_one_is_merged(
     assert len(list(cells.kernel_lines(tmp_path / "merged"))) == 4
     cells.merge([tmp_path / "merged", tmp_path / "old"], tmp_path / "merged")
     assert len(cells.read(tmp_path / "merged")) == 4
+
+
+def test_a_report_of_another_kind_is_not_overwritten(tmp_path: Path, write_cell: Callable[..., None]):
+    write_cell("row", "model", {}, out=tmp_path / "cells")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out: expected a new path or a folder with cells, got .*other with a report"):
+        cells.merge([tmp_path / "cells"], tmp_path / "other")
+    with pytest.raises(ValueError, match="out: expected a folder or a new path, got .*file, which is a file"):
+        cells.merge([tmp_path / "cells"], tmp_path / "file")
