@@ -1,5 +1,6 @@
 """What a suite is: models, how they are trained, and what is measured, from a YAML file or from arguments."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -147,7 +148,7 @@ def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[st
     options = shared.get("mixer_options", {}) | entry.get("mixer_options", {})
     wanted = entry["mixers"]
     _expect("mixers", isinstance(wanted, str | list), f"a list or a pattern ({label})", wanted)
-    used = wanted.split() if isinstance(wanted, str) else wanted
+    used = re.findall(r"\w+", wanted) if isinstance(wanted, str) else wanted
     merged = {
         name: shared.get("mixer_options", {}).get(name, {}) | entry.get("mixer_options", {}).get(name, {})
         for name in options

@@ -31,7 +31,7 @@ shared:
   mixer_options: {gla: {num_heads: 2, key_dim: 8}, full: {num_heads: 4}}
 models:
   mine: {mixers: [gla, full], hidden_size: 16, mixer_options: {gla: {key_dim: 16}}, steps: 7}
-  pattern: {mixers: "1 full : 1 gla", num_hidden_layers: 2}
+  pattern: {mixers: "1 full:1 gla", num_hidden_layers: 2}
   published: {preset: based_360m}
   other: {config: {model_type: llama, vocab_size: 64}}
 """
