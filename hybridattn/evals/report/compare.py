@@ -48,7 +48,7 @@ def _figures(row: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, flo
     for tokens, sizes in row["state"].items():
         if "reason" not in sizes:
             yield f"state after {tokens} tokens, bytes", (*[sizes["allocated"]] * 3, "{:,}")
-    if row["facts"] is not None:
+    if "parameters" in (row["facts"] or {}):
         yield "parameters", (*[row["facts"]["parameters"]] * 3, "{:,}")
     for kind in ("prefill", "decode", "training"):
         for timed in row[kind]:
@@ -56,7 +56,7 @@ def _figures(row: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, flo
                 graph = ", CUDA graph" if timed["graph"] else ""
                 name = f"{kind}, {timed['tokens']} tokens, batch {timed['batch']}{graph}, s"
                 yield name, (timed["median"], timed["low"], timed["high"], "{:.3g}")
-    if row["largest_batch"] is not None:
+    if "batch" in (row["largest_batch"] or {}):
         yield "largest batch", (*[row["largest_batch"]["batch"]] * 3, "{:,}")
 
 

@@ -198,7 +198,7 @@ def _mega(size: float | None) -> float | None:
 
 def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
     """The largest batches."""
-    found = [row for row in rows if row["largest_batch"] is not None]
+    found = [row for row in rows if "tried" in (row["largest_batch"] or {})]
     if not found:
         return None
     heads = ["model", "budget, MB", "prompt, tokens", "largest batch", "MB with it", "the next one tried"]
@@ -251,10 +251,11 @@ def operators(kernels: Sequence[dict[str, Any]]) -> Section | None:
     """Every operator at its bytes and operations, against the machine's ceilings."""
     if not kernels:
         return None
-    heads = ["operator", "shape", "by", "forward, ms", "of copy", "of matmul", "with backward, ms", "peak MB"]
+    heads = ["operator", "device", "shape", "by", "forward, ms", "of copy", "of matmul", "with backward, ms", "peak MB"]
     body = []
     for line in kernels:
-        cells = [Entry(line["work"]), Entry("x".join(map(str, line["shape"]))), Entry(line["contestant"])]
+        shape = "x".join(map(str, line["shape"]))
+        cells = [Entry(line["work"]), Entry(line["device"]), Entry(shape), Entry(line["contestant"])]
         if "reason" in line:
             body.append([*cells, Entry(line["reason"]), *[Entry("")] * 4])
             continue
@@ -266,15 +267,17 @@ def operators(kernels: Sequence[dict[str, Any]]) -> Section | None:
             number(_mega(line.get("peak_bytes")), "{:,.0f}"),
         ]
         body.append(cells)
-    first = kernels[0]
     texts = [
-        f"On {first['device']} a copy moves {first['copy_bytes_per_second'] / 1e9:,.1f} GB/s, a matrix product makes "
-        f"{first['matmul_flop_per_second'] / 1e9:,.1f} GFLOP/s. Shape: batch, tokens, heads, key and value dims. Bytes "
-        "are those that must move, operations those of the formula in chunks: more of either is no merit. What is "
-        "wrong has no speed."
+        f"On {line['device']} a copy moves {line['copy_bytes_per_second'] / 1e9:,.1f} GB/s, a matrix product makes "
+        f"{line['matmul_flop_per_second'] / 1e9:,.1f} GFLOP/s."
+        for line in {line["device"]: line for line in kernels}.values()
+    ]
+    texts += [
+        "Shape: batch, tokens, heads, key and value dims. Bytes are those that must move, operations those of the "
+        "formula in chunks: more of either is no merit. What is wrong has no speed."
     ]
     has = any("reason" not in line for line in kernels)
-    caption = "The line is what copy and matrix product allow."
+    caption = "The line is what copy and matrix product allow, one per device."
     return Section("Operators and roofline", texts, [Table(heads, body)], "roofline" if has else None, caption)
 
 

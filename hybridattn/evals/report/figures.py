@@ -169,16 +169,17 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def roofline(kernels: Sequence[dict[str, Any]]) -> Figure:
-    """Rate against operations per byte, below this machine's ceilings, one point per operator and contestant."""
+    """Rate against operations per byte, below the ceilings of each device, one point per operator and contestant."""
     figure, (axes,) = _figure(1, width=8)
     right = [line for line in kernels if "reason" not in line]
-    copy = max(line["copy_bytes_per_second"] for line in kernels)
-    product = max(line["matmul_flop_per_second"] for line in kernels)
-    ridge = product / copy
+    devices = {line["device"]: line for line in kernels}
+    ceilings = [(line["copy_bytes_per_second"], line["matmul_flop_per_second"]) for line in devices.values()]
+    ridges = [product / copy for copy, product in ceilings]
     works, contestants = (list(dict.fromkeys(line[name] for line in right)) for name in ("work", "contestant"))
     intensities = [line["flop_per_second"] / line["bytes_per_second"] for line in right]
-    low, high = min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3
-    axes.plot([low, ridge, high], [low * copy, product, product], color=INK, linewidth=1.2)
+    low, high = min([*intensities, *ridges]) / 3, max([*intensities, *ridges]) * 3
+    for (copy, product), ridge in zip(ceilings, ridges, strict=True):
+        axes.plot([low, ridge, high], [low * copy, product, product], color=INK, linewidth=1.2)
     for line, intensity in zip(right, intensities, strict=True):
         work, contestant = works.index(line["work"]), contestants.index(line["contestant"])
         style = {"color": COLORS[work % len(COLORS)], "marker": MARKERS[contestant % len(MARKERS)], "s": 30}
