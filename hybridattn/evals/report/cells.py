@@ -71,7 +71,7 @@ def check(cell: dict[str, Any]) -> None:
     Raises:
         ValueError: something is missing, or the hash is not that of the configuration.
     """
-    source = cell.get("provenance", {})
+    source = cell.get("provenance", {}) if isinstance(cell, dict) else {}
     for name in REQUIRED:
         if not source.get(name):
             raise ValueError(f"{name}: expected in the provenance of every figure, got {source.get(name)!r}")
@@ -90,8 +90,8 @@ def read(out: Path) -> list[dict[str, Any]]:
         raise ValueError(f"report: expected a folder with {CELLS}/*.json, got {out}")
     cells = []
     for file in files:
-        cell = json.loads(file.read_text(encoding="utf-8"))
         try:
+            cell = json.loads(file.read_text(encoding="utf-8"))
             check(cell)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
@@ -125,6 +125,15 @@ KERNELS = "kernels.jsonl"  # what `hybridattn kernels bench` wrote
 
 
 def kernel_lines(out: Path) -> Iterator[str]:
-    """The lines of a report's kernel measurements."""
+    """The lines of a report's kernel measurements.
+
+    Raises:
+        ValueError: one is no JSON.
+    """
     if (out / KERNELS).is_file():
-        yield from (out / KERNELS).read_text(encoding="utf-8").splitlines()
+        for line in (out / KERNELS).read_text(encoding="utf-8").splitlines():
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{out / KERNELS}: {error}") from error
+            yield line

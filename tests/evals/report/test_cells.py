@@ -92,3 +92,14 @@ def test_a_report_of_another_kind_is_not_overwritten(tmp_path: Path, write_cell:
         cells.merge([tmp_path / "cells"], tmp_path / "other")
     with pytest.raises(ValueError, match="out: expected a folder or a new path, got .*file, which is a file"):
         cells.merge([tmp_path / "cells"], tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["nope", "[]"])
+def test_a_file_that_is_no_cell_is_named(tmp_path: Path, write_cell: Callable[..., None], text: str):
+    write_cell("row", "model", {})
+    (tmp_path / cells.CELLS / "notes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"notes\.json: "):
+        cells.read(tmp_path)
+    (tmp_path / cells.KERNELS).write_text(text + "{")
+    with pytest.raises(ValueError, match=r"kernels\.jsonl: "):
+        list(cells.kernel_lines(tmp_path))
