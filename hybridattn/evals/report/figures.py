@@ -92,6 +92,12 @@ def _log(axes: Axes, *names: str) -> None:
         axis.set_major_formatter(EngFormatter(sep=""))
 
 
+def _same(points: Sequence[dict[str, Any]], name: str, text: str, otherwise: str = "") -> str:
+    """What all points have in common; memory may have run out for some of them where others were measured."""
+    values = {point[name] for point in points}
+    return text.format(*values) if len(values) == 1 else otherwise
+
+
 def pareto(points: Sequence[dict[str, Any]]) -> Figure:
     """Recall against state bytes, and against decoded tokens per second; the fronts are dashed."""
     figure, axes = _figure(2)
@@ -100,10 +106,12 @@ def pareto(points: Sequence[dict[str, Any]]) -> Figure:
     first = points[0]
     states = [point["state_bytes"] for point in points]
     rates = [point["tokens_per_second"] for point in points]
+    best_states = front(states, steps)
     panels = (
-        (f"state after {first['state_tokens']:,} tokens, bytes (less is better)", states, front(states, steps)),
+        (f"state{_same(points, 'state_tokens', ' after {:,} tokens')}, bytes (less is better)", states, best_states),
         (
-            f"decode, tokens/s at batch {first['batch']} after {first['context']:,} tokens (more is better)",
+            f"decode, tokens/s{_same(points, 'batch', ' at batch {:,}', ' at the largest batch')}"
+            f"{_same(points, 'context', ' after {:,} tokens')} (more is better)",
             rates,
             front([-rate for rate in rates], steps),
         ),

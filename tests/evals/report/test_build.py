@@ -103,6 +103,14 @@ def test_what_ran_out_of_memory_is_left_out(tmp_path: Path, write_cell: Callable
     assert compare(found, found)["compared"] == 0
 
 
+def test_the_picture_of_points_says_only_what_they_share():
+    point = {"name": "a", "pairs": 8, "recall": 0.5, "state_bytes": 9, "state_tokens": 16, "step": 1.0, "context": 32}
+    points = [{**point, "batch": batch, "tokens_per_second": batch} for batch in (1, 512)]
+    states, rates = draw_figures([], points, [])["pareto"].axes
+    assert states.get_xlabel().startswith("state after 16 tokens, bytes")
+    assert rates.get_xlabel().startswith("decode, tokens/s at the largest batch after 32 tokens")
+
+
 def test_a_name_is_no_formula(tmp_path: Path, write_cell: Callable[..., None]):
     for tokens in (8, 16):
         write_cell(r"$\foo$", "prefill", {"seconds": [1.0] * 10, "peak_bytes": None}, tokens=tokens, batch=1, round=0)
