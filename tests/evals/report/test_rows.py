@@ -49,7 +49,7 @@ def test_rows_of_one_name_are_told_apart(report: Path, write_cell: Callable[...,
 
 def test_contradictions_are_told(report: Path, write_cell: Callable[..., None]):
     write_cell("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
-    write_cell("window", "state", {"allocated": 5004, "formula": 5004}, tokens=256)
+    write_cell("window", "state", {"allocated": 5004, "formula": 5004}, tokens=16)  # just full
     write_cell("window", "state", {"allocated": 7, "formula": 7}, tokens=8)  # before the window is full
     assert problems(rows(cells.read(report))) == [
         "attention: the cache after 256 tokens has 9 bytes, by its formula 8",
