@@ -88,9 +88,9 @@ def test_a_report_of_another_kind_is_not_overwritten(tmp_path: Path, write_cell:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text("{}")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="out: expected a new path or a folder with cells, got .*other with a report"):
+    with pytest.raises(ValueError, match=r"out: expected a new path or a folder with cells, got .*other with a report"):
         cells.merge([tmp_path / "cells"], tmp_path / "other")
-    with pytest.raises(ValueError, match="out: expected a folder or a new path, got .*file, which is a file"):
+    with pytest.raises(ValueError, match=r"out: expected a folder or a new path, got .*file, which is a file"):
         cells.merge([tmp_path / "cells"], tmp_path / "file")
 
 
