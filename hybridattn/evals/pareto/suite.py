@@ -73,9 +73,12 @@ class Suite:
         _expect("decode", pairs, "pairs (context, batch) of positive integers", self.decode)
         _expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a number of at least 0", self.seconds)
         _expect("graphs", not self.graphs or self.device == "cuda", "false on a CPU", self.graphs)
-        is_budget = isinstance(self.memory, dict) and set(self.memory) == {"tokens", "budget"}
-        is_budget = is_budget and _are_positive([*self.memory.values()])
-        _expect("memory", self.memory is None or is_budget, "tokens and budget, positive integers", self.memory)
+        is_budget = self.memory is None or (
+            isinstance(self.memory, dict)
+            and set(self.memory) == {"tokens", "budget"}
+            and _are_positive([*self.memory.values()])
+        )
+        _expect("memory", is_budget, "tokens and budget, positive integers", self.memory)
         _expect("seeds", _is_list(self.seeds) and all(isinstance(x, int) for x in self.seeds), "integers", self.seeds)
         # YAML takes 1e-2 for a text, and 1.0e-2 for a number.
         _expect("rates", _is_list(self.rates) and all(map(_is_number, self.rates)), "numbers", self.rates)
