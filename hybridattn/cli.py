@@ -97,8 +97,8 @@ def evaluate(
 
 def _integers(name: str, wanted: str) -> list[int]:
     parts = wanted.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{name}: expected integers with commas between them, got {wanted!r}")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name}: expected positive integers with commas between them, got {wanted!r}")
     return [int(part) for part in parts]
 
 
@@ -124,6 +124,8 @@ def throughput(
     from hybridattn.evals.pareto.suite import Suite
     from hybridattn.evals.throughput import subjects
 
+    if budget is not None and not 1e-9 <= budget < math.inf:
+        raise ValueError(f"budget: expected a positive number of GB, got {budget}")
     place = _device(device)
     on_gpu = place == "cuda"
     first, *further = _integers("contexts", contexts)

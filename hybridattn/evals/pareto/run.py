@@ -39,8 +39,9 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
         again: measure what is there, too.
 
     Raises:
-        ValueError: a part that there is not, or a GPU that there is not.
+        ValueError: a part that there is not, or a GPU that there is not; or as `cells.check_output`.
     """
+    cells.check_output(out)
     part, parts = shard
     if not 1 <= part <= parts:
         raise ValueError(f"shard: expected i/n with 1 <= i <= n, got {part}/{parts}")
@@ -100,7 +101,9 @@ def train(suite: Suite, names: Sequence[str], out: Path, again: bool) -> None:
         file = weights_of(out, config)
         file.parent.mkdir(parents=True, exist_ok=True)
         # A tied weight is one array under two names, which the format refuses: the model ties it again.
-        save_file({each: values for each, values in trained.weights.items() if each != "lm_head.weight"}, file)
+        written = {each: values for each, values in trained.weights.items() if each != "lm_head.weight"}
+        save_file(written, file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)  # whole or not at all
         figures = {
             "recall": {str(pairs): share for pairs, share in trained.recall.items()},
             "curve": trained.curve,

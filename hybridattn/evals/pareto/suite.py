@@ -1,5 +1,6 @@
 """What a suite is: models, how they are trained, and what is measured, from a YAML file or from arguments."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -67,13 +68,20 @@ class Suite:
         for name in ("threads", "rounds", "looks"):
             _expect(name, _is_positive(getattr(self, name)), "a positive integer", getattr(self, name))
         for name in ("state", "prefill", "training"):
-            _expect(name, all(map(_is_positive, getattr(self, name))), "positive integers", getattr(self, name))
-        pairs = all(len(pair) == 2 and all(map(_is_positive, pair)) for pair in self.decode)
+            _expect(name, _are_positive(getattr(self, name)), "positive integers", getattr(self, name))
+        pairs = _is_list(self.decode) and all(_are_positive(pair) and len(pair) == 2 for pair in self.decode)
         _expect("decode", pairs, "pairs (context, batch) of positive integers", self.decode)
-        _expect("seconds", self.seconds >= 0, "a number of at least 0", self.seconds)
+        _expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a number of at least 0", self.seconds)
         _expect("graphs", not self.graphs or self.device == "cuda", "false on a CPU", self.graphs)
-        is_budget = self.memory is None or (set(self.memory) == {"tokens", "budget"} and all(self.memory.values()))
-        _expect("memory", is_budget, "tokens and budget", self.memory)
+        is_budget = self.memory is None or (
+            isinstance(self.memory, dict)
+            and set(self.memory) == {"tokens", "budget"}
+            and _are_positive([*self.memory.values()])
+        )
+        _expect("memory", is_budget, "tokens and budget, positive integers", self.memory)
+        _expect("seeds", _is_list(self.seeds) and all(isinstance(x, int) for x in self.seeds), "integers", self.seeds)
+        # YAML takes 1e-2 for a text, and 1.0e-2 for a number.
+        _expect("rates", _is_list(self.rates) and all(map(_is_number, self.rates)), "numbers", self.rates)
         if any(entry["steps"] for entry in self.models.values()):
             _expect("seeds", bool(self.seeds), "at least one", self.seeds)
             _expect("rates", bool(self.rates), "at least one", self.rates)
@@ -81,6 +89,18 @@ class Suite:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _are_positive(values: Any) -> bool:
+    return _is_list(values) and all(map(_is_positive, values))
 
 
 def _expect(name: str, holds: bool, expected: str, value: Any) -> None:
@@ -103,18 +123,24 @@ def load(name: str) -> Suite:
     file = SUITES / f"{name}.yaml" if name in shipped else Path(name)
     if not file.is_file():
         raise ValueError(f"suite: expected one of {shipped} or a YAML file, got {name!r}")
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: expected YAML, got: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
         raise ValueError(f"{file}: expected a mapping with models, by name")
     shared = content.pop("shared", {})
+    _expect("shared", isinstance(shared, dict), "a mapping", shared)
     known = {each.name for each in fields(Suite) if each.init}
     if unknown := sorted(set(content) - known):
         raise ValueError(f"{file}: expected fields of {sorted(known)}, got {unknown}")
-    models = {str(label): _model(str(label), dict(entry), shared) for label, entry in content.pop("models").items()}
+    models = {str(label): _model(str(label), entry, shared) for label, entry in content.pop("models").items()}
     return Suite(models=models, **content)
 
 
 def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    _expect("models", isinstance(entry, dict), f"a mapping of {label!r}", entry)
+    entry = dict(entry)
     steps = entry.pop("steps", None)
     forms = [form for form in FORMS if form in entry]
     if len(forms) != 1 or (forms != ["mixers"] and len(entry) != 1):
@@ -124,7 +150,8 @@ def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[st
         return {"model": subjects.definition(entry), "steps": None}
     options = shared.get("mixer_options", {}) | entry.get("mixer_options", {})
     wanted = entry["mixers"]
-    used = wanted.split() if isinstance(wanted, str) else wanted
+    _expect("mixers", isinstance(wanted, str | list), f"a list or a pattern ({label})", wanted)
+    used = re.findall(r"\w+", wanted) if isinstance(wanted, str) else wanted
     merged = {
         name: shared.get("mixer_options", {}).get(name, {}) | entry.get("mixer_options", {}).get(name, {})
         for name in options

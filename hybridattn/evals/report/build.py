@@ -58,7 +58,7 @@ def sources(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         members = list(group)
         dates = [cell["provenance"]["date"] for cell in members]
         source = {name: members[0]["provenance"][name] for name in alike}
-        told.append({**source, "cells": len(members), "first": min(dates), "last": max(dates)})
+        told.append({**source, "cells": len(members), "first": f"{min(dates)[:19]}Z", "last": f"{max(dates)[:19]}Z"})
     return told
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridattn.evals.report.folder import RESULTS
 from hybridattn.evals.report.provenance import json_sha256, provenance
 
 CELLS = "cells"
@@ -52,13 +53,25 @@ def write(out: Path, kind: str, config: dict[str, Any], figures: dict[str, Any],
     os.replace(file.name, target)
 
 
+def check_output(out: Path) -> None:
+    """Check that cells may be written in ``out``: nothing is there, or a folder without a report of another kind.
+
+    Raises:
+        ValueError: a file, or a report without cells, which the one of cells would overwrite.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder or a new path, got {out}, which is a file")
+    if (out / RESULTS).exists() and not (out / CELLS).is_dir():
+        raise ValueError(f"out: expected a new path or a folder with {CELLS}, got {out} with a report of another kind")
+
+
 def check(cell: dict[str, Any]) -> None:
     """Check that a cell says where its figures come from.
 
     Raises:
         ValueError: something is missing, or the hash is not that of the configuration.
     """
-    source = cell.get("provenance", {})
+    source = cell.get("provenance", {}) if isinstance(cell, dict) else {}
     for name in REQUIRED:
         if not source.get(name):
             raise ValueError(f"{name}: expected in the provenance of every figure, got {source.get(name)!r}")
@@ -77,8 +90,8 @@ def read(out: Path) -> list[dict[str, Any]]:
         raise ValueError(f"report: expected a folder with {CELLS}/*.json, got {out}")
     cells = []
     for file in files:
-        cell = json.loads(file.read_text(encoding="utf-8"))
         try:
+            cell = json.loads(file.read_text(encoding="utf-8"))
             check(cell)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
@@ -90,8 +103,9 @@ def merge(folders: Sequence[Path], out: Path) -> None:
     """Copy the cells and kernel measurements of several folders into one; of two with one name, the newer one.
 
     Raises:
-        ValueError: a folder has no cells.
+        ValueError: a folder has no cells, or as `check_output`.
     """
+    check_output(out)
     newest: dict[str, tuple[str, Path]] = {}
     for folder in folders:
         read(folder)
@@ -111,6 +125,15 @@ KERNELS = "kernels.jsonl"  # what `hybridattn kernels bench` wrote
 
 
 def kernel_lines(out: Path) -> Iterator[str]:
-    """The lines of a report's kernel measurements."""
+    """The lines of a report's kernel measurements.
+
+    Raises:
+        ValueError: one is no JSON.
+    """
     if (out / KERNELS).is_file():
-        yield from (out / KERNELS).read_text(encoding="utf-8").splitlines()
+        for line in (out / KERNELS).read_text(encoding="utf-8").splitlines():
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{out / KERNELS}: {error}") from error
+            yield line

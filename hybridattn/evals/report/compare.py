@@ -17,13 +17,15 @@ Change = tuple[str, str, str, str, str]
 def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compare the rows of two reports by name, so that rows that were configured anew, or on another device, compare.
 
+    Where a report has several rows of a name, they compare by their labels, which tell them apart.
+
     A time changed if the intervals of its medians do not overlap; recall, if the ranges over the seeds do not; bytes
     and the number of parameters, if they differ at all.
 
     Returns:
         ``changes``, ``compared`` (the number of figures in both), ``gone`` and ``come``, names of rows in one only.
     """
-    before, after = ({row["config"]["name"]: row for row in each} for each in (old, new))
+    before, after = ({row["label"]: row for row in each} for each in (old, new))
     changes: list[Change] = []
     compared = 0
     for name in before.keys() & after.keys():
@@ -49,7 +51,7 @@ def _figures(row: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, flo
     for tokens, sizes in row["state"].items():
         if "reason" not in sizes:
             yield f"state after {tokens} tokens, bytes", (*[sizes["allocated"]] * 3, "{:,}")
-    if row["facts"] is not None:
+    if "parameters" in (row["facts"] or {}):
         yield "parameters", (*[row["facts"]["parameters"]] * 3, "{:,}")
     for kind in ("prefill", "decode", "training"):
         for timed in row[kind]:
@@ -57,7 +59,7 @@ def _figures(row: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float, flo
                 graph = ", CUDA graph" if timed["graph"] else ""
                 name = f"{kind}, {timed['tokens']} tokens, batch {timed['batch']}{graph}, s"
                 yield name, (timed["median"], timed["low"], timed["high"], "{:.3g}")
-    if row["largest_batch"] is not None:
+    if "batch" in (row["largest_batch"] or {}):
         yield "largest batch", (*[row["largest_batch"]["batch"]] * 3, "{:,}")
 
 

@@ -63,7 +63,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> Section:
     steps = _keys(rows, "decode", ("tokens", "batch", "graph"))
     state = list(dict.fromkeys(tokens for row in rows for tokens in row["state"]))
     columns: list[tuple[str, Callable[[dict[str, Any]], Entry]]] = [
-        ("model", lambda row: Entry(row["config"]["name"])),
+        ("model", lambda row: Entry(row["label"])),
         *((f"recall, {n} pairs", lambda row, n=n: _recall(row["recall"].get(n))) for n in pairs),
         ("parameters", lambda row: number((row["facts"] or {}).get("parameters"), "{:,}")),
         *((f"state after {int(n):,} tokens, bytes", lambda row, n=n: _size(row["state"].get(n))) for n in state),
@@ -158,7 +158,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Section | None:
         body = []
         for row in rows:
             times = [_time(row, "decode", _named(key)) for key in steps]
-            body.append([Entry(row["config"]["name"]), *times, number(row["decode_growth"], "{:.2f}")])
+            body.append([Entry(row["label"]), *times, number(row["decode_growth"], "{:.2f}")])
         tables.append(Table(["decoding step, ms", *heads, "longest over shortest context"], body))
     if learns:
         heads = ["forward and backward, ms", *(f"{n:,} tokens" for (n,) in learns), "tokens/s", "peak MB"]
@@ -198,7 +198,7 @@ def _time(row: dict[str, Any], kind: str, wanted: dict[str, Any]) -> Entry:
 
 
 def _times(row: dict[str, Any], kind: str, lengths: Sequence[tuple[int]]) -> list[Entry]:
-    return [Entry(row["config"]["name"]), *(_time(row, kind, {"tokens": n}) for (n,) in lengths)]
+    return [Entry(row["label"]), *(_time(row, kind, {"tokens": n}) for (n,) in lengths)]
 
 
 def _growth(row: dict[str, Any]) -> list[Entry]:
@@ -212,7 +212,7 @@ def _mega(size: float | None) -> float | None:
 
 def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
     """The largest batches."""
-    found = [row for row in rows if row["largest_batch"] is not None]
+    found = [row for row in rows if "tried" in (row["largest_batch"] or {})]
     if not found:
         return None
     heads = ["model", "budget, MB", "prompt, tokens", "largest batch", "MB with it", "the next one tried"]
@@ -220,16 +220,21 @@ def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
     for row in found:
         largest = row["largest_batch"]
         taken = next((each["bytes"] for each in largest["tried"] if each["batch"] == largest["batch"]), None)
-        larger = min((each for each in largest["tried"] if each["batch"] > largest["batch"]), key=lambda x: x["batch"])
-        over = "out of memory" if larger["bytes"] is None else f"{larger['bytes'] / 1e6:,.1f} MB"
+        larger = [each for each in largest["tried"] if each["batch"] > largest["batch"]]
         numbers = [number(largest["budget"] / 1e6, "{:,.6g}"), number(largest["tokens"], "{:,}")]
-        body.append([Entry(row["config"]["name"]), *numbers, number(largest["batch"], "{:,}")])
-        body[-1] += [number(_mega(taken), "{:,.1f}"), Entry(f"{larger['batch']:,}: {over}")]
+        body.append([Entry(row["label"]), *numbers, number(largest["batch"], "{:,}")])
+        over = _attempt(min(larger, key=lambda tried: tried["batch"])) if larger else "none"
+        body[-1] += [number(_mega(taken), "{:,.1f}"), Entry(over)]
     texts = [
         "Sequences that are decoded together within the budget, found by bisection: weights, caches and a decoding "
         "step at their peak. On a CPU bytes are those of the process beyond what it had before."
     ]
     return Section("Largest batch", texts, [Table(heads, body)])
+
+
+def _attempt(tried: dict[str, Any]) -> str:
+    over = "out of memory" if tried["bytes"] is None else f"{tried['bytes'] / 1e6:,.1f} MB"
+    return f"{tried['batch']:,}: {over}"
 
 
 def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
@@ -242,7 +247,7 @@ def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
     for row in found:
         learnt = row["learnability"]
         shares = [number(learnt[name], "{:.3f}") for name in ("median", "best", "worst")]
-        cells = [Entry(row["config"]["name"]), number(row["config"]["train"]["steps"], "{:,}")]
+        cells = [Entry(row["label"]), number(row["config"]["train"]["steps"], "{:,}")]
         cells += [number(learnt["rate"], "{:g}"), *shares]
         cells += [Entry(f"{learnt['reached']} of {learnt['runs']}", learnt["reached"] / learnt["runs"])]
         body.append([*cells, number(learnt["steps_to_threshold"], "{:,.0f}")])
@@ -260,10 +265,11 @@ def operators(kernels: Sequence[dict[str, Any]]) -> Section | None:
     """Every operator at its bytes and operations, against the machine's ceilings."""
     if not kernels:
         return None
-    heads = ["operator", "shape", "by", "forward, ms", "of copy", "of matmul", "with backward, ms", "peak MB"]
+    heads = ["operator", "device", "shape", "by", "forward, ms", "of copy", "of matmul", "with backward, ms", "peak MB"]
     body = []
     for line in kernels:
-        cells = [Entry(line["work"]), Entry("x".join(map(str, line["shape"]))), Entry(line["contestant"])]
+        shape = "x".join(map(str, line["shape"]))
+        cells = [Entry(line["work"]), Entry(line["device"]), Entry(shape), Entry(line["contestant"])]
         if "reason" in line:
             body.append([*cells, Entry(line["reason"]), *[Entry("")] * 4])
             continue
@@ -275,15 +281,17 @@ def operators(kernels: Sequence[dict[str, Any]]) -> Section | None:
             number(_mega(line.get("peak_bytes")), "{:,.0f}"),
         ]
         body.append(cells)
-    first = kernels[0]
     texts = [
-        f"On {first['device']} a copy moves {first['copy_bytes_per_second'] / 1e9:,.1f} GB/s, a matrix product makes "
-        f"{first['matmul_flop_per_second'] / 1e9:,.1f} GFLOP/s. Shape: batch, tokens, heads, key and value dims. Bytes "
-        "are those that must move, operations those of the formula in chunks: more of either is no merit. What is "
-        "wrong has no speed."
+        f"On {line['device']} a copy moves {line['copy_bytes_per_second'] / 1e9:,.1f} GB/s, a matrix product makes "
+        f"{line['matmul_flop_per_second'] / 1e9:,.1f} GFLOP/s."
+        for line in {line["device"]: line for line in kernels}.values()
+    ]
+    texts += [
+        "Shape: batch, tokens, heads, key and value dims. Bytes are those that must move, operations those of the "
+        "formula in chunks: more of either is no merit. What is wrong has no speed."
     ]
     has = any("reason" not in line for line in kernels)
-    caption = "The line is what copy and matrix product allow."
+    caption = "The line is what copy and matrix product allow, one per device."
     return Section("Operators and roofline", texts, [Table(heads, body)], "roofline" if has else None, caption)
 
 
@@ -293,7 +301,7 @@ def origin(rows: Sequence[dict[str, Any]], provenance: Sequence[dict[str, Any]])
     body = []
     for row in rows:
         told = ", ".join((row["facts"] or {}).get("attention_operators") or []) or "not measured"
-        body.append([Entry(row["config"]["name"]), Entry(row["config_sha256"][:16]), Entry(told)])
+        body.append([Entry(row["label"]), Entry(row["config_sha256"][:16]), Entry(told)])
     texts = []
     for source in provenance:
         versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items() if version)

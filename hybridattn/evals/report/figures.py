@@ -21,9 +21,10 @@ from hybridattn.evals.report.fronts import front, place_labels
 INK = "#123456"  # of text and lines; `svg` makes it the page's
 COLORS = ("#3b82d0", "#d9772b", "#2f9e58", "#d6455d", "#9467bd", "#a0785a", "#d664b4", "#8a8a8a", "#a3a022", "#20a8b8")
 MARKERS = "osD^vP*Xph"
-STYLE: dict[Any, str] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hybridattn",
+    "text.parse_math": False,  # a model's name may have dollars
     "font.family": "sans-serif",
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -91,6 +92,12 @@ def _log(axes: Axes, *names: str) -> None:
         axis.set_major_formatter(EngFormatter(sep=""))
 
 
+def _same(points: Sequence[dict[str, Any]], name: str, text: str, otherwise: str = "") -> str:
+    """What all points have in common; memory may have run out for some of them where others were measured."""
+    values = {point[name] for point in points}
+    return text.format(*values) if len(values) == 1 else otherwise
+
+
 def pareto(points: Sequence[dict[str, Any]]) -> Figure:
     """Recall against state bytes, and against decoded tokens per second; the fronts are dashed."""
     figure, axes = _figure(2)
@@ -99,10 +106,12 @@ def pareto(points: Sequence[dict[str, Any]]) -> Figure:
     first = points[0]
     states = [point["state_bytes"] for point in points]
     rates = [point["tokens_per_second"] for point in points]
+    best_states = front(states, steps)
     panels = (
-        (f"state after {first['state_tokens']:,} tokens, bytes (less is better)", states, front(states, steps)),
+        (f"state{_same(points, 'state_tokens', ' after {:,} tokens')}, bytes (less is better)", states, best_states),
         (
-            f"decode, tokens/s at batch {first['batch']} after {first['context']:,} tokens (more is better)",
+            f"decode, tokens/s{_same(points, 'batch', ' at batch {:,}', ' at the largest batch')}"
+            f"{_same(points, 'context', ' after {:,} tokens')} (more is better)",
             rates,
             front([-rate for rate in rates], steps),
         ),
@@ -133,7 +142,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
             measured = alone(row, kind)
             if not measured:
                 continue
-            label = row["config"]["name"]
+            label = row["label"]
             if kind == "prefill" and row["prefill_exponent"] is not None:
                 label += f": T^{row['prefill_exponent']:.2f}"
             elif kind == "decode" and row["decode_growth"] is not None:
@@ -160,7 +169,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
     for i, row in enumerate(rows):
         for n, curve in enumerate(row["curves"]):
             steps, recall = zip(*curve, strict=True)
-            label = row["config"]["name"] if n == 0 else None
+            label = row["label"] if n == 0 else None
             axes.plot(steps, recall, color=COLORS[i % len(COLORS)], label=label, linewidth=1.3)
     axes.set(xlabel="training steps", ylabel="recall", ylim=(-0.03, 1.03))
     axes.legend(fontsize=7, framealpha=0)
@@ -168,16 +177,17 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def roofline(kernels: Sequence[dict[str, Any]]) -> Figure:
-    """Rate against operations per byte, below this machine's ceilings, one point per operator and contestant."""
+    """Rate against operations per byte, below the ceilings of each device, one point per operator and contestant."""
     figure, (axes,) = _figure(1, width=8)
     right = [line for line in kernels if "reason" not in line]
-    copy = max(line["copy_bytes_per_second"] for line in kernels)
-    product = max(line["matmul_flop_per_second"] for line in kernels)
-    ridge = product / copy
+    devices = {line["device"]: line for line in kernels}
+    ceilings = [(line["copy_bytes_per_second"], line["matmul_flop_per_second"]) for line in devices.values()]
+    ridges = [product / copy for copy, product in ceilings]
     works, contestants = (list(dict.fromkeys(line[name] for line in right)) for name in ("work", "contestant"))
     intensities = [line["flop_per_second"] / line["bytes_per_second"] for line in right]
-    low, high = min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3
-    axes.plot([low, ridge, high], [low * copy, product, product], color=INK, linewidth=1.2)
+    low, high = min([*intensities, *ridges]) / 3, max([*intensities, *ridges]) * 3
+    for (copy, product), ridge in zip(ceilings, ridges, strict=True):
+        axes.plot([low, ridge, high], [low * copy, product, product], color=INK, linewidth=1.2)
     for line, intensity in zip(right, intensities, strict=True):
         work, contestant = works.index(line["work"]), contestants.index(line["contestant"])
         style = {"color": COLORS[work % len(COLORS)], "marker": MARKERS[contestant % len(MARKERS)], "s": 30}

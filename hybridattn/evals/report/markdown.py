@@ -8,6 +8,7 @@ from hybridattn.evals.report import document
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded to read well in a terminal too; the first column is text, the others are figures."""
+    heads, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (heads, *rows))
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(line(row, widths) for row in (heads, rule, *rows))

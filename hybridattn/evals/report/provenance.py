@@ -27,7 +27,7 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
         the package's git checkout, or else the hash of its sources), ``config`` and ``config_sha256`` (`json_sha256`).
     """
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "cpu": cpu_name(),

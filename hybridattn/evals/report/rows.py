@@ -15,7 +15,8 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Group cells by what they are of, in the order of the first ones.
 
     Returns:
-        JSON values, one dict per row: ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
+        JSON values, one dict per row: ``label``, its name, and in brackets what tells it from others of that name;
+        ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
         by number of pairs (median, lowest and highest of the seeds at the best rate) with ``learnability`` and
         ``curves``; ``state`` by tokens; ``prefill`` and ``training`` by tokens, ``decode`` as a list, each with a
         `summary` of seconds, ``tokens_per_second`` and ``peak_bytes``; ``prefill_exponent``; ``decode_growth``, the
@@ -25,7 +26,17 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in sorted(cells, key=lambda cell: cell["kind"] != "model"):  # models are measured in the suite's order
         groups[json_sha256({name: cell["config"][name] for name in BASE})].append(cell)
-    return [_row(key, group) for key, group in groups.items()]
+    made = [_row(key, group) for key, group in groups.items()]
+    return [{"label": _label(row, made), **row} for row in made]
+
+
+def _label(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    config = row["config"]
+    alike = [each["config"] for each in rows if each["config"]["name"] == config["name"]]
+    differ = [name for name in BASE if any(each[name] != config[name] for each in alike)]
+    told = [f"{config[name]} threads" if name == "threads" else config[name] for name in BASE[3:] if name in differ]
+    told += [row["config_sha256"][:8]] if {"model", "train"} & set(differ) else []
+    return f"{config['name']} ({', '.join(told)})" if told else config["name"]
 
 
 def _row(key: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What must not be: a cache that is not what its formula says, and one declared constant that grows."""
     told = []
     for row in rows:
-        name = row["config"]["name"]
+        name = row["label"]
         for tokens, sizes in row["state"].items():
             if "reason" not in sizes and sizes["formula"] not in (None, sizes["allocated"]):
                 told.append(
@@ -130,21 +141,20 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ``state_tokens``, the fewest that were measured; ``step``, seconds of one sequence after ``context`` tokens, the
         shortest; ``tokens_per_second`` of ``batch`` sequences, the most that were decoded there.
     """
-    found = []
+    found, pairs = [], _telling(rows)
     for row in rows:
         steps = [each for each in row["decode"] if "median" in each and not each["graph"]]
-        sizes = [each for each in row["state"].values() if "reason" not in each]
-        if not (row["recall"] and steps and sizes):
+        sizes = [(tokens, each) for tokens, each in row["state"].items() if "reason" not in each]
+        if pairs is None or not (row["recall"] and steps and sizes):
             continue
         shortest = [each for each in steps if each["tokens"] == steps[0]["tokens"]]
-        pairs = str(_telling(rows))
         found.append(
             {
-                "name": row["config"]["name"],
-                "pairs": int(pairs),
-                "recall": row["recall"][pairs]["median"],
-                "state_bytes": sizes[0]["allocated"],
-                "state_tokens": int(next(iter(row["state"]))),
+                "name": row["label"],
+                "pairs": pairs,
+                "recall": row["recall"][str(pairs)]["median"],
+                "state_bytes": sizes[0][1]["allocated"],
+                "state_tokens": int(sizes[0][0]),
                 "step": shortest[0]["median"],
                 "context": shortest[0]["tokens"],
                 "batch": shortest[-1]["batch"],
@@ -154,16 +164,16 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _telling(rows: Sequence[dict[str, Any]]) -> int:
-    """The number of pairs whose recalls differ most, the larger of two."""
+def _telling(rows: Sequence[dict[str, Any]]) -> int | None:
+    """The number of pairs whose recalls differ most, the larger of two; None if there is none that all rows have."""
     trained = [row for row in rows if row["recall"]]
-    common = set.intersection(*(set(row["recall"]) for row in trained))
+    common = set[str]().union(*(row["recall"] for row in trained)).intersection(*(row["recall"] for row in trained))
 
     def spread(pairs: int) -> float:
         shares = [row["recall"][str(pairs)]["median"] for row in trained]
         return round(max(shares) - min(shares), 3)
 
-    return max(map(int, common), key=lambda pairs: (spread(pairs), pairs))
+    return max(map(int, common), key=lambda pairs: (spread(pairs), pairs), default=None)
 
 
 def best_under(costs: Sequence[float], gains: Sequence[float], limits: Sequence[float]) -> list[int | None]:

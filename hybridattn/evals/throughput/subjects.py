@@ -53,13 +53,20 @@ def configuration(given: dict[str, Any]) -> PreTrainedConfig:
 
 
 def build(given: dict[str, Any], *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> PreTrainedModel:
-    """The model of a definition, in evaluation mode: stored weights where there are any, else random ones."""
+    """The model of a definition, in evaluation mode: stored weights where there are any, else random ones.
+
+    Raises:
+        ValueError: a path where there is no model.
+    """
     torch.manual_seed(seed)
     path = given.get("path")
-    if path is not None and (not Path(path).exists() or _weights(Path(path))):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_config(configuration(given), dtype=dtype)
+    try:
+        if path is not None and (not Path(path).exists() or _weights(Path(path))):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(configuration(given), dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"model: expected a preset, a folder or a name on the Hub, got {path!r}: {error}") from error
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]
 
 

@@ -132,6 +132,12 @@ def test_what_is_wrong_is_not_a_figure(tiny: Suite, tmp_path: Path, monkeypatch:
         run.run(small, tmp_path)
 
 
+def test_a_report_of_another_kind_is_not_overwritten(tiny: Suite, tmp_path: Path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="out: expected a new path or a folder with cells"):
+        run.run(tiny, tmp_path)
+
+
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
 def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int]):
     with pytest.raises(ValueError, match="shard: expected i/n with 1 <= i <= n"):

@@ -31,7 +31,7 @@ shared:
   mixer_options: {gla: {num_heads: 2, key_dim: 8}, full: {num_heads: 4}}
 models:
   mine: {mixers: [gla, full], hidden_size: 16, mixer_options: {gla: {key_dim: 16}}, steps: 7}
-  pattern: {mixers: "1 full : 1 gla", num_hidden_layers: 2}
+  pattern: {mixers: "1 full:1 gla", num_hidden_layers: 2}
   published: {preset: based_360m}
   other: {config: {model_type: llama, vocab_size: 64}}
 """
@@ -57,6 +57,12 @@ models:
         ("models: {a: {preset: gla_340m, steps: 3}}", r"steps: expected none where preset is given \(a\), got 3"),
         ("models: {a: {mixers: [gla], steps: -3}}", r"steps: expected a positive integer \(a\), got -3"),
         ("models: {a: {preset: none_such}}", "preset: expected one of"),
+        ("models: [", r"mine.yaml: expected YAML, got: while parsing"),
+        ("models: {a: }", "models: expected a mapping of 'a', got None"),
+        ("models: {a: [1]}", r"models: expected a mapping of 'a', got \[1\]"),
+        ("shared: 3\nmodels: {a: {preset: gla_340m}}", "shared: expected a mapping, got 3"),
+        ("models: {a: {mixers: 5}}", r"mixers: expected a list or a pattern \(a\), got 5"),
+        ("models: {a: {preset: gla_340m}}\nrates: [1e-2]", r"rates: expected numbers, got \['1e-2'\]"),
     ],
 )
 def test_wrong_files_are_named(tmp_path: Path, text: str, named: str):
@@ -82,6 +88,15 @@ def test_an_unknown_suite_is_named():
         ({"decode": [[1, 2, 3]]}, r"decode: expected pairs \(context, batch\)"),
         ({"decode": [[1, True]]}, r"decode: expected pairs \(context, batch\)"),
         ({"seconds": -1}, "seconds: expected a number of at least 0"),
+        ({"seconds": "x"}, "seconds: expected a number of at least 0, got 'x'"),
+        ({"state": 16}, "state: expected positive integers, got 16"),
+        ({"decode": 3}, r"decode: expected pairs \(context, batch\) of positive integers, got 3"),
+        ({"decode": [16, 1]}, r"decode: expected pairs .*, got \[16, 1\]"),
+        ({"memory": 5}, "memory: expected tokens and budget, positive integers, got 5"),
+        ({"memory": {"tokens": 16, "budget": "1e8"}}, "memory: expected tokens and budget, positive integers"),
+        ({"memory": {"tokens": -3, "budget": 4}}, "memory: expected tokens and budget, positive integers"),
+        ({"seeds": 2}, "seeds: expected integers, got 2"),
+        ({"rates": 0.01}, "rates: expected numbers, got 0.01"),
         ({"graphs": True}, "graphs: expected false on a CPU, got True"),
         ({"memory": {"tokens": 3}}, "memory: expected tokens and budget"),
         ({"models": {"a": {**MODEL, "steps": 1}}, "seeds": []}, "seeds: expected at least one"),

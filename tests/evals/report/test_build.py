@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from hybridattn.evals.report import cells
+from hybridattn.evals.report import cells, document
 from hybridattn.evals.report.build import build
+from hybridattn.evals.report.compare import compare
+from hybridattn.evals.report.figures import figures as draw_figures
+from hybridattn.evals.report.rows import rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KERNEL = {
@@ -66,6 +69,53 @@ def test_a_report_of_speed_alone_has_no_fronts(tmp_path: Path, write_cell: Calla
     assert "## Time against length" in text
     assert "Fronts" not in text
     assert "Learnability" not in text
+
+
+def test_a_batch_beyond_which_nothing_was_tried_is_told(tmp_path: Path, write_cell: Callable[..., None]):
+    tried = [{"batch": 1, "bytes": 1_000_000}, {"batch": 2, "bytes": 2_000_000}]
+    write_cell("one", "largest_batch", {"batch": 2, "tried": tried}, tokens=8, budget=10**9)
+    build(tmp_path, title="x")
+    last = (tmp_path / "report.md").read_text().partition("## Largest batch")[2].partition("##")[0].strip().splitlines()
+    assert [entry.strip() for entry in last[-1].strip("|").split("|")] == ["one", "1,000", "8", "2", "2.0", "none"]
+
+
+def test_operators_of_two_devices_have_their_own_ceilings(report: Path):
+    figures = {"flop_per_second": 1e11, "bytes_per_second": 5e9, "share_of_copy": 0.5, "share_of_matmul": 0.1}
+    slow = {**KERNEL, **figures, "forward_seconds": {"median": 1e-3}}
+    fast = {**slow, "device": "a GPU", "copy_bytes_per_second": 2e12, "matmul_flop_per_second": 5e14}
+    lines = [slow, fast]
+    (section,) = [part for part in document.sections([], [], lines, []) if part.title.startswith("Operators")]
+    assert [text.split(" GB/s")[0] for text in section.texts[:2]] == [
+        "On a machine a copy moves 10.0",
+        "On a GPU a copy moves 2,000.0",
+    ]
+    assert [row[1].text for row in section.tables[0].rows] == ["a machine", "a GPU"]
+    (axes,) = draw_figures([], [], lines)["roofline"].axes
+    assert sorted(max(line.get_ydata()) for line in axes.lines if len(line.get_xdata())) == [1e12, 5e14]
+
+
+def test_what_ran_out_of_memory_is_left_out(tmp_path: Path, write_cell: Callable[..., None]):
+    write_cell("one", "model", {"reason": "out of memory"})
+    write_cell("one", "largest_batch", {"reason": "out of memory"}, tokens=8, budget=9)
+    build(tmp_path, title="x")
+    assert "Largest batch" not in (tmp_path / "report.md").read_text()
+    found = rows(cells.read(tmp_path))
+    assert compare(found, found)["compared"] == 0
+
+
+def test_the_picture_of_points_says_only_what_they_share():
+    point = {"name": "a", "pairs": 8, "recall": 0.5, "state_bytes": 9, "state_tokens": 16, "step": 1.0, "context": 32}
+    points = [{**point, "batch": batch, "tokens_per_second": batch} for batch in (1, 512)]
+    states, rates = draw_figures([], points, [])["pareto"].axes
+    assert states.get_xlabel().startswith("state after 16 tokens, bytes")
+    assert rates.get_xlabel().startswith("decode, tokens/s at the largest batch after 32 tokens")
+
+
+def test_a_name_is_no_formula(tmp_path: Path, write_cell: Callable[..., None]):
+    for tokens in (8, 16):
+        write_cell(r"$\foo$", "prefill", {"seconds": [1.0] * 10, "peak_bytes": None}, tokens=tokens, batch=1, round=0)
+    build(tmp_path, title="x")
+    assert r"$\foo$: T^0.00</text>" in (tmp_path / "report.html").read_text()
 
 
 class Links(HTMLParser):

@@ -19,6 +19,12 @@ def test_a_cell_says_where_it_comes_from(tmp_path: Path):
     assert [path.suffix for path in (tmp_path / cells.CELLS).iterdir()] == [".json"]
 
 
+def test_cells_are_read_in_the_order_they_were_written(tmp_path: Path):
+    for i in range(8):
+        cells.write(tmp_path, "model", {"name": i}, {}, device="a machine")
+    assert [cell["config"]["name"] for cell in cells.read(tmp_path)] == list(range(8))
+
+
 def test_another_configuration_is_another_cell(tmp_path: Path):
     assert cells.path_of(tmp_path, "a", CONFIG) == cells.path_of(tmp_path, "a", dict(reversed(CONFIG.items())))
     assert len({cells.path_of(tmp_path, k, c) for k in "ab" for c in (CONFIG, {**CONFIG, "tokens": 4})}) == 4
@@ -75,3 +81,25 @@ def test_of_two_cells_the_newer_one_is_merged(
     assert len(list(cells.kernel_lines(tmp_path / "merged"))) == 4
     cells.merge([tmp_path / "merged", tmp_path / "old"], tmp_path / "merged")
     assert len(cells.read(tmp_path / "merged")) == 4
+
+
+def test_a_report_of_another_kind_is_not_overwritten(tmp_path: Path, write_cell: Callable[..., None]):
+    write_cell("row", "model", {}, out=tmp_path / "cells")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out: expected a new path or a folder with cells, got .*other with a report"):
+        cells.merge([tmp_path / "cells"], tmp_path / "other")
+    with pytest.raises(ValueError, match=r"out: expected a folder or a new path, got .*file, which is a file"):
+        cells.merge([tmp_path / "cells"], tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["nope", "[]"])
+def test_a_file_that_is_no_cell_is_named(tmp_path: Path, write_cell: Callable[..., None], text: str):
+    write_cell("row", "model", {})
+    (tmp_path / cells.CELLS / "notes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"notes\.json: "):
+        cells.read(tmp_path)
+    (tmp_path / cells.KERNELS).write_text(text + "{")
+    with pytest.raises(ValueError, match=r"kernels\.jsonl: "):
+        list(cells.kernel_lines(tmp_path))

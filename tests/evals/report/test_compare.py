@@ -59,3 +59,14 @@ def test_only_what_is_beyond_noise_has_changed(report: Path, write_cell: Callabl
     text = told(report, new)
     assert "3 of them changed beyond noise" in text
     assert "fresh" in text
+
+
+def test_two_rows_of_one_name_are_each_compared(report: Path, write_cell: Callable[..., None], tmp_path: Path):
+    write_cell("attention", "model", {"parameters": 1}, device="a GPU")
+    new = copytree(report, tmp_path / "new")
+    write_cell("attention", "state", {"allocated": 4000, "formula": 4000}, out=new, tokens=64)
+    assert rows(cells.read(report)) != rows(cells.read(new))
+    found = compare(rows(cells.read(report)), rows(cells.read(new)))
+    assert [change[:2] for change in found["changes"]] == [
+        ("attention (a machine)", "state after 64 tokens, bytes"),
+    ]

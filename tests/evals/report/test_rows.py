@@ -32,9 +32,24 @@ def test_a_model_on_another_device_is_another_row(report: Path, write_cell: Call
     assert len(rows(cells.read(report))) == 4
 
 
+def test_rows_of_one_name_are_told_apart(report: Path, write_cell: Callable[..., None]):
+    write_cell("attention", "model", {"parameters": 1}, device="a GPU", dtype="bfloat16")
+    write_cell("window", "model", {"parameters": 1}, threads=2, train=None)
+    found = rows(cells.read(report))
+    hashes = [row["config_sha256"][:8] for row in found if row["config"]["name"] == "window"]
+    assert [row["label"] for row in found] == [
+        "attention (a machine, float32)",
+        f"window (1 threads, {hashes[0]})",
+        "other",
+        "attention (a GPU, bfloat16)",
+        f"window (2 threads, {hashes[1]})",
+    ]
+    assert points(found)[0]["name"] == "attention (a machine, float32)"
+
+
 def test_contradictions_are_told(report: Path, write_cell: Callable[..., None]):
     write_cell("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
-    write_cell("window", "state", {"allocated": 5004, "formula": 5004}, tokens=256)
+    write_cell("window", "state", {"allocated": 5004, "formula": 5004}, tokens=16)  # just full
     write_cell("window", "state", {"allocated": 7, "formula": 7}, tokens=8)  # before the window is full
     assert problems(rows(cells.read(report))) == [
         "attention: the cache after 256 tokens has 9 bytes, by its formula 8",
@@ -55,6 +70,17 @@ def test_points_are_rows_that_have_everything(report: Path):
 
 def test_nothing_recalled_is_no_point(report: Path):
     assert points([row for row in rows(cells.read(report)) if row["config"]["name"] == "other"]) == []
+
+
+def test_rows_without_a_number_of_pairs_in_common_are_no_points(report: Path, write_cell: Callable[..., None]):
+    write_cell("other", "recall", {"recall": {"64": 0.5}, "curve": [[100, 0.5]]}, seed=0, rate=0.01)
+    assert points(rows(cells.read(report))) == []
+
+
+def test_a_point_names_the_tokens_its_state_was_measured_after(report: Path, write_cell: Callable[..., None]):
+    write_cell("attention", "state", {"reason": "out of memory"}, tokens=64)
+    attention, _ = points(rows(cells.read(report)))
+    assert (attention["state_bytes"], attention["state_tokens"]) == (12800, 128)
 
 
 def test_the_best_within_a_budget():

@@ -29,6 +29,15 @@ def test_a_folder_is_known_by_what_it_holds(tmp_path: Path):
     assert len({each["files"] for each in (first, second, subjects.definition(given))}) == 3
 
 
+def test_a_path_without_a_model_is_named(monkeypatch: pytest.MonkeyPatch):
+    def nothing(path: str, **options: object) -> None:
+        raise OSError(f"{path} is not there")
+
+    monkeypatch.setattr(subjects.AutoModelForCausalLM, "from_pretrained", nothing)
+    with pytest.raises(ValueError, match="model: expected a preset, a folder or a name on the Hub, got 'none/such'"):
+        subjects.build({"path": "none/such"}, **PLACE)
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
