@@ -42,7 +42,7 @@ POOL = 24  # batches per load that are drawn from again and again
 MIXERS = {
     "full attention": (["conv", "full"], 350),
     "hybrid": (["conv", "full", "gla"], 400),
-    "BASED": (["conv", "taylor", "window"], 400),
+    "BASED": (["conv", "taylor", "window"], 600),
     "GLA": (["conv", "gla"], 500),
     "sliding window": (["conv", "window"], 300),
 }

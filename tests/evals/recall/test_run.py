@@ -192,7 +192,7 @@ def test_bad_input_is_named(run: Callable[..., int], tmp_path: Path, capsys: pyt
     for flags, named in (
         ((), "tasks: expected"),
         (("--tasks", "no_such_task"), "no_such_task"),
-        (("--tasks", "hybridattn_kv", "--lengths", "1k"), "lengths: expected integers"),
+        (("--tasks", "hybridattn_kv", "--lengths", "1k"), "lengths: expected positive integers"),
         (("--tasks", "hybridattn_kv", "--trained_length", "0"), "trained_length: expected a positive number"),
         (("--tasks", "hybridattn_kv", "--lengths", "60"), "max_seq_lengths: expected"),
     ):
