@@ -26,6 +26,7 @@ CONTEXT_LENGTHS = {"2k": 2**11, "32k": 2**15, "1M": 2**20}
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: the process's own) and exit; bad input is one line on stderr and code 2."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else torch's profiler, which counts memory, logs its every start
     try:
         code = app(args, prog_name="hybridattn", standalone_mode=False)
     except typer.TyperException as error:

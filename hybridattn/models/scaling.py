@@ -32,14 +32,15 @@ class Memory(NamedTuple):
 
     Attributes:
         weights: parameters, gradients and Adam's two moments, fp32, over all GPUs.
-        gathered: what FSDP2 has whole: two layers' parameters in ``dtype`` and one's gradients in fp32, and both of
-            embeddings and head.
+        gathered: what FSDP2 has whole, at the worse of two moments. After the backward pass of a layer: its parameters
+            and gradients and the next one's parameters, those of embeddings and head, all in ``dtype``, and gradients
+            of the layer before in fp32, being scattered. At the end: embeddings and head, their gradients in both.
         checkpoints: the input of every layer.
         layer: of one layer whose forward pass is computed again, the largest: four times what its linear maps give.
         exchange: of one layer, the largest: the states of all segments, four times (gathered, run through, as initial
             states, their gradients), and what sums them up; or of full attention two more blocks of keys and values,
             fp32 gradients of three, and those of the queries.
-        loss: logits of one chunk and their gradients, fp32.
+        loss: of one chunk logits, their logarithmic softmax and gradients, fp32.
     """
 
     weights: int
@@ -131,8 +132,13 @@ def traffic(
 
 
 def sharded_traffic(config: HybridAttnConfig, *, gpus: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """What a GPU sends for FSDP2 in a step: parameters gathered forward and backward, gradients scattered in fp32."""
-    return (gpus - 1) * parameters(config) // gpus * (2 * dtype.itemsize + FP32)
+    """What a GPU sends for FSDP2 in a step, with ``fully_shard`` of every layer and of the model.
+
+    Parameters in ``dtype`` are gathered, those of layers again in the backward pass; gradients are scattered in fp32.
+    """
+    layers = sum(p.numel() for layer in layers_of(config) for p in layer.parameters())
+    total = parameters(config)
+    return (gpus - 1) * ((layers + total) * dtype.itemsize + total * FP32) // gpus
 
 
 def parameters(config: HybridAttnConfig) -> int:
@@ -174,11 +180,13 @@ def memory(
             exchange.append(here * (pair * blocks + module.num_heads * module.head_dim * FP32))
     return Memory(
         weights=16 * total // (gpus or ranks),
-        gathered=(2 * dtype.itemsize + FP32) * max(sizes) + (dtype.itemsize + FP32) * rest,
+        gathered=max(
+            (3 * dtype.itemsize + FP32) * max(sizes) + 2 * dtype.itemsize * rest, (2 * dtype.itemsize + FP32) * rest
+        ),
         checkpoints=len(layers) * here * config.hidden_size * dtype.itemsize,
         layer=4 * here * max(maps) * dtype.itemsize,
         exchange=max(exchange),
-        loss=2 * LOGITS_PER_CHUNK * FP32,
+        loss=3 * min(LOGITS_PER_CHUNK, here * config.vocab_size) * FP32,
     )
 
 

@@ -9,17 +9,20 @@ import pytest
 import torch
 
 from hybridattn import HybridAttnConfig
+from hybridattn.evals.throughput.memory import peak_bytes
+from hybridattn.models import scaling
+from hybridattn.models.decoder import loss
 from hybridattn.models.decoder.modeling import DecoderLayer
 from hybridattn.models.scaling import layers_of, memory, sharded_traffic, tables, traffic
 
 DOC = Path(__file__).parents[2] / "docs" / "scaling.md"
 
 
-def config(*mixers: str) -> HybridAttnConfig:
+def config(*mixers: str, vocab_size: int = 100) -> HybridAttnConfig:
     softmax = {"num_heads": 4, "num_key_value_heads": 2}
     options = {"full": softmax, "window": {**softmax, "window": 16}, "gla": {"num_heads": 2}}
     return HybridAttnConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=128, mixers=list(mixers), mixer_options=options
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, mixers=list(mixers), mixer_options=options
     )
 
 
@@ -69,6 +72,19 @@ def test_a_layer_keeps_two_to_four_times_what_its_linear_maps_give(mixer: str):
     measured = sum(x.untyped_storage().nbytes() for x in kept.values())
     most = memory(config(mixer), tokens=2048, ranks=1).layer
     assert most / 2 <= measured <= most
+
+
+@pytest.mark.parametrize("vocab_size", [100, 1000])
+def test_the_loss_takes_three_times_the_logits_of_a_chunk(vocab_size: int, monkeypatch: pytest.MonkeyPatch):
+    chunk = 2**20 // 4
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk)
+    monkeypatch.setattr(scaling, "LOGITS_PER_CHUNK", chunk)
+    x = torch.randn(1, 4 * chunk // vocab_size, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab_size, 4, requires_grad=True)
+    labels = torch.randint(vocab_size, x.shape[:2])
+    measured = peak_bytes(lambda: loss.next_token_loss(x, weight, labels).backward(), torch.device("cpu"))
+    expected = memory(config("gla", vocab_size=vocab_size), tokens=x.shape[1], ranks=1).loss
+    assert measured == pytest.approx(expected, rel=0.1)
 
 
 def test_nothing_is_allocated():

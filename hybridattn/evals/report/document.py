@@ -227,7 +227,7 @@ def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
         body[-1] += [number(_mega(taken), "{:,.1f}"), Entry(over)]
     texts = [
         "Sequences that are decoded together within the budget, found by bisection: weights, caches and a decoding "
-        "step at their peak. On a CPU bytes are those of the process beyond what it had before."
+        "step at their peak, all of it tensors."
     ]
     return Section("Largest batch", texts, [Table(heads, body)])
 

@@ -1,13 +1,16 @@
 """Bytes: what a cache holds, what a call takes at its peak, and how many sequences fit."""
 
-import ctypes
-import re
+import json
 from collections.abc import Callable, Iterable
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -15,8 +18,6 @@ from hybridattn.evals.throughput import measure
 from hybridattn.models.decoder import HybridAttnConfig
 from hybridattn.models.decoder.accounting import cache_bytes
 from hybridattn.models.decoder.cache import MixerCacheLayer, allocated_bytes
-
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def cache_sizes(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> dict[str, int | None]:
@@ -53,9 +54,10 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that a call took beyond what was there before it.
+    """The most bytes of tensors that a call had at a time, beyond what was there before it.
 
-    On a GPU of tensors; on a CPU of the process's resident memory, in pages, as Linux counts it; elsewhere None.
+    Temporary tensors of operators are counted, what libraries allocate for themselves is not. Of a GPU the allocator
+    knows; on a CPU torch's profiler saw what was allocated and freed; None for other devices.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -64,20 +66,17 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    if not RESET.exists():
+    if device.type != "cpu":
         call()
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # else freed memory would be used again and not show
-    RESET.write_text("5")  # resets the peak, see proc(5)
-    before = _resident("VmRSS")
-    call()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
-    assert found is not None, f"{STATUS} has no {name}"
-    return int(found[1]) * 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((event for event in events if event["name"] == "[memory]"), key=itemgetter("ts"))
+    return max(accumulate((event["args"]["Bytes"] for event in changes), initial=0))
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -136,7 +135,7 @@ def _attempt(call: Callable[[], object], device: torch.device) -> int | None:
             raise
         return None
     if taken is None:
-        raise RuntimeError("largest_batch: expected a GPU or Linux, which know the peak of memory")
+        raise RuntimeError("largest_batch: expected a CUDA GPU or a CPU, whose peak of memory is known")
     return taken
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from hybridattn import (
@@ -18,6 +19,7 @@ from hybridattn import (
     sequence_parallel,
     shard_sequence,
 )
+from hybridattn.evals.throughput.memory import peak_bytes
 
 TOKENS, VOCAB = 64, 40
 MIXERS = ["conv", "gla", "window", "full", "taylor", "retention", "prefix"]
@@ -55,6 +57,22 @@ def config() -> HybridAttnConfig:
 def alibi_config() -> HybridAttnConfig:
     options = {"full": {"num_heads": 2, "rope_theta": None, "alibi": True}}
     return HybridAttnConfig(vocab_size=VOCAB, hidden_size=16, mixers=["full"], mixer_options=options)
+
+
+# FSDP2 pads to its ranks, so all sizes are multiples of 4. Either layers are the larger part, or embeddings and head.
+SHARDED = {"layers": 64, "embeddings": 8192}
+FEW = 4  # tokens, so that activations are next to nothing
+
+
+def sharded_config(vocab_size: int) -> HybridAttnConfig:
+    heads = {"num_heads": 4}
+    return HybridAttnConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=256,
+        mixers=["gla", "window", "full"],
+        mixer_options={"gla": heads, "window": {**heads, "window": 7}, "full": heads},
+    )
 
 
 def model() -> HybridAttnForCausalLM:
@@ -190,6 +208,39 @@ def count_checkpoints() -> int:
     return kept
 
 
+class CollectiveBytes(TorchDispatchMode):
+    """Bytes that a rank sends in all-gathers (its part, to all others) and reduce-scatters (all others' parts)."""
+
+    sent = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            assert func.name() in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"), func
+            output, source = args[:2]
+            self.sent += abs(output.nbytes - source.nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def count_sharded(vocab_size: int) -> dict[str, int]:
+    """Bytes that FSDP2 in mixed precision sends in a step, and has at its peak beyond weights and their gradients."""
+    net = HybridAttnForCausalLM(sharded_config(vocab_size))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in net.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(net, mp_policy=policy)
+    ids = torch.randint(VOCAB, (1, FEW))
+
+    def step() -> None:
+        net.zero_grad()  # gradients were there before, so they do not count
+        net(ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
+
+    step()
+    with CollectiveBytes() as collectives:
+        step()
+    # gloo's threads at times let go of a buffer late, so the least of some steps.
+    return {"sent": collectives.sent, "peak": min(peak_bytes(step, torch.device("cpu")) or 0 for _ in range(5))}
+
+
 def results() -> dict[str, Any]:
     """Errors by case, and bytes, of this rank."""
     found: dict[str, Any] = {"errors": {}, "traffic": {}}
@@ -202,4 +253,5 @@ def results() -> dict[str, Any]:
     found["errors"]["generation"] = compare_generation()
     found["errors"]["fsdp2"], kept = compare_fsdp2()
     found["memory"] = {"kept": kept, "checkpoints": count_checkpoints()}
+    found["sharded"] = {name: count_sharded(vocab_size) for name, vocab_size in SHARDED.items()}
     return found

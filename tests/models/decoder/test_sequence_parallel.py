@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybridattn.models.scaling import memory, parameters, traffic
+from hybridattn.models.scaling import memory, parameters, sharded_traffic, traffic
 
 FILE = Path(__file__).with_name("sequence_parallel.py")
 WORKER = runpy.run_path(str(FILE))
@@ -64,9 +64,20 @@ def check_memory(ranks: list[dict[str, Any]]) -> None:
     assert [results["memory"]["checkpoints"] for results in ranks] == [expected.checkpoints] * 4
 
 
+def check_sharded(ranks: list[dict[str, Any]]) -> None:
+    """FSDP2 sends what the formula says, and has whole at its peak what ``gathered`` says, within a tenth."""
+    for name, vocab_size in WORKER["SHARDED"].items():
+        config = WORKER["sharded_config"](vocab_size)
+        assert [results["sharded"][name]["sent"] for results in ranks] == [sharded_traffic(config, gpus=4)] * 4
+        gathered = memory(config, tokens=WORKER["FEW"], ranks=1, gpus=4).gathered
+        peaks = [results["sharded"][name]["peak"] for results in ranks]
+        assert all(0.9 * gathered <= peak <= 1.1 * gathered for peak in peaks), (name, gathered, peaks)
+
+
 def test_a_decoder_on_two_and_four_ranks(run_ranks: Callable[[Path], list[dict[str, Any]]]):
     ranks = run_ranks(FILE)
     check_errors(ranks)
     check_traffic(ranks)
     check_alibi(ranks)
     check_memory(ranks)
+    check_sharded(ranks)
