@@ -21,7 +21,7 @@ from hybridattn.evals.recall.parallel import Job, Trained, train_all
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.provenance import cpu_name
 from hybridattn.evals.throughput import measure, memory, subjects
-from hybridattn.evals.throughput.calm import Probe
+from hybridattn.evals.throughput.calm import Probe, keep_freed_memory
 from hybridattn.models.decoder import HybridAttnConfig
 
 Cell = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
@@ -45,12 +45,17 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
     part, parts = shard
     if not 1 <= part <= parts:
         raise ValueError(f"shard: expected i/n with 1 <= i <= n, got {part}/{parts}")
+    if part > len(suite.models):
+        raise ValueError(f"shard: expected a part with a model, there are {len(suite.models)}, got {part}/{parts}")
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
     names = list(suite.models)[part - 1 :: parts]
     train(suite, names, out, again)
     with threads(suite.threads):
-        probe = Probe() if suite.device == "cpu" else None
+        probe = None
+        if suite.device == "cpu":
+            keep_freed_memory()
+            probe = Probe()
         for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
             for name in names:
                 measure_model(suite, name, turn, out, again, probe)
@@ -149,6 +154,11 @@ def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool, pr
             if not memory.out_of_memory(error):
                 raise
             figures = {"reason": "out of memory"}
+        except IndexError:
+            most = getattr(model.config, "max_position_embeddings", None)
+            if most is None or config.get("tokens", 0) + measure.MOST_STEPS < most:
+                raise
+            figures = {"reason": f"it has {most} positions"}
         cells.write(out, kind, config, figures, device=device_name(suite))
 
 

@@ -102,10 +102,14 @@ def read(out: Path) -> list[dict[str, Any]]:
 def merge(folders: Sequence[Path], out: Path) -> None:
     """Copy the cells and kernel measurements of several folders into one; of two with one name, the newer one.
 
+    Where ``out`` has cells already, it is one of the folders.
+
     Raises:
         ValueError: a folder has no cells, or as `check_output`.
     """
     check_output(out)
+    if (out / CELLS).is_dir() and out.resolve() not in [folder.resolve() for folder in folders]:
+        folders = [out, *folders]
     newest: dict[str, tuple[str, Path]] = {}
     for folder in folders:
         read(folder)

@@ -23,13 +23,16 @@ def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dic
     and the number of parameters, if they differ at all.
 
     Returns:
-        ``changes``, ``compared`` (the number of figures in both), ``gone`` and ``come``, names of rows in one only.
+        ``changes``, ``compared`` (the number of figures in both), ``gone`` and ``come``, rows in one only, and
+        figures, as "row: figure", in one only of rows in both.
     """
     before, after = ({row["label"]: row for row in each} for each in (old, new))
     changes: list[Change] = []
-    compared = 0
-    for name in before.keys() & after.keys():
+    compared, gone, come = 0, sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+    for name in sorted(before.keys() & after.keys()):
         left, right = dict(_figures(before[name])), dict(_figures(after[name]))
+        gone += [f"{name}: {figure}" for figure in left if figure not in right]
+        come += [f"{name}: {figure}" for figure in right if figure not in left]
         for figure in left.keys() & right.keys():
             compared += 1
             (a, low_a, high_a, text), (b, low_b, high_b, _) = left[figure], right[figure]
@@ -39,8 +42,8 @@ def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dic
     return {
         "changes": sorted(changes),
         "compared": compared,
-        "gone": sorted(before.keys() - after.keys()),
-        "come": sorted(after.keys() - before.keys()),
+        "gone": gone,
+        "come": come,
     }
 
 
@@ -80,6 +83,6 @@ def report(old: Path, new: Path) -> str:
     text = [f"{found['compared']} figures in both, {len(found['changes'])} of them changed beyond noise."]
     if found["changes"]:
         text.append(table(["row", "figure", "old", "new", "new / old"], found["changes"]))
-    text += [f"Only in {old}: {', '.join(found['gone'])}."] if found["gone"] else []
-    text += [f"Only in {new}: {', '.join(found['come'])}."] if found["come"] else []
+    text += [f"Only in {old}: {'; '.join(found['gone'])}."] if found["gone"] else []
+    text += [f"Only in {new}: {'; '.join(found['come'])}."] if found["come"] else []
     return "\n\n".join(text)

@@ -88,9 +88,10 @@ def _timed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _recall(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Recall at the rate that is best by its median."""
+    """Recall at the rate that is best by its median; of runs looked at with different steps between, the newest."""
     if not cells:
         return {"recall": {}, "learnability": None, "curves": []}
+    cells = [cell for cell in cells if cell["config"].get("looks") == cells[-1]["config"].get("looks")]
     runs = [
         {
             "rate": cell["config"]["rate"],

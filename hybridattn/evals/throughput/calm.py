@@ -2,16 +2,19 @@
 
 On a shared machine, and most virtual ones are, a neighbour on the same core makes everything up to twice as slow, for
 fractions of a second at a time, and a median of such times says more of the neighbour than of the model. So a fixed
-piece of work is timed before and after every sample: where it took longer than it can, the sample is set aside. That
-does not look at the sample itself, so it cannot prefer one model's slow calls to another's.
+piece of work is timed again and again until it takes no longer than it can, then a sample is taken, and if the work
+takes longer after it, the sample is set aside. That does not look at the sample itself, so it cannot prefer one model's
+slow calls to another's.
 """
 
+import ctypes
 import time
 
 import torch
 
 TOLERANCE = 1.05  # times the floor that an undisturbed machine takes
 WARMUP = 200
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
 
 
 class Probe:
@@ -22,14 +25,15 @@ class Probe:
 
     def __init__(self) -> None:
         self._factor = torch.randn(160, 160, generator=torch.Generator().manual_seed(0))
+        self._product = torch.empty_like(self._factor)  # memory that is asked for now may have to be mapped first
         self.floor = min(self.seconds() for _ in range(WARMUP))
 
     def seconds(self) -> float:
         """The time that the work takes now, its operands in the cache, whatever was timed before it."""
-        _ = self._factor @ self._factor
+        torch.mm(self._factor, self._factor, out=self._product)
         start = time.perf_counter()
         for _ in range(3):
-            _ = self._factor @ self._factor
+            torch.mm(self._factor, self._factor, out=self._product)
         return time.perf_counter() - start
 
     def disturbance(self) -> float:
@@ -37,3 +41,21 @@ class Probe:
         took = self.seconds()
         self.floor = min(self.floor, took)
         return took / self.floor
+
+    def wait(self, patience: float) -> float:
+        """Wait until the machine is undisturbed, or for ``patience`` seconds; the disturbance at the end."""
+        end = time.perf_counter() + patience
+        while (found := self.disturbance()) > TOLERANCE and time.perf_counter() < end:
+            pass
+        return found
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what tensors on the CPU free, as PyTorch does on a GPU; nothing where there is no glibc.
+
+    Otherwise every call that needs tens of megabytes has them mapped and zeroed anew, page by page, which took up to a
+    quarter of a call's time, and a time that varies.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_MAX, 0)

@@ -195,19 +195,21 @@ def sample(
         least: samples that are wanted at least.
         seconds: calls go on until the samples took so long together.
         most: but no more than so many calls.
-        probe: sets disturbed samples aside; calls then go on for up to ten times ``seconds``, and three times ``least``
-            of them, to find enough others. Where these are too few, the least disturbed ones complete them.
+        probe: waits before every call, up to five times ``seconds``, until the machine is undisturbed, and sets samples
+            aside that were disturbed even so. To find enough others this goes on for up to ten times ``seconds``. Where
+            they are too few, the least disturbed ones complete them.
     """
     if timed(call) < seconds:
         call()
+    start = time.perf_counter()
     found: list[tuple[float, float]] = []  # disturbance and seconds of every call
     kept: list[float] = []
     while len(found) < most:
-        before = probe.disturbance() if probe else 1.0
+        before = probe.wait(5 * seconds) if probe else 1.0
         took = timed(call)
         found.append((max(before, probe.disturbance() if probe else 1.0), took))
         kept = [each for disturbance, each in found if disturbance <= TOLERANCE]
-        is_tried = len(found) >= 3 * least and sum(each for _, each in found) >= 10 * seconds
+        is_tried = len(found) >= least and time.perf_counter() - start >= 10 * seconds
         if is_tried or (len(kept) >= least and sum(kept) >= seconds):
             break
     if len(kept) < least:

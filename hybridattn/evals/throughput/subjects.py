@@ -31,6 +31,8 @@ def definition(given: dict[str, Any]) -> dict[str, Any]:
     forms = [form for form in ("preset", "path", "config") if form in given]
     if len(forms) != 1 or len(given) != 1:
         raise ValueError(f"model: expected one of preset, path and config, got {sorted(given)}")
+    if not isinstance(given.get("path", ""), str):
+        raise ValueError(f"path: expected a folder or a name on the Hub, got {given['path']!r}")
     if "preset" in given and given["preset"] not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {given['preset']!r}")
     folder = Path(given.get("path", ""))

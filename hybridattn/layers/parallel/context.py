@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -49,9 +50,10 @@ class SequenceParallel:
         owners = list(range(self.size))
         if layout == "zigzag":  # of a causal sequence late segments see much and early ones little
             owners += owners[::-1]
-        if isinstance(tokens, int):
-            ends = [tokens * (i + 1) // len(owners) for i in range(len(owners))]
-        else:
+        ends = []
+        if isinstance(tokens, Integral):  # numpy's, too
+            ends = [int(tokens) * (i + 1) // len(owners) for i in range(len(owners))]
+        elif isinstance(tokens, Sequence):
             ends = list(accumulate(tokens))
         if len(ends) != len(owners) or ends != sorted(ends) or ends[0] < 0:
             raise ValueError(f"tokens: expected their number, or that of {len(owners)} segments each, got {tokens!r}")

@@ -122,6 +122,16 @@ def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypa
     assert row["prefill_exponent"] is None
 
 
+def test_more_tokens_than_positions_is_a_figure(tiny: Suite, tmp_path: Path):
+    shape = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 100}
+    models = {"GPT-2": {"model": {"config": shape}, "steps": None}}
+    alone = replace(tiny, models=models, state=(), prefill=(32, 128), decode=((95, 1),), training=(), memory=None)
+    run.run(alone, tmp_path)
+    (row,) = rows.rows(cells.read(tmp_path))
+    assert [each.get("reason") for each in row["prefill"]] == [None, "it has 100 positions"]
+    assert [each.get("reason") for each in row["decode"]] == ["it has 100 positions"]
+
+
 def test_what_is_wrong_is_not_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(model: Any, **options: Any) -> measure.Samples:
         raise RuntimeError("a bug")
@@ -142,6 +152,11 @@ def test_a_report_of_another_kind_is_not_overwritten(tiny: Suite, tmp_path: Path
 def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int]):
     with pytest.raises(ValueError, match="shard: expected i/n with 1 <= i <= n"):
         run.run(tiny, tmp_path, shard=shard)
+
+
+def test_parts_without_a_model(tiny: Suite, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"shard: expected a part with a model, there are \d, got 9/9"):
+        run.run(tiny, tmp_path, shard=(9, 9))
 
 
 def test_a_gpu_that_there_is_not(tiny: Suite, tmp_path: Path):

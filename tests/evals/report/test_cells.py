@@ -81,6 +81,9 @@ def test_of_two_cells_the_newer_one_is_merged(
     assert len(list(cells.kernel_lines(tmp_path / "merged"))) == 4
     cells.merge([tmp_path / "merged", tmp_path / "old"], tmp_path / "merged")
     assert len(cells.read(tmp_path / "merged")) == 4
+    cells.merge([tmp_path / "old"], tmp_path / "merged")  # what is there already is one of the parts
+    assert {cell["config"]["name"]: cell["figures"]["from"] for cell in cells.read(tmp_path / "merged")} == found
+    assert len(list(cells.kernel_lines(tmp_path / "merged"))) == 4
 
 
 def test_a_report_of_another_kind_is_not_overwritten(tmp_path: Path, write_cell: Callable[..., None]):

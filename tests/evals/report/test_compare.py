@@ -48,6 +48,9 @@ def test_only_what_is_beyond_noise_has_changed(report: Path, write_cell: Callabl
         write_cell("attention", "recall", low, out=new, seed=seed, rate=0.01)
     write_cell("window", "state", {"allocated": 4000, "formula": 4000}, out=new, tokens=64)
     write_cell("fresh", "model", {"parameters": 1}, out=new)
+    for seed in range(2):
+        shares = {"recall": {"8": 0.2, "16": 0.3, "32": 0.1}, "curve": [[100, 0.1]]}
+        write_cell("window", "recall", shares, out=new, seed=seed, rate=0.01)
     found = compare(rows(cells.read(report)), rows(cells.read(new)))
     assert [change[:2] for change in found["changes"]] == [
         ("attention", "prefill, 1024 tokens, batch 1, s"),
@@ -55,7 +58,7 @@ def test_only_what_is_beyond_noise_has_changed(report: Path, write_cell: Callabl
         ("window", "state after 64 tokens, bytes"),
     ]
     assert found["changes"][0][2:] == ("0.00103", "0.00205", "2.00")
-    assert (found["gone"], found["come"]) == ([], ["fresh"])
+    assert (found["gone"], found["come"]) == ([], ["fresh", "window: recall, 16 pairs"])
     text = told(report, new)
     assert "3 of them changed beyond noise" in text
     assert "fresh" in text

@@ -72,6 +72,13 @@ def test_nothing_recalled_is_no_point(report: Path):
     assert points([row for row in rows(cells.read(report)) if row["config"]["name"] == "other"]) == []
 
 
+def test_runs_that_were_looked_at_otherwise_are_not_pooled(report: Path, write_cell: Callable[..., None]):
+    figures = {"recall": {"8": 1.0, "32": 1.0}, "curve": [[50, 0.1], [100, 1.0]]}
+    write_cell("window", "recall", figures, seed=0, rate=0.01, looks=25)
+    row = next(row for row in rows(cells.read(report)) if row["label"] == "window")
+    assert row["recall"]["8"] == {"median": 1.0, "low": 1.0, "high": 1.0, "seeds": 1}
+
+
 def test_rows_without_a_number_of_pairs_in_common_are_no_points(report: Path, write_cell: Callable[..., None]):
     write_cell("other", "recall", {"recall": {"64": 0.5}, "curve": [[100, 0.5]]}, seed=0, rate=0.01)
     assert points(rows(cells.read(report))) == []

@@ -1,3 +1,6 @@
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +13,37 @@ def test_a_disturbed_machine_shows(monkeypatch: pytest.MonkeyPatch):
     probe.floor = 2.0
     monkeypatch.setattr(probe, "seconds", lambda: next(times))
     assert [probe.disturbance() for _ in range(4)] == [1, 1, 3, 1]
+
+
+def test_it_waits_until_the_machine_is_undisturbed_but_not_forever(monkeypatch: pytest.MonkeyPatch):
+    probe = Probe()
+    times = iter([3.0, 2.2, 2.05, 1.9])
+    probe.floor = 2.0
+    monkeypatch.setattr(probe, "seconds", lambda: next(times))
+    assert probe.wait(60) == 1.025
+    monkeypatch.setattr(probe, "seconds", lambda: 3.0)
+    assert probe.wait(0.01) == 1.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_freed_memory_is_kept(run_python: Callable[..., str]):
+    """In a process of its own: how memory is allocated is not undone."""
+    code = """
+import resource, torch
+from hybridattn.evals.throughput.calm import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh = max(faults(), faults())
+keep_freed_memory()
+faults()
+print(fresh, faults())
+"""
+    fresh, kept = map(int, run_python(code).split())
+    assert fresh > 20 * kept
 
 
 def test_the_floor_is_what_the_work_takes():

@@ -49,17 +49,24 @@ class Disturbed:
     def disturbance(self) -> float:
         return 1.2 if self.calls % self.every == 0 else 1.01
 
+    def wait(self, patience: float) -> float:
+        self.patience = patience
+        return 1.0
+
 
 def test_samples_of_a_disturbed_machine_are_set_aside(monkeypatch: pytest.MonkeyPatch):
-    times, aside = measure.sample(lambda: None, least=4, seconds=1, probe=Disturbed(monkeypatch, 3))  # pyright: ignore
+    probe = Disturbed(monkeypatch, 3)
+    times, aside = measure.sample(lambda: None, least=4, seconds=3, probe=probe)  # pyright: ignore
     assert times == [1.0] * 4
     assert aside > 0
+    assert probe.patience == 15
 
 
 def test_where_it_never_rests_the_least_disturbed_count(monkeypatch: pytest.MonkeyPatch):
-    times, aside = measure.sample(lambda: None, least=4, seconds=1, probe=Disturbed(monkeypatch, 1))  # pyright: ignore
+    probe = Disturbed(monkeypatch, 1)
+    times, aside = measure.sample(lambda: None, least=4, seconds=0.01, probe=probe)  # pyright: ignore
     assert times == [1.7] * 4
-    assert aside == 8
+    assert aside > 8
 
 
 def test_prefill_and_decode_are_measured_apart(model: HybridAttnForCausalLM):

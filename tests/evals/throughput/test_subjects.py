@@ -43,6 +43,7 @@ def test_a_path_without_a_model_is_named(monkeypatch: pytest.MonkeyPatch):
     [
         ({}, r"model: expected one of preset, path and config, got \[\]"),
         ({"preset": "gla_340m", "path": "x"}, "model: expected one of"),
+        ({"path": 3}, "path: expected a folder or a name on the Hub, got 3"),
         ({"preset": "gla_340b"}, "preset: expected one of .*'gla_340m'.*, got 'gla_340b'"),
     ],
 )

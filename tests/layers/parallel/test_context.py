@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,8 +70,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"layout: expected one of \['contiguous', 'zigzag'\], got 'striped'",
     ),
     "segments": ({"tokens": [3, 1]}, r"tokens: expected their number, or that of 1 segments each, got \[3, 1\]"),
+    "a fraction": ({"tokens": 4.0}, "tokens: expected their number, or that of 1 segments each, got 4.0"),
     "a negative length": ({"tokens": [5, -1], "layout": "zigzag"}, "tokens: expected their number"),
 }
+
+
+def test_a_number_of_tokens_may_be_numpys():
+    with sequence_parallel(np.int64(4)) as context:
+        assert context.own == [(0, 0, 4)]
 
 
 @pytest.mark.parametrize("name", BAD)
