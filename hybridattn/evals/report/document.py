@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hybridattn.evals.report.rows import best_under, limits
+from hybridattn.evals.throughput.statistics import TOLERANCE
 
 
 class Entry(NamedTuple):
@@ -182,14 +183,22 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Section | None:
 def _disturbed(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence on samples that do not count."""
     timed = [each for row in rows for kind in ("prefill", "decode", "training") for each in row[kind]]
-    aside = sum(each.get("set_aside", 0) for each in timed)
+    timed = [each for each in timed if "median" in each]
+    aside = sum(each["set_aside"] for each in timed)
     if not aside:
         return []
-    share = aside / (aside + sum(each.get("samples", 0) for each in timed))
-    return [
-        f"A fixed piece of work is timed before and after every sample. Where it took longer than on the undisturbed "
-        f"machine, the sample does not count: {share:.0%} of them."
-    ]
+    share = aside / (aside + sum(each["samples"] for each in timed))
+    few = [each["tolerance"] for each in timed if each["tolerance"] > TOLERANCE]
+    text = (
+        f"A fixed piece of work is timed before and after every sample. Where it took more than {TOLERANCE} times what "
+        f"it takes on the undisturbed machine, the sample does not count: {share:.0%} of them."
+    )
+    if few:
+        text += (
+            f" For {len(few)} of {len(timed)} figures too few were left, and the least disturbed ones count, up to "
+            f"{max(few):.2f} times."
+        )
+    return [text]
 
 
 def _time(row: dict[str, Any], kind: str, wanted: dict[str, Any]) -> Entry:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hybridattn.evals.recall.learnability import learnability
 from hybridattn.evals.report.provenance import json_sha256
-from hybridattn.evals.throughput.statistics import exponent, summary
+from hybridattn.evals.throughput.statistics import LEAST, exponent, summary, undisturbed
 
 BASE = ("name", "model", "train", "device", "dtype", "threads")  # of every cell's configuration: what a row is
 
@@ -19,7 +19,8 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
         by number of pairs (median, lowest and highest of the seeds at the best rate) with ``learnability`` and
         ``curves``; ``state`` by tokens; ``prefill`` and ``training`` by tokens, ``decode`` as a list, each with a
-        `summary` of seconds, ``tokens_per_second`` and ``peak_bytes``; ``prefill_exponent``; ``decode_growth``, the
+        `summary` of the seconds that count, how many were ``set_aside`` and at which ``tolerance`` of disturbance, and
+        ``peak_bytes``; ``prefill_exponent``; ``decode_growth``, the
         ratio of the step after the longest context to that after the shortest, one sequence; ``largest_batch``. What
         was not measured is empty or None.
     """
@@ -76,14 +77,16 @@ def _timed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (tokens, batch, graph), rounds in sorted(groups.items()):
         here = {"tokens": tokens, "batch": batch, "graph": graph}
         reasons = [each["reason"] for each in rounds if "reason" in each]
-        samples = [each["seconds"] for each in rounds if "seconds" in each]
-        if reasons or sum(map(len, samples)) < 10:  # a run that was cut off has too few yet
-            found.append({**here, "reason": reasons[0] if reasons else f"{sum(map(len, samples))} samples so far"})
+        samples = [(each["seconds"], each["disturbance"]) for each in rounds if "seconds" in each]
+        count = sum(len(seconds) for seconds, _ in samples)
+        if reasons or count < LEAST:  # a run that was cut off has too few yet
+            found.append({**here, "reason": reasons[0] if reasons else f"{count} samples so far"})
             continue
-        figures = summary(samples)
+        kept, tolerance = undisturbed(samples)
+        figures = summary(kept)
         peaks = [each["peak_bytes"] for each in rounds if each.get("peak_bytes") is not None]
-        aside = sum(each.get("set_aside", 0) for each in rounds)
-        found.append({**here, **figures, "set_aside": aside, "peak_bytes": peaks[0] if peaks else None})
+        noise = {"set_aside": count - figures["samples"], "tolerance": tolerance}
+        found.append({**here, **figures, **noise, "peak_bytes": peaks[0] if peaks else None})
     return found
 
 

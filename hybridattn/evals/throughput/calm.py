@@ -3,8 +3,8 @@
 On a shared machine, and most virtual ones are, a neighbour on the same core makes everything up to twice as slow, for
 fractions of a second at a time, and a median of such times says more of the neighbour than of the model. So a fixed
 piece of work is timed again and again until it takes no longer than it can, then a sample is taken, and if the work
-takes longer after it, the sample is set aside. That does not look at the sample itself, so it cannot prefer one model's
-slow calls to another's.
+takes longer after it, the sample is set aside (`statistics.undisturbed`). That does not look at the sample itself, so
+it cannot prefer one model's slow calls to another's.
 """
 
 import ctypes
@@ -12,7 +12,8 @@ import time
 
 import torch
 
-TOLERANCE = 1.05  # times the floor that an undisturbed machine takes
+from hybridattn.evals.throughput.statistics import TOLERANCE
+
 WARMUP = 200
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
 

@@ -14,16 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from hybridattn.evals.throughput.calm import TOLERANCE, Probe
+from hybridattn.evals.throughput.calm import Probe
+from hybridattn.evals.throughput.statistics import TOLERANCE
 
 MOST_STEPS = 200  # calls of one decoding, whose context grows with each
 
 
 class Samples(NamedTuple):
-    """Seconds of the calls that count, and the number of those that were set aside since the machine was disturbed."""
+    """Seconds of every call, and how much the machine was disturbed beside it, 1 where nobody looked."""
 
     seconds: list[float]
-    set_aside: int
+    disturbance: list[float]
 
 
 @torch.inference_mode()
@@ -195,26 +196,22 @@ def sample(
         least: samples that are wanted at least.
         seconds: calls go on until the samples took so long together.
         most: but no more than so many calls.
-        probe: waits before every call, up to five times ``seconds``, until the machine is undisturbed, and sets samples
-            aside that were disturbed even so. To find enough others this goes on for up to ten times ``seconds``. Where
-            they are too few, the least disturbed ones complete them.
+        probe: waits before every call, up to five times ``seconds``, until the machine is undisturbed. Only undisturbed
+            samples are enough then, but this ends after ten times ``seconds``.
     """
     if timed(call) < seconds:
         call()
     start = time.perf_counter()
-    found: list[tuple[float, float]] = []  # disturbance and seconds of every call
-    kept: list[float] = []
+    found, disturbance, kept = [], [], []
     while len(found) < most:
         before = probe.wait(5 * seconds) if probe else 1.0
-        took = timed(call)
-        found.append((max(before, probe.disturbance() if probe else 1.0), took))
-        kept = [each for disturbance, each in found if disturbance <= TOLERANCE]
+        found.append(timed(call))
+        disturbance.append(max(before, probe.disturbance() if probe else 1.0))
+        kept += found[-1:] if disturbance[-1] <= TOLERANCE else []
         is_tried = len(found) >= least and time.perf_counter() - start >= 10 * seconds
         if is_tried or (len(kept) >= least and sum(kept) >= seconds):
             break
-    if len(kept) < least:
-        kept = [each for _, each in sorted(found)[:least]]
-    return Samples(kept, len(found) - len(kept))
+    return Samples(found, disturbance)
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
+LEAST = 10  # samples, from which a 90th percentile can be read
+TOLERANCE = 1.05  # times the floor of `calm.Probe`
 
 
 def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -17,17 +19,17 @@ def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
     drifts between rounds makes it; of one round it only knows that round.
 
     Args:
-        rounds: seconds, at least 10 samples in all.
+        rounds: seconds, at least `LEAST` samples in all.
 
     Returns:
         ``median``, ``p10`` and ``p90``, ``low`` and ``high`` (the interval), all in seconds, and ``samples``.
 
     Raises:
-        ValueError: fewer than 10 samples, from which no 90th percentile can be read.
+        ValueError: fewer than `LEAST` samples.
     """
     samples = np.concatenate([np.asarray(each, dtype=float) for each in rounds])
-    if len(samples) < 10:
-        raise ValueError(f"samples: expected at least 10, got {len(samples)}")
+    if len(samples) < LEAST:
+        raise ValueError(f"samples: expected at least {LEAST}, got {len(samples)}")
     generator = np.random.default_rng(0)
     medians = []
     for _ in range(RESAMPLES):
@@ -43,6 +45,25 @@ def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
         "high": float(high),
         "samples": len(samples),
     }
+
+
+def undisturbed(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[list[float]], float]:
+    """The samples that count: those beside which the machine was disturbed at most `TOLERANCE` times its floor.
+
+    Where these are fewer than `LEAST`, or from fewer than half of the rounds, the tolerance is the lowest that gives as
+    many.
+
+    Args:
+        rounds: of each the samples, and the disturbance beside each of them.
+
+    Returns:
+        Of every round that has any the samples that count, and the tolerance.
+    """
+    lowest = sorted(x for _, disturbances in rounds for x in disturbances)
+    calmest = sorted(min(disturbances) for _, disturbances in rounds)
+    tolerance = max(TOLERANCE, lowest[:LEAST][-1], calmest[(len(rounds) - 1) // 2])
+    kept = [[x for x, disturbance in zip(*each, strict=True) if disturbance <= tolerance] for each in rounds]
+    return [each for each in kept if each], tolerance
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:

@@ -112,7 +112,7 @@ def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypa
     def large(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
         if tokens > 100:
             raise torch.OutOfMemoryError("too long")
-        return measure.Samples([0.1] * 10, 0)
+        return measure.Samples([0.1] * 10, [1.0] * 10)
 
     monkeypatch.setattr(measure, "prefill", large)
     small = replace(tiny, models={"Llama": tiny.models["Llama"]}, decode=(), training=(), memory=None)

@@ -5,6 +5,7 @@ import pytest
 
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.rows import best_under, limits, points, problems, rows
+from hybridattn.evals.throughput.statistics import TOLERANCE
 
 
 def test_one_configuration_is_one_row(report: Path):
@@ -70,6 +71,16 @@ def test_points_are_rows_that_have_everything(report: Path):
 
 def test_nothing_recalled_is_no_point(report: Path):
     assert points([row for row in rows(cells.read(report)) if row["config"]["name"] == "other"]) == []
+
+
+def test_disturbed_samples_do_not_count(report: Path, write_cell: Callable[..., None]):
+    for turn in range(2):
+        figures = {"seconds": [1.0] * 6 + [2.0] * 7, "disturbance": [1.0] * 6 + [1.3] * 7}
+        write_cell("window", "prefill", figures, tokens=8, batch=1, round=turn)
+    row = next(row for row in rows(cells.read(report)) if row["label"] == "window")
+    first = row["prefill"][0]
+    assert (first["tokens"], first["median"], first["samples"], first["set_aside"]) == (8, 1, 12, 14)
+    assert first["tolerance"] == TOLERANCE
 
 
 def test_runs_that_were_looked_at_otherwise_are_not_pooled(report: Path, write_cell: Callable[..., None]):

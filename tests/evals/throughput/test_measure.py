@@ -24,9 +24,9 @@ def llama() -> LlamaForCausalLM:
 
 def test_a_sample_is_the_time_of_one_call():
     waits = iter([0.2, 0.2, *[0.01] * 100])
-    times, aside = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0.21)
+    times, disturbance = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0.21)
     assert 12 <= len(times) <= 21
-    assert aside == 0
+    assert disturbance == [1] * len(times)
     assert all(0.01 <= each < 0.1 for each in times)
 
 
@@ -54,19 +54,21 @@ class Disturbed:
         return 1.0
 
 
-def test_samples_of_a_disturbed_machine_are_set_aside(monkeypatch: pytest.MonkeyPatch):
+def test_calls_go_on_until_enough_samples_are_undisturbed(monkeypatch: pytest.MonkeyPatch):
     probe = Disturbed(monkeypatch, 3)
-    times, aside = measure.sample(lambda: None, least=4, seconds=3, probe=probe)  # pyright: ignore
-    assert times == [1.0] * 4
-    assert aside > 0
-    assert probe.patience == 15
+    times, disturbance = measure.sample(lambda: None, least=4, seconds=5, probe=probe)  # pyright: ignore
+    assert times == [1.0, 1.7, 1.0, 1.0, 1.7, 1.0, 1.0]  # the first of all calls does not count
+    assert disturbance == [1.01, 1.2, 1.01, 1.01, 1.2, 1.01, 1.01]
+    assert probe.patience == 25
 
 
-def test_where_it_never_rests_the_least_disturbed_count(monkeypatch: pytest.MonkeyPatch):
+def test_but_not_forever(monkeypatch: pytest.MonkeyPatch):
     probe = Disturbed(monkeypatch, 1)
-    times, aside = measure.sample(lambda: None, least=4, seconds=0.01, probe=probe)  # pyright: ignore
-    assert times == [1.7] * 4
-    assert aside > 8
+    start = time.perf_counter()
+    times, _ = measure.sample(lambda: None, least=4, seconds=0.01, most=10**9, probe=probe)  # pyright: ignore
+    assert 0.1 <= time.perf_counter() - start < 1
+    assert set(times) == {1.7}
+    assert len(measure.sample(lambda: None, least=4, seconds=0, probe=probe).seconds) == 4  # pyright: ignore
 
 
 def test_prefill_and_decode_are_measured_apart(model: HybridAttnForCausalLM):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from hybridattn.evals.throughput.statistics import exponent, summary
+from hybridattn.evals.throughput.statistics import TOLERANCE, exponent, summary, undisturbed
 
 
 def test_median_and_spread_are_of_all_samples():
@@ -21,6 +21,30 @@ def test_nine_of_ten_samples_are_within_p90():
 def test_fewer_than_ten_samples_are_refused():
     with pytest.raises(ValueError, match="samples: expected at least 10, got 9"):
         summary([[1.0] * 5, [1.0] * 4])
+
+
+def rounds_of(*disturbances: list[float]) -> list[tuple[list[float], list[float]]]:
+    """Samples that are ten times their disturbance."""
+    return [([10 * x for x in each], each) for each in disturbances]
+
+
+def test_undisturbed_samples_count():
+    kept, tolerance = undisturbed(rounds_of([1.0, 1.05, 1.06], [1.3], [1.02] * 9))
+    assert kept == [[10, 10.5], [10.2] * 9]
+    assert tolerance == TOLERANCE
+
+
+def test_where_they_are_too_few_the_least_disturbed_count():
+    kept, tolerance = undisturbed(rounds_of([1.0] * 8 + [1.2, 1.4], [1.3, 1.5]))
+    assert kept == [[10] * 8 + [12], [13]]
+    assert tolerance == 1.3
+
+
+def test_they_come_from_half_of_the_rounds_at_least():
+    """A single quiet round would tell nothing of how rounds differ."""
+    kept, tolerance = undisturbed(rounds_of([1.0] * 20, [1.3, 1.1], [1.2, 1.4], [1.6]))
+    assert kept == [[10] * 20, [11]]
+    assert tolerance == 1.1
 
 
 def test_the_interval_covers_the_median_of_19_of_20_runs():
