@@ -4,6 +4,7 @@ Every figure is a cell, written as soon as it is there and looked up before it i
 on, and parts of a suite on several machines make one report.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,8 +23,10 @@ from hybridattn.evals.report import cells
 from hybridattn.evals.report.provenance import cpu_name
 from hybridattn.evals.throughput import measure, memory, subjects
 from hybridattn.evals.throughput.calm import Probe, keep_freed_memory
+from hybridattn.evals.throughput.statistics import LEAST
 from hybridattn.models.decoder import HybridAttnConfig
 
+ENOUGH = 10.0  # seconds of samples of one figure, in rounds together, that need no further rounds
 Cell = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
 """Kind, configuration, and what is measured of the model."""
 
@@ -142,7 +145,9 @@ def model_of(suite: Suite, name: str, out: Path) -> PreTrainedModel:
 def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool, probe: Probe | None) -> None:
     """Fill a model's cells of one round."""
     wanted = [
-        cell for cell in plan(suite, name, turn, probe) if again or not cells.path_of(out, cell[0], cell[1]).exists()
+        (kind, config, call)
+        for kind, config, call in plan(suite, name, turn, probe)
+        if (again or not cells.path_of(out, kind, config).exists()) and not is_settled(out, kind, config)
     ]
     if not wanted:
         return
@@ -160,6 +165,15 @@ def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool, pr
                 raise
             figures = {"reason": f"it has {most} positions"}
         cells.write(out, kind, config, figures, device=device_name(suite))
+
+
+def is_settled(out: Path, kind: str, config: dict[str, Any]) -> bool:
+    """Whether earlier rounds are enough for a figure: `LEAST` of them, and `ENOUGH` seconds of samples."""
+    if config.get("round", 0) < LEAST:
+        return False
+    earlier = [cells.path_of(out, kind, {**config, "round": turn}) for turn in range(config["round"])]
+    taken = [json.loads(file.read_text(encoding="utf-8"))["figures"] for file in earlier if file.exists()]
+    return len(taken) >= LEAST and sum(sum(each.get("seconds", ())) for each in taken) >= ENOUGH
 
 
 def plan(suite: Suite, name: str, turn: int, probe: Probe | None = None) -> Iterator[Cell]:

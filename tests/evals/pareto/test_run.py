@@ -108,6 +108,17 @@ def test_again_measures_again(tiny: Suite, tmp_path: Path):
     assert all(after[name] > before[name] for name in before)
 
 
+def test_what_takes_long_is_left_out_of_late_rounds(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """10 seconds in 10 rounds or more are enough; all rounds are gone through elsewhere."""
+    seconds = {64: 3.0, 128: 0.9, 256: 0.1}
+    monkeypatch.setattr(measure, "prefill", lambda model, *, tokens, **_: measure.Samples([seconds[tokens]], [1.0]))
+    models = {"Llama": tiny.models["Llama"]}
+    small = replace(tiny, models=models, rounds=15, state=(), decode=(), training=(), memory=None)
+    run.run(small, tmp_path)
+    (row,) = rows.rows(cells.read(tmp_path))
+    assert [(each["tokens"], each["samples"]) for each in row["prefill"]] == [(64, 10), (128, 12), (256, 15)]
+
+
 def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def large(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
         if tokens > 100:
