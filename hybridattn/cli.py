@@ -26,7 +26,7 @@ CONTEXT_LENGTHS = {"2k": 2**11, "32k": 2**15, "1M": 2**20}
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: the process's own) and exit; bad input is one line on stderr and code 2."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else torch's profiler, which counts memory, logs its every start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler, which counts memory, logs its every start
     try:
         code = app(args, prog_name="hybridattn", standalone_mode=False)
     except typer.TyperException as error:
@@ -113,7 +113,7 @@ def throughput(
     budget: Annotated[float | None, typer.Option(help="Find the largest batch within so many GB.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: by device.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads per operation, on a CPU.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is timed again.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is timed again.")] = 5,
     graphs: Annotated[bool, typer.Option(help="Decode with CUDA graphs as well.")] = False,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     again: Annotated[bool, typer.Option(help="Measure what is there, too.")] = False,

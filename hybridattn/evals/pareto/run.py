@@ -21,12 +21,13 @@ from hybridattn.evals.recall.learnability import steps_to_threshold
 from hybridattn.evals.recall.parallel import Job, Trained, train_all
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.provenance import cpu_name
+from hybridattn.evals.report.rows import BASE
 from hybridattn.evals.throughput import measure, memory, subjects
 from hybridattn.evals.throughput.calm import Probe, keep_freed_memory
-from hybridattn.evals.throughput.statistics import LEAST
+from hybridattn.evals.throughput.statistics import LEAST, TOLERANCE
 from hybridattn.models.decoder import HybridAttnConfig
 
-ENOUGH = 10.0  # seconds of samples of one figure, in rounds together, that need no further rounds
+ENOUGH = 10.0  # seconds of undisturbed samples of one figure
 Cell = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
 """Kind, configuration, and what is measured of the model."""
 
@@ -53,6 +54,8 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
     names = list(suite.models)[part - 1 :: parts]
+    if again:
+        forget(suite, names, out)
     train(suite, names, out, again)
     with threads(suite.threads):
         probe = None
@@ -152,28 +155,37 @@ def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool, pr
     if not wanted:
         return
     model = model_of(suite, name, out)
+    most = measure.positions(model)
     for kind, config, call in wanted:
+        tokens = config.get("tokens", 0) + (measure.MOST_STEPS + 2 if kind == "decode" else 0)
         try:
-            figures = call(model)
+            figures = {"reason": f"it has {most} positions"} if most is not None and tokens > most else call(model)
         except (RuntimeError, MemoryError) as error:
             if not memory.out_of_memory(error):
                 raise
             figures = {"reason": "out of memory"}
-        except IndexError:
-            most = getattr(model.config, "max_position_embeddings", None)
-            if most is None or config.get("tokens", 0) + measure.MOST_STEPS < most:
-                raise
-            figures = {"reason": f"it has {most} positions"}
         cells.write(out, kind, config, figures, device=device_name(suite))
 
 
 def is_settled(out: Path, kind: str, config: dict[str, Any]) -> bool:
-    """Whether earlier rounds are enough for a figure: `LEAST` of them, and `ENOUGH` seconds of samples."""
-    if config.get("round", 0) < LEAST:
-        return False
-    earlier = [cells.path_of(out, kind, {**config, "round": turn}) for turn in range(config["round"])]
+    """Whether a figure needs no more rounds: it has `ENOUGH` seconds of undisturbed samples, or cannot be measured."""
+    earlier = [cells.path_of(out, kind, {**config, "round": turn}) for turn in range(config.get("round", 0))]
     taken = [json.loads(file.read_text(encoding="utf-8"))["figures"] for file in earlier if file.exists()]
-    return len(taken) >= LEAST and sum(sum(each.get("seconds", ())) for each in taken) >= ENOUGH
+    if any("reason" in each for each in taken):
+        return True
+    probes = [x for each in taken for x in each["probe"]]
+    pairs = zip((x for each in taken for x in each["seconds"]), probes, strict=True)
+    calm = [seconds for seconds, probe in pairs if probe <= TOLERANCE * min(probes)]
+    return len(calm) >= LEAST and sum(calm) >= ENOUGH
+
+
+def forget(suite: Suite, names: Sequence[str], out: Path) -> None:
+    """Remove what was timed of the named models, in however many rounds."""
+    ours = [base(suite, name) for name in names]
+    for cell in cells.read(out) if (out / cells.CELLS).is_dir() else ():
+        config = cell["config"]
+        if "round" in config and {key: config[key] for key in BASE} in ours:
+            cells.path_of(out, cell["kind"], config).unlink()
 
 
 def plan(suite: Suite, name: str, turn: int, probe: Probe | None = None) -> Iterator[Cell]:

@@ -26,8 +26,8 @@ class Suite:
         device: "cpu" or "cuda".
         dtype: of the timed model; training is in fp32.
         threads: per operation, on a CPU, of everything that is timed.
-        rounds: times that everything is timed again, so that a drifting machine shows in the intervals; what has taken
-            10 seconds in 10 rounds or more is left out of further ones.
+        rounds: times that everything is timed again, so that a drifting machine shows in the intervals; what has 10
+            undisturbed samples, and 10 seconds of them, is left out of further ones.
         seconds: of samples per figure and round at least; 10 samples in all at least.
         procedure: of `mqar.PROCEDURES`.
         seeds: models trained per rate.

@@ -108,7 +108,7 @@ def merge(folders: Sequence[Path], out: Path) -> None:
         ValueError: a folder has no cells, or as `check_output`.
     """
     check_output(out)
-    if (out / CELLS).is_dir() and out.resolve() not in [folder.resolve() for folder in folders]:
+    if any((out / CELLS).glob("*.json")) and out.resolve() not in [folder.resolve() for folder in folders]:
         folders = [out, *folders]
     newest: dict[str, tuple[str, Path]] = {}
     for folder in folders:

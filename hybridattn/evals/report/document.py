@@ -185,18 +185,18 @@ def _disturbed(rows: Sequence[dict[str, Any]]) -> list[str]:
     timed = [each for row in rows for kind in ("prefill", "decode", "training") for each in row[kind]]
     timed = [each for each in timed if "median" in each]
     aside = sum(each["set_aside"] for each in timed)
-    if not aside:
+    few = [each["tolerance"] for each in timed if each["tolerance"] > TOLERANCE]
+    if not aside and not few:
         return []
     share = aside / (aside + sum(each["samples"] for each in timed))
-    few = [each["tolerance"] for each in timed if each["tolerance"] > TOLERANCE]
     text = (
         f"A fixed piece of work is timed before and after every sample. Where it took more than {TOLERANCE} times what "
         f"it takes on the undisturbed machine, the sample does not count: {share:.0%} of them."
     )
     if few:
         text += (
-            f" For {len(few)} of {len(timed)} figures too few were left, and the least disturbed ones count, up to "
-            f"{max(few):.2f} times."
+            f" For {len(few)} of {len(timed)} figures too few samples or rounds were left, and the least disturbed "
+            f"ones count, up to {max(few):.2f} times."
         )
     return [text]
 

@@ -44,7 +44,8 @@ def _row(key: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         kinds[cell["kind"]].append(cell)
-    prefill, decode = _timed(kinds["prefill"]), _timed(kinds["decode"])
+    floor = min((x for cell in cells for x in cell["figures"].get("probe", ())), default=1.0)
+    prefill, decode = _timed(kinds["prefill"], floor), _timed(kinds["decode"], floor)
     measured = [each for each in prefill if "median" in each]
     alone = [each for each in decode if each["batch"] == 1 and not each["graph"] and "median" in each]
     facts, largest = kinds["model"], kinds["largest_batch"]
@@ -58,7 +59,7 @@ def _row(key: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "prefill_exponent": exponent([x["tokens"] for x in measured], [x["median"] for x in measured]),
         "decode": decode,
         "decode_growth": alone[-1]["median"] / alone[0]["median"] if len(alone) > 1 else None,
-        "training": _timed(kinds["training"]),
+        "training": _timed(kinds["training"], floor),
         "largest_batch": {**largest[-1]["config"], **largest[-1]["figures"]} if largest else None,
     }
 
@@ -67,7 +68,7 @@ def _by_tokens(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(cells, key=lambda cell: cell["config"]["tokens"])
 
 
-def _timed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _timed(cells: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
     """Timed cells without their rounds, which are pooled; by tokens, batch and graph."""
     groups: dict[tuple[int, int, bool], list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
@@ -77,12 +78,12 @@ def _timed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (tokens, batch, graph), rounds in sorted(groups.items()):
         here = {"tokens": tokens, "batch": batch, "graph": graph}
         reasons = [each["reason"] for each in rounds if "reason" in each]
-        samples = [(each["seconds"], each["disturbance"]) for each in rounds if "seconds" in each]
+        samples = [(each["seconds"], each["probe"]) for each in rounds if "seconds" in each]
         count = sum(len(seconds) for seconds, _ in samples)
-        if reasons or count < LEAST:  # a run that was cut off has too few yet
+        if count < LEAST:  # a run that was cut off has too few yet
             found.append({**here, "reason": reasons[0] if reasons else f"{count} samples so far"})
             continue
-        kept, tolerance = undisturbed(samples)
+        kept, tolerance = undisturbed(samples, floor)
         figures = summary(kept)
         peaks = [each["peak_bytes"] for each in rounds if each.get("peak_bytes") is not None]
         noise = {"set_aside": count - figures["samples"], "tolerance": tolerance}

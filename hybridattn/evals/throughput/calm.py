@@ -37,16 +37,15 @@ class Probe:
             torch.mm(self._factor, self._factor, out=self._product)
         return time.perf_counter() - start
 
-    def disturbance(self) -> float:
-        """That time over the least ever."""
-        took = self.seconds()
-        self.floor = min(self.floor, took)
-        return took / self.floor
+    def is_calm(self, seconds: float) -> bool:
+        """Whether that is about the least ever."""
+        self.floor = min(self.floor, seconds)
+        return seconds <= TOLERANCE * self.floor
 
     def wait(self, patience: float) -> float:
-        """Wait until the machine is undisturbed, or for ``patience`` seconds; the disturbance at the end."""
+        """Wait until the machine is undisturbed, or for ``patience`` seconds; the seconds of the work at the end."""
         end = time.perf_counter() + patience
-        while (found := self.disturbance()) > TOLERANCE and time.perf_counter() < end:
+        while not self.is_calm(found := self.seconds()) and time.perf_counter() < end:
             pass
         return found
 
@@ -58,5 +57,5 @@ def keep_freed_memory() -> None:
     quarter of a call's time, and a time that varies.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(TRIM_THRESHOLD, -1)  # never
         mallopt(MMAP_MAX, 0)

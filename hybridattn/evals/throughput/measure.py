@@ -9,22 +9,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from hybridattn.evals.throughput.calm import Probe
-from hybridattn.evals.throughput.statistics import TOLERANCE
 
 MOST_STEPS = 200  # calls of one decoding, whose context grows with each
 
 
 class Samples(NamedTuple):
-    """Seconds of every call, and how much the machine was disturbed beside it, 1 where nobody looked."""
+    """Seconds of every call, and those of the probe beside it, the longer of before and after; 1 without one."""
 
     seconds: list[float]
-    disturbance: list[float]
+    probe: list[float]
 
 
 @torch.inference_mode()
@@ -161,6 +160,14 @@ def next_token(logits: Tensor) -> Tensor:
     return logits[:, -1:].argmax(-1)
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """The number of positions that a model has learned embeddings of, beyond which it cannot read; None for others."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = [x for x in model.modules() if isinstance(x, nn.Embedding) and x is not model.get_input_embeddings()]
+    # OPT's table has two more rows.
+    return most if most is not None and any(0 <= x.num_embeddings - most <= 2 for x in tables) else None
+
+
 class _Names(TorchDispatchMode):
     """The names of the operators that run, in `names`."""
 
@@ -197,21 +204,21 @@ def sample(
         seconds: calls go on until the samples took so long together.
         most: but no more than so many calls.
         probe: waits before every call, up to five times ``seconds``, until the machine is undisturbed. Only undisturbed
-            samples are enough then, but this ends after ten times ``seconds``.
+            samples are enough then, but this ends after ``least`` calls and ten times ``seconds``.
     """
     if timed(call) < seconds:
         call()
     start = time.perf_counter()
-    found, disturbance, kept = [], [], []
+    found, probes, kept = [], [], []
     while len(found) < most:
         before = probe.wait(5 * seconds) if probe else 1.0
         found.append(timed(call))
-        disturbance.append(max(before, probe.disturbance() if probe else 1.0))
-        kept += found[-1:] if disturbance[-1] <= TOLERANCE else []
+        probes.append(max(before, probe.seconds() if probe else 1.0))
+        kept += found[-1:] if probe is None or probe.is_calm(probes[-1]) else []
         is_tried = len(found) >= least and time.perf_counter() - start >= 10 * seconds
         if is_tried or (len(kept) >= least and sum(kept) >= seconds):
             break
-    return Samples(found, disturbance)
+    return Samples(found, probes)
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -1,8 +1,9 @@
 """Which rank holds which tokens, and the context that says so to the mixers."""
 
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -51,10 +52,11 @@ class SequenceParallel:
         if layout == "zigzag":  # of a causal sequence late segments see much and early ones little
             owners += owners[::-1]
         ends = []
-        if isinstance(tokens, Integral):  # numpy's, too
+        if isinstance(tokens, int | Integral):  # numpy's, too
             ends = [int(tokens) * (i + 1) // len(owners) for i in range(len(owners))]
-        elif isinstance(tokens, Sequence):
-            ends = list(accumulate(tokens))
+        else:
+            with suppress(TypeError):  # of what cannot be counted or is no whole number
+                ends = list(accumulate(operator.index(x) for x in tokens))
         if len(ends) != len(owners) or ends != sorted(ends) or ends[0] < 0:
             raise ValueError(f"tokens: expected their number, or that of {len(owners)} segments each, got {tokens!r}")
         self.tokens, self.ends = ends[-1], ends

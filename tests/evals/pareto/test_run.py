@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,26 @@ def test_again_measures_again(tiny: Suite, tmp_path: Path):
 
 
 def test_what_takes_long_is_left_out_of_late_rounds(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """10 seconds in 10 rounds or more are enough; all rounds are gone through elsewhere."""
+    """Ten undisturbed samples, and ten seconds of them, are enough; the other rounds go through what lacks them."""
     seconds = {64: 3.0, 128: 0.9, 256: 0.1}
-    monkeypatch.setattr(measure, "prefill", lambda model, *, tokens, **_: measure.Samples([seconds[tokens]], [1.0]))
+    calls: Counter[int] = Counter()
+
+    def prefill(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
+        calls[tokens] += 1
+        is_disturbed = tokens == 64 and calls[tokens] % 2 == 0
+        return measure.Samples([seconds[tokens] * (1 + is_disturbed)], [1.0 + is_disturbed])
+
+    monkeypatch.setattr(measure, "prefill", prefill)
     models = {"Llama": tiny.models["Llama"]}
-    small = replace(tiny, models=models, rounds=15, state=(), decode=(), training=(), memory=None)
+    small = replace(tiny, models=models, rounds=25, state=(), decode=(), training=(), memory=None)
     run.run(small, tmp_path)
     (row,) = rows.rows(cells.read(tmp_path))
-    assert [(each["tokens"], each["samples"]) for each in row["prefill"]] == [(64, 10), (128, 12), (256, 15)]
+    assert calls == {64: 19, 128: 12, 256: 25}
+    assert [(each["samples"], each["median"]) for each in row["prefill"]] == [(10, 3), (12, 0.9), (25, 0.1)]
+    run.run(replace(small, rounds=10), tmp_path, again=True)  # nothing of the earlier rounds is left
+    (row,) = rows.rows(cells.read(tmp_path))
+    assert calls == {64: 29, 128: 22, 256: 35}
+    assert [each["samples"] + each["set_aside"] for each in row["prefill"]] == [10, 10, 10]
 
 
 def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -130,17 +143,21 @@ def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypa
     run.run(small, tmp_path)
     (row,) = rows.rows(cells.read(tmp_path))
     assert [each.get("reason") for each in row["prefill"]] == [None, "out of memory", "out of memory"]
+    assert len(list((tmp_path / "cells").glob("prefill-*.json"))) == small.rounds + 2  # once is enough
     assert row["prefill_exponent"] is None
 
 
 def test_more_tokens_than_positions_is_a_figure(tiny: Suite, tmp_path: Path):
-    shape = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 100}
-    models = {"GPT-2": {"model": {"config": shape}, "steps": None}}
-    alone = replace(tiny, models=models, state=(), prefill=(32, 128), decode=((95, 1),), training=(), memory=None)
-    run.run(alone, tmp_path)
-    (row,) = rows.rows(cells.read(tmp_path))
-    assert [each.get("reason") for each in row["prefill"]] == [None, "it has 100 positions"]
-    assert [each.get("reason") for each in row["decode"]] == ["it has 100 positions"]
+    """Of learned positions only; those that a configuration just names are no limit."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 300}
+    ours = {"vocab_size": 32, "hidden_size": 8, "mixers": ["window"], "max_position_embeddings": 300}
+    models = {name: {"model": {"config": config}, "steps": None} for name, config in (("GPT-2", gpt2), ("ours", ours))}
+    alone = replace(tiny, models=models, state=(), prefill=(32, 301), decode=((98, 1), (99, 1)), training=())
+    run.run(replace(alone, memory=None), tmp_path)
+    learned, free = rows.rows(cells.read(tmp_path))
+    for kind in ("prefill", "decode"):
+        assert [each.get("reason") for each in learned[kind]] == [None, "it has 300 positions"]
+        assert [each.get("reason") for each in free[kind]] == [None, None]
 
 
 def test_what_is_wrong_is_not_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

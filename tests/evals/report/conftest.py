@@ -17,7 +17,7 @@ def write_cell(tmp_path: Path) -> Callable[..., None]:
         base = {"name": name, "model": {"preset": name}, "train": {"steps": 100}, "device": DEVICE}
         config = {**base, "dtype": "float32", "threads": 1, **settings}
         if "seconds" in figures:
-            figures = {"disturbance": [1.0] * len(figures["seconds"]), **figures}
+            figures = {"probe": [1.0] * len(figures["seconds"]), **figures}
         cells.write(out, kind, config, figures, device=DEVICE)
 
     return write

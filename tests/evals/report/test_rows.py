@@ -75,12 +75,22 @@ def test_nothing_recalled_is_no_point(report: Path):
 
 def test_disturbed_samples_do_not_count(report: Path, write_cell: Callable[..., None]):
     for turn in range(2):
-        figures = {"seconds": [1.0] * 6 + [2.0] * 7, "disturbance": [1.0] * 6 + [1.3] * 7}
+        figures = {"seconds": [1.0] * 6 + [2.0] * 7, "probe": [1.0] * 6 + [1.3] * 7}
         write_cell("window", "prefill", figures, tokens=8, batch=1, round=turn)
     row = next(row for row in rows(cells.read(report)) if row["label"] == "window")
     first = row["prefill"][0]
     assert (first["tokens"], first["median"], first["samples"], first["set_aside"]) == (8, 1, 12, 14)
     assert first["tolerance"] == TOLERANCE
+
+
+def test_out_of_memory_in_one_round_leaves_the_others(report: Path, write_cell: Callable[..., None]):
+    for turn in range(2):
+        figures = {"seconds": [1.0] * 10} if turn else {"reason": "out of memory"}
+        write_cell("window", "prefill", figures, tokens=8, batch=1, round=turn)
+        write_cell("window", "prefill", {"reason": "out of memory"}, tokens=9, batch=1, round=turn)
+    row = next(row for row in rows(cells.read(report)) if row["label"] == "window")
+    assert row["prefill"][0]["samples"] == 10
+    assert row["prefill"][1] == {"tokens": 9, "batch": 1, "graph": False, "reason": "out of memory"}
 
 
 def test_runs_that_were_looked_at_otherwise_are_not_pooled(report: Path, write_cell: Callable[..., None]):

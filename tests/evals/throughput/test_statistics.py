@@ -23,26 +23,32 @@ def test_fewer_than_ten_samples_are_refused():
         summary([[1.0] * 5, [1.0] * 4])
 
 
-def rounds_of(*disturbances: list[float]) -> list[tuple[list[float], list[float]]]:
-    """Samples that are ten times their disturbance."""
-    return [([10 * x for x in each], each) for each in disturbances]
+def rounds_of(*probes: list[float]) -> list[tuple[list[float], list[float]]]:
+    """Samples that are ten times the probe beside them."""
+    return [([10 * x for x in each], each) for each in probes]
 
 
 def test_undisturbed_samples_count():
-    kept, tolerance = undisturbed(rounds_of([1.0, 1.05, 1.06], [1.3], [1.02] * 9))
+    kept, tolerance = undisturbed(rounds_of([1.0, 1.05, 1.06], [1.3], [1.02] * 9), 1.0)
     assert kept == [[10, 10.5], [10.2] * 9]
     assert tolerance == TOLERANCE
 
 
+def test_a_machine_that_was_disturbed_from_the_start_is_known_by_its_floor():
+    kept, tolerance = undisturbed(rounds_of([1.6] * 10, [1.0] * 10), 1.0)
+    assert (kept, tolerance) == ([[10] * 10], TOLERANCE)
+    assert undisturbed(rounds_of([1.6] * 10), 1.6) == ([[16] * 10], TOLERANCE)
+
+
 def test_where_they_are_too_few_the_least_disturbed_count():
-    kept, tolerance = undisturbed(rounds_of([1.0] * 8 + [1.2, 1.4], [1.3, 1.5]))
+    kept, tolerance = undisturbed(rounds_of([1.0] * 8 + [1.2, 1.4], [1.3, 1.5]), 1.0)
     assert kept == [[10] * 8 + [12], [13]]
     assert tolerance == 1.3
 
 
 def test_they_come_from_half_of_the_rounds_at_least():
     """A single quiet round would tell nothing of how rounds differ."""
-    kept, tolerance = undisturbed(rounds_of([1.0] * 20, [1.3, 1.1], [1.2, 1.4], [1.6]))
+    kept, tolerance = undisturbed(rounds_of([1.0] * 20, [1.3, 1.1], [1.2, 1.4], [1.6]), 1.0)
     assert kept == [[10] * 20, [11]]
     assert tolerance == 1.1
 
@@ -53,6 +59,16 @@ def test_the_interval_covers_the_median_of_19_of_20_runs():
     runs = [summary([generator.lognormal(0, 0.3, 25).tolist()]) for _ in range(200)]
     covered = sum(run["low"] <= 1 <= run["high"] for run in runs)
     assert 180 <= covered <= 199
+
+
+def test_from_ten_rounds_on_it_covers_nine_of_ten_medians_of_a_machine_that_drifts():
+    generator = np.random.default_rng(3)
+
+    def run() -> dict[str, float]:
+        return summary([(generator.lognormal(0, 0.05) * generator.lognormal(0, 0.05, 5)).tolist() for _ in range(10)])
+
+    covered = sum(each["low"] <= 1 <= each["high"] for each in (run() for _ in range(100)))
+    assert covered >= 85
 
 
 def test_a_machine_that_drifts_between_rounds_has_a_wide_interval():

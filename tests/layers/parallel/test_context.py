@@ -71,13 +71,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "segments": ({"tokens": [3, 1]}, r"tokens: expected their number, or that of 1 segments each, got \[3, 1\]"),
     "a fraction": ({"tokens": 4.0}, "tokens: expected their number, or that of 1 segments each, got 4.0"),
+    "half a token": ({"tokens": [2.5]}, r"tokens: expected their number, or that of 1 segments each, got \[2.5\]"),
     "a negative length": ({"tokens": [5, -1], "layout": "zigzag"}, "tokens: expected their number"),
 }
 
 
 def test_a_number_of_tokens_may_be_numpys():
-    with sequence_parallel(np.int64(4)) as context:
-        assert context.own == [(0, 0, 4)]
+    for tokens in (np.int64(4), np.array([4]), torch.tensor([4])):
+        with sequence_parallel(tokens) as context:
+            assert context.own == [(0, 0, 4)]
 
 
 @pytest.mark.parametrize("name", BAD)
