@@ -16,8 +16,8 @@ def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
 
     The interval holds the median of 95 % of the resampled runs: rounds are drawn with replacement, then samples within
     each (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 8). So it is as wide as a machine that
-    drifts between rounds makes it, if there are enough of them: of ten rounds it holds about nine of ten medians, of few
-    it is too narrow, and of one round it only knows that round.
+    drifts between rounds makes it, if there are enough of them: of ten rounds it holds about nine of ten medians, of
+    few it is too narrow, and of one round it only knows that round.
 
     Args:
         rounds: seconds, at least `LEAST` samples in all.
