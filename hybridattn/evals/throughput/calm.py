@@ -53,8 +53,8 @@ class Probe:
 def keep_freed_memory() -> None:
     """Let this process keep what tensors on the CPU free, as PyTorch does on a GPU; nothing where there is no glibc.
 
-    Otherwise every call that needs tens of megabytes has them mapped and zeroed anew, page by page, which took up to a
-    quarter of a call's time, and a time that varies.
+    Otherwise every call that needs tens of megabytes has them mapped and zeroed anew, page by page, which takes time,
+    and one that varies.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(TRIM_THRESHOLD, -1)  # never
