@@ -173,10 +173,10 @@ def _measure(suite: "Suite", out: Path, shard: tuple[int, int], again: bool, tit
 
 
 def _report(out: Path, title: str) -> None:
-    from hybridattn.evals.report.build import build
+    from hybridattn.evals.report.build import build, summary
 
     results = build(out, title=title)
-    print(f"{out / 'report.html'}: {len(results['rows'])} configurations")
+    print(f"{out / 'report.html'}: {summary(results)}")
     for problem in results["problems"]:
         print(f"hybridattn: {problem}", file=sys.stderr)
     if results["problems"]:

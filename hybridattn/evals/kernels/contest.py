@@ -74,7 +74,9 @@ def _linear_flop(shape: Shape) -> float:
 
 def _softmax(window: int | None = None, causal: bool = True) -> Work:
     def flop(shape: Shape) -> float:
-        seen = shape.tokens if not causal else shape.tokens / 2 if window is None else min(window, shape.tokens)
+        reach = min(window or shape.tokens, shape.tokens)
+        # The first `reach` tokens of a causal sequence see half of that on average, later ones all of it.
+        seen = reach * (1 - reach / (2 * shape.tokens)) if causal else reach
         return 2 * seen * (shape.key_dim + shape.value_dim)
 
     return Work(None, flop, window=window, causal=causal)

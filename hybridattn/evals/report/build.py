@@ -67,7 +67,8 @@ def summary(results: dict[str, Any]) -> str:
     devices = dict.fromkeys(source["device"] for source in results["provenance"])
     last = max(source["last"] for source in results["provenance"])
     count = sum(source["cells"] for source in results["provenance"])
-    return f"{len(results['rows'])} configurations, {count} figures, on {' and '.join(devices)}, {last[:10]}"
+    rows = len(results["rows"])
+    return f"{rows} configuration{'s' if rows != 1 else ''}, {count} figures, on {' and '.join(devices)}, {last[:10]}"
 
 
 def as_markdown(title: str, parts: Sequence[document.Section], contradictions: Sequence[str]) -> str:

@@ -44,6 +44,15 @@ def test_figures_and_where_they_come_from(tmp_path: Path, capsys: pytest.Capture
     assert "softmax, causal" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tokens", [300, 700, 5000])
+@pytest.mark.parametrize("window", [None, 512, 4096])
+def test_useful_operations_of_a_window_are_those_of_the_keys_that_are_seen(window: int | None, tokens: int):
+    name = f"softmax, window {window}" if window else "softmax, causal"
+    seen = sum(min(i + 1, window or tokens) for i in range(tokens))
+    counted = WORKS[name].flop(Shape(1, tokens, 1, 64, 64)) * tokens / (2 * 128)
+    assert seen - 0.51 * (window or tokens) <= counted <= seen  # a key at the border counts as half of one
+
+
 def test_what_is_done_is_not_measured_again(tmp_path: Path):
     out = contest.run("cpu", peers=False, samples=3, out=tmp_path / "kernels.jsonl")
     once = out.read_text()
