@@ -60,13 +60,14 @@ def options(
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Recall models trained per row.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of the recipe's.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Times that everything is timed, not the suite's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/demo"),
     only: Annotated[list[str] | None, typer.Option(help="Run this part alone; may be repeated.")] = None,
 ) -> None:
     """Train, generate and measure small hybrid models on this machine's CPU."""
     from hybridattn.evals.demo import run
 
-    run(out=out, seeds=seeds, steps=steps, only=only)
+    run(out=out, seeds=seeds, steps=steps, rounds=rounds, only=only)
 
 
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -151,6 +152,7 @@ def throughput(
 def pareto(
     suite: Annotated[str, typer.Option(help="cpu, gpu, or a YAML file of your own.")] = "cpu",
     shard: Annotated[str, typer.Option(help="Run the i-th of n parts only, as i/n.")] = "1/1",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Times that everything is timed, not the suite's.")] = None,
     again: Annotated[bool, typer.Option(help="Measure what is there, too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
         "reports/pareto"
@@ -162,7 +164,7 @@ def pareto(
     part, slash, parts = shard.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal()):
         raise ValueError(f"shard: expected i/n, such as 1/4, got {shard!r}")
-    _measure(load(suite), out, (int(part), int(parts)), again, "Recall and throughput")
+    _measure(load(suite, rounds=rounds), out, (int(part), int(parts)), again, "Recall and throughput")
 
 
 def _measure(suite: "Suite", out: Path, shard: tuple[int, int], again: bool, title: str) -> None:

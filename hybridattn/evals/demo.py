@@ -17,6 +17,7 @@ def run(
     out: Path | str = Path("reports/demo"),
     seeds: int = 2,
     steps: int | None = None,
+    rounds: int | None = None,
     only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Run the demonstration and write ``results.json``, ``report.md``, ``model/`` and ``pareto/``, a report of its own.
@@ -25,6 +26,7 @@ def run(
         out: the folder to write, whole or not at all; an earlier report there is replaced.
         seeds: models trained per row of the recall part; median and range are reported.
         steps: training steps of every model, instead of the recipes'; with few the figures mean nothing.
+        rounds: times that every figure is timed again, instead of the suite's; with few the intervals are wide.
         only: the parts to run, of ``"text"`` and ``"recall"``; both if None or empty.
 
     Returns:
@@ -36,12 +38,13 @@ def run(
     """
     out, parts = Path(out), check_parts(only)
     check_positive("seeds", seeds)
-    if steps is not None:
-        check_positive("steps", steps)
+    for name, value in (("steps", steps), ("rounds", rounds)):
+        if value is not None:
+            check_positive(name, value)
     check_output(out)
     with written_aside(out) as folder:
-        results = {part: PART_RUNS[part](folder, seeds, steps) for part in parts}
-        write(folder, {"only": parts, "seeds": seeds, "steps": steps}, results)
+        results = {part: PART_RUNS[part](folder, seeds, steps, rounds) for part in parts}
+        write(folder, {"only": parts, "seeds": seeds, "steps": steps, "rounds": rounds}, results)
     print(f"\nIn {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return json.loads((out / RESULTS).read_text(encoding="utf-8"))
 
@@ -65,7 +68,7 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def run_text(folder: Path, _seeds: int, steps: int | None) -> dict[str, Any]:
+def run_text(folder: Path, _seeds: int, steps: int | None, _rounds: int | None) -> dict[str, Any]:
     """The first part; prints its table and the sampled continuation."""
     from hybridattn.evals.report import markdown
     from hybridattn.evals.text import run as text
@@ -78,14 +81,14 @@ def run_text(folder: Path, _seeds: int, steps: int | None) -> dict[str, Any]:
     return result
 
 
-def run_recall(folder: Path, seeds: int, steps: int | None) -> dict[str, Any]:
+def run_recall(folder: Path, seeds: int, steps: int | None, rounds: int | None) -> dict[str, Any]:
     """The second part: the suite for CPUs, whose report lies in ``pareto``; prints its first table."""
     from hybridattn.evals.pareto import run as pareto
     from hybridattn.evals.pareto.suite import load
     from hybridattn.evals.report import document, markdown
     from hybridattn.evals.report.build import build
 
-    suite = load("cpu")
+    suite = load("cpu", rounds=rounds)
     models = {name: {**entry, "steps": steps or entry["steps"]} for name, entry in suite.models.items()}
     pareto.run(replace(suite, models=models, seeds=tuple(range(seeds))), folder / "pareto")
     results = build(folder / "pareto", title="Recall and throughput")

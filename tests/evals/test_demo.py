@@ -17,6 +17,7 @@ from hybridattn.evals.report.provenance import json_sha256
         ({"seeds": 1.5}, "seeds: expected a positive integer, got 1.5"),
         ({"steps": -1}, "steps: expected a positive integer, got -1"),
         ({"steps": True}, "steps: expected a positive integer, got True"),
+        ({"rounds": 0}, "rounds: expected a positive integer, got 0"),
         ({"only": ["text", "music"]}, r"only: expected parts of \['text', 'recall'\], got 'music'"),
         ({"only": "music"}, r"only: expected parts of \['text', 'recall'\], got 'music'"),
     ],
@@ -45,7 +46,7 @@ def test_parts_run_in_their_own_order():
 
 
 def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def interrupted(folder: Path, seeds: int, steps: int | None) -> dict:
+    def interrupted(folder: Path, seeds: int, steps: int | None, rounds: int | None) -> dict:
         (folder / "model").mkdir()
         raise KeyboardInterrupt
 
@@ -58,14 +59,14 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_short_run_writes_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    cpu = suite.load("cpu")
+    cpu = suite.load("cpu", rounds=1)
     timed = {"prefill": (64, 128), "decode": ((32, 1), (32, 2)), "training": (), "memory": None, "operators": False}
     names = ("softmax attention", "GLA")
     models = {name: cpu.models[name] for name in names}
-    small = replace(cpu, models=models, rounds=1, seconds=0, state=(16,), looks=2, **timed)
-    monkeypatch.setattr(suite, "load", lambda name: small if name == "cpu" else None)
+    small = replace(cpu, models=models, seconds=0, state=(16,), looks=2, **timed)
+    monkeypatch.setattr(suite, "load", lambda name, rounds: small if (name, rounds) == ("cpu", 1) else None)
     out = tmp_path / "demo"
-    results = demo.run(out=out, steps=2, seeds=2)
+    results = demo.run(out=out, steps=2, seeds=2, rounds=1)
     assert sorted(path.name for path in out.iterdir()) == ["model", "pareto", "report.md", "results.json"]
     assert json.loads((out / "results.json").read_text()) == results
     check_text(results["text"], out)
@@ -75,7 +76,8 @@ def test_a_short_run_writes_everything(
         assert all(share["seeds"] == 2 for share in row["recall"].values())
         assert row["state"]["16"]["formula"] == row["state"]["16"]["allocated"] > 0
     assert results["provenance"]["config_sha256"] == json_sha256(results["provenance"]["config"])
-    assert results["provenance"]["config"]["options"] == {"only": ["text", "recall"], "seeds": 2, "steps": 2}
+    options = {"only": ["text", "recall"], "seeds": 2, "steps": 2, "rounds": 1}
+    assert results["provenance"]["config"]["options"] == options
     printed, report = capsys.readouterr().out, (out / "report.md").read_text()
     for label in names:
         assert label in printed

@@ -25,6 +25,7 @@ from ...kernels.linear_attention import (
 )
 from ...kernels.linear_attention.chunked import CHUNK
 from ..report.provenance import provenance
+from ..throughput.calm import keep_freed_memory
 from ..throughput.measure import timed
 from .check import error, origin
 
@@ -264,7 +265,9 @@ def seconds_of(call: Callable[[], object], device: torch.device, samples: int) -
 def ceilings(device: torch.device, dtype: torch.dtype, samples: int) -> dict[str, float]:
     """Bytes per second, read and written, of a large copy, and FLOP per second of a large matrix product."""
     elements, size = (1 << 29, 8192) if device.type == "cuda" else (1 << 25, 1024)
-    a, b = (torch.zeros(elements, dtype=torch.uint8, device=device) for _ in range(2))
+    # Random: zeros may be moved faster than data are.
+    a = torch.randint(256, (elements,), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     copy = seconds_of(lambda: b.copy_(a), device, samples)["median"]
     product = seconds_of(lambda: x @ y, device, samples)["median"]
@@ -345,6 +348,8 @@ def run(device: str, peers: bool, samples: int = 15, out: Path | None = None) ->
     if samples < 3:
         raise ValueError(f"expected samples >= 3, got samples={samples}")
     place = torch.device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     source = origin(place)
     if out is None:

@@ -109,8 +109,8 @@ def _expect(name: str, holds: bool, expected: str, value: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def load(name: str) -> Suite:
-    """A shipped suite, by name, or a YAML file.
+def load(name: str, *, rounds: int | None = None) -> Suite:
+    """A shipped suite, by name, or a YAML file; with other ``rounds`` than it says, if given.
 
     Its fields are those of `Suite`, and ``shared``, a configuration that every model with ``mixers`` takes what it does
     not say itself from; ``mixer_options`` are merged, and those of mixers it does not have left out. A model has
@@ -136,7 +136,7 @@ def load(name: str) -> Suite:
     if unknown := sorted(set(content) - known):
         raise ValueError(f"{file}: expected fields of {sorted(known)}, got {unknown}")
     models = {str(label): _model(str(label), entry, shared) for label, entry in content.pop("models").items()}
-    return Suite(models=models, **content)
+    return Suite(models=models, **content | ({} if rounds is None else {"rounds": rounds}))
 
 
 def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:

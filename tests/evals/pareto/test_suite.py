@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ models:
     assert suite.models["published"] == {"model": {"preset": "based_360m"}, "steps": None}
     assert suite.models["other"]["model"] == {"config": {"model_type": "llama", "vocab_size": 64}}
     assert suite.decode == [[128, 1], [128, 4]]
+    assert load(str(file), rounds=suite.rounds + 1) == replace(suite, rounds=suite.rounds + 1)
 
 
 @pytest.mark.parametrize(
