@@ -63,7 +63,7 @@ def test_a_short_run_writes_everything(
     timed = {"prefill": (64, 128), "decode": ((32, 1), (32, 2)), "training": (), "memory": None, "operators": False}
     names = ("softmax attention", "GLA")
     models = {name: cpu.models[name] for name in names}
-    small = replace(cpu, models=models, seconds=0, state=(16,), looks=2, **timed)
+    small = replace(cpu, models=models, apart=False, seconds=0, state=(16,), looks=2, **timed)
     monkeypatch.setattr(suite, "load", lambda name, rounds: small if (name, rounds) == ("cpu", 1) else None)
     out = tmp_path / "demo"
     results = demo.run(out=out, steps=2, seeds=2, rounds=1)

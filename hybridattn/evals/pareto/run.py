@@ -6,8 +6,10 @@ on, and parts of a suite on several machines make one report.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +59,21 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
     if again:
         forget(suite, names, out)
     train(suite, names, out, again)
-    with threads(suite.threads):
-        probe = None
-        if suite.device == "cpu":
-            keep_freed_memory()
-            probe = Probe()
-        for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
-            for name in names:
-                measure_model(suite, name, turn, out, again, probe)
-        if suite.operators and part == 1:
-            from hybridattn.evals.kernels import contest
+    for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
+        if not any(to_measure(suite, name, turn, out, again) for name in names):
+            continue
+        if suite.apart:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                pool.submit(measure_round, suite, names, turn, out, again).result()
+        else:
+            measure_round(suite, names, turn, out, again)
+    if suite.operators and part == 1:
+        from hybridattn.evals.kernels import contest
 
-            kernels = out / cells.KERNELS
-            if again:
-                kernels.unlink(missing_ok=True)
+        kernels = out / cells.KERNELS
+        if again:
+            kernels.unlink(missing_ok=True)
+        with threads(suite.threads):
             contest.run(suite.device, suite.device == "cuda", out=kernels)
 
 
@@ -145,18 +148,32 @@ def model_of(suite: Suite, name: str, out: Path) -> PreTrainedModel:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-def measure_model(suite: Suite, name: str, turn: int, out: Path, again: bool, probe: Probe | None) -> None:
-    """Fill a model's cells of one round."""
-    wanted = [
+def to_measure(suite: Suite, name: str, turn: int, out: Path, again: bool, probe: Probe | None = None) -> list[Cell]:
+    """What is left to measure of a model in one round."""
+    return [
         (kind, config, call)
         for kind, config, call in plan(suite, name, turn, probe)
         if (again or not cells.path_of(out, kind, config).exists()) and not is_settled(out, kind, config)
     ]
-    if not wanted:
-        return
+
+
+def measure_round(suite: Suite, names: Sequence[str], turn: int, out: Path, again: bool) -> None:
+    """Fill the cells of one round."""
+    with threads(suite.threads):
+        probe = None
+        if suite.device == "cpu":
+            keep_freed_memory()
+            probe = Probe()
+        for name in names:
+            if left := to_measure(suite, name, turn, out, again, probe):
+                measure_model(suite, name, left, out)
+
+
+def measure_model(suite: Suite, name: str, left: Sequence[Cell], out: Path) -> None:
+    """Fill cells of one model."""
     model = model_of(suite, name, out)
     most = measure.positions(model)
-    for kind, config, call in wanted:
+    for kind, config, call in left:
         tokens = config.get("tokens", 0) + (measure.MOST_STEPS + 2 if kind == "decode" else 0)
         try:
             figures = {"reason": f"it has {most} positions"} if most is not None and tokens > most else call(model)

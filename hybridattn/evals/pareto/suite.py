@@ -28,6 +28,8 @@ class Suite:
         threads: per operation, on a CPU, of everything that is timed.
         rounds: times that everything is timed again, so that a drifting machine shows in the intervals; what has 10
             undisturbed samples, and 10 seconds of them, is left out of further ones.
+        apart: every round in a process of its own: where a process lies in memory, which is another place every time,
+            changes all of its times by some percent, and intervals of rounds in one process know nothing of that.
         seconds: of samples per figure and round at least; 10 samples in all at least.
         procedure: of `mqar.PROCEDURES`.
         seeds: models trained per rate.
@@ -47,6 +49,7 @@ class Suite:
     dtype: str = "float32"
     threads: int = 1
     rounds: int = 5
+    apart: bool = False
     seconds: float = 0.2
     procedure: str = "recipe"
     seeds: Sequence[int] = (0,)
@@ -73,6 +76,7 @@ class Suite:
         pairs = _is_list(self.decode) and all(_are_positive(pair) and len(pair) == 2 for pair in self.decode)
         _expect("decode", pairs, "pairs (context, batch) of positive integers", self.decode)
         _expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a number of at least 0", self.seconds)
+        _expect("apart", isinstance(self.apart, bool), "true or false", self.apart)
         _expect("graphs", not self.graphs or self.device == "cuda", "false on a CPU", self.graphs)
         is_budget = self.memory is None or (
             isinstance(self.memory, dict)
@@ -136,7 +140,9 @@ def load(name: str, *, rounds: int | None = None) -> Suite:
     if unknown := sorted(set(content) - known):
         raise ValueError(f"{file}: expected fields of {sorted(known)}, got {unknown}")
     models = {str(label): _model(str(label), entry, shared) for label, entry in content.pop("models").items()}
-    return Suite(models=models, **content | ({} if rounds is None else {"rounds": rounds}))
+    if rounds is not None:
+        content["rounds"] = rounds
+    return Suite(models=models, **content)
 
 
 def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hybridattn.evals.pareto import run
 from hybridattn.evals.pareto.suite import Suite
@@ -130,6 +131,33 @@ def test_what_takes_long_is_left_out_of_late_rounds(tiny: Suite, tmp_path: Path,
     (row,) = rows.rows(cells.read(tmp_path))
     assert calls == {64: 29, 128: 22, 256: 35}
     assert [each["samples"] + each["set_aside"] for each in row["prefill"]] == [10, 10, 10]
+
+
+def test_rounds_in_processes_of_their_own_fill_the_same_cells(
+    tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    models = {name: tiny.models[name] for name in ("GLA", "Llama")}
+    small = replace(tiny, models=models, seeds=(0,), prefill=(64,), decode=(), training=(), memory=None)
+    run.run(small, tmp_path / "one")
+
+    def here(*_: Any, **__: Any) -> None:
+        raise AssertionError("this process measures nothing")
+
+    monkeypatch.setattr(measure, "prefill", here)
+    run.run(replace(small, apart=True), tmp_path / "many")
+    assert dates(tmp_path / "one").keys() == dates(tmp_path / "many").keys()
+    monkeypatch.setattr(run, "ProcessPoolExecutor", here)  # nothing is left
+    run.run(replace(small, apart=True), tmp_path / "many")
+
+
+def test_what_goes_wrong_in_another_process_is_told(tiny: Suite, tmp_path: Path):
+    models = {"GLA": tiny.models["GLA"]}
+    small = replace(tiny, models=models, seeds=(0,), rounds=1, prefill=(64,), decode=(), training=(), memory=None)
+    run.run(replace(small, prefill=()), tmp_path)
+    (weights,) = (tmp_path / "weights").iterdir()
+    save_file({"nonsense": torch.zeros(1)}, weights)
+    with pytest.raises(ValueError, match="GLA: expected the model's weights, missing"):
+        run.run(replace(small, apart=True), tmp_path)
 
 
 def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
