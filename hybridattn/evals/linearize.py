@@ -192,8 +192,9 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     for name, value in json.loads(json.dumps(settings)).items():
         if earlier.get(name) != value:
             raise ValueError(f"{name}: expected {earlier.get(name)!r} as before in {str(out)!r}, got {value!r}")
-    out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings, indent=2) + "\n")
+    if not note.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _end(folder: Path) -> Place:

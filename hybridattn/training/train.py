@@ -135,18 +135,21 @@ def held_out_batches(
     """The first rows of the held-out data, the same at every evaluation; None where it is not asked for."""
     if args.eval_strategy == "no" or data.eval_data is None:
         return None
-    source = open_documents(data.eval_data, subset=data.subset, split=data.eval_split, sample_by=data.sample_by)
-    batches = PackedBatches(
-        source,
-        tokenizer,
-        column=data.column,
-        vocab_size=vocab_size,
-        length=data.length,
-        rows=(at_once := min(args.per_device_train_batch_size, data.eval_rows)),
-        block=1,
-        skip_empty=data.skip_empty,
-    )
-    batches.check()
+    try:
+        source = open_documents(data.eval_data, subset=data.subset, split=data.eval_split, sample_by=data.sample_by)
+        batches = PackedBatches(
+            source,
+            tokenizer,
+            column=data.column,
+            vocab_size=vocab_size,
+            length=data.length,
+            rows=(at_once := min(args.per_device_train_batch_size, data.eval_rows)),
+            block=1,
+            skip_empty=data.skip_empty,
+        )
+        batches.check()
+    except ValueError as error:
+        raise ValueError(f"eval_data: {error}") from error
     rows = list(islice(batches, data.eval_rows // at_once))
     for row in rows:
         del row["place"]

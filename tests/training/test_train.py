@@ -127,6 +127,15 @@ def test_other_data_in_the_same_folder_is_refused(train, whole, capsys):
         assert f"{name}: expected {kept} as in" in capsys.readouterr().err
 
 
+def test_held_out_data_that_is_not_there_is_told_from_the_data(train, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    options = ["--eval_strategy", "steps", "--eval_data", str(tmp_path / "empty")]
+    assert train("nothing", *options) == 2
+    assert "eval_data: data: expected files in" in capsys.readouterr().err
+    assert train("no-split", *options[:2], "--eval_data", "python", "--eval_split", "valid") == 2
+    assert "eval_data: split: expected 'train' or 'test'" in capsys.readouterr().err
+
+
 def test_a_step_does_not_depend_on_how_it_is_divided(train, curve, whole):
     assert train("other", "--per_device_train_batch_size", "1", "--dataloader_num_workers", "1") == 0
     for left, right in zip(curve("other"), curve("whole"), strict=True):

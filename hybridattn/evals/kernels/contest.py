@@ -244,11 +244,24 @@ def wrong_by(name: str, call: Call, x: Inputs) -> float:
     return max(error(actual, expected) for expected, actual in zip(*results, strict=True))
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, samples: int) -> dict[str, Any]:
-    """Median and spread of the seconds of one call, by CUDA events on a GPU."""
+def seconds_of(
+    call: Callable[[], object], device: torch.device, samples: int, *, replay: bool = False
+) -> dict[str, Any]:
+    """Median and spread of the seconds of one call, by CUDA events on a GPU.
+
+    Args:
+        call: what is timed.
+        device: where it runs.
+        samples: timed calls.
+        replay: on a GPU, time replays of a CUDA graph of many calls instead: a kernel of some microseconds is over
+            before the next one is launched, and single calls would time the launches. Where a call cannot be captured,
+            single ones are timed; ``graph`` of the result says which it was.
+    """
     for _ in range(3):
         call()
-    if device.type == "cuda":
+    times = _replayed(call) if replay and device.type == "cuda" else []
+    is_graph = bool(times)
+    if device.type == "cuda" and not is_graph:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
         for start, end in events:
             start.record()
@@ -256,10 +269,21 @@ def seconds_of(call: Callable[[], object], device: torch.device, samples: int) -
             end.record()
         torch.cuda.synchronize()
         times = [start.elapsed_time(end) / 1e3 for start, end in events]
-    else:
+    elif device.type != "cuda":
         times = [timed(call) for _ in range(samples)]
     tenths = statistics.quantiles(times, n=10, method="inclusive")
-    return {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1], "samples": samples}
+    found = {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1], "samples": len(times)}
+    return {**found, "graph": is_graph}
+
+
+def _replayed(call: Callable[[], object]) -> list[float]:
+    """Seconds of a call in each of ten replays of a CUDA graph; none where it cannot be captured."""
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        return [milliseconds / 1e3 for milliseconds in do_bench_cudagraph(call, return_mode="all")]
+    except RuntimeError:  # it waits for the GPU, for one; if the GPU is lost, single calls fail as well and say so
+        return []
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, samples: int) -> dict[str, float]:
@@ -280,7 +304,7 @@ def measure(
     """Seconds forward and, for sequences, forward and backward; shares of the ceilings; peak memory on a GPU."""
     work = WORKS[name]
     with torch.inference_mode():
-        forward = seconds_of(lambda: call(*x.values()), device, samples)
+        forward = seconds_of(lambda: call(*x.values()), device, samples, replay=True)
     in_bytes = sum(value.numel() * value.element_size() for value in x.values())
     o_elements = shape.batch * x["q"].shape[1] * shape.heads * shape.value_dim
     moved = in_bytes + o_elements * x["v"].element_size() + (x["state"].numel() * 4 if work.step else 0)
@@ -411,4 +435,6 @@ def describe(line: dict[str, Any]) -> str:
     text += f", {line['share_of_copy']:4.0%} of copy, {line['share_of_matmul']:4.0%} of matmul"
     if both:
         text += f", {both['median'] * 1e3:9.3f} ms with backward"
-    return title + text + (f", peak {line['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in line else "")
+    text += f", peak {line['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in line else ""
+    is_single = line["architecture"] != "cpu" and not forward["graph"]
+    return title + text + (", not in a CUDA graph" if is_single else "")

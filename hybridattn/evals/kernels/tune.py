@@ -146,7 +146,9 @@ def _search(of: Search, dim: int, device: torch.device, samples: int) -> Iterato
         return wrong_by(of.work, call, x)
 
     def seconds() -> float:
-        return seconds_of(both if of.backward else lambda: call(*leaves), device, samples)["median"]
+        if of.backward:
+            return seconds_of(both, device, samples)["median"]
+        return seconds_of(lambda: call(*leaves), device, samples, replay=True)["median"]
 
     yield from search(of.rows, dim, of.candidates, error, seconds)
     forget()

@@ -4,8 +4,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hybridattn.evals.recall.learnability import learnability
 from hybridattn.evals.report.provenance import json_sha256
+from hybridattn.evals.throughput import drift
 from hybridattn.evals.throughput.statistics import LEAST, exponent, summary, undisturbed
 
 BASE = ("name", "model", "train", "device", "dtype", "threads")  # of every cell's configuration: what a row is
@@ -19,12 +22,13 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
         by number of pairs (median, lowest and highest of the seeds at the best rate) with ``learnability`` and
         ``curves``; ``state`` by tokens; ``prefill`` and ``training`` by tokens, ``decode`` as a list, each with a
-        `summary` of the seconds that count, how many were ``set_aside`` and at which ``tolerance`` of disturbance, and
-        ``peak_bytes``; ``prefill_exponent``; ``decode_growth``, the
-        ratio of the step after the longest context to that after the shortest, one sequence; ``largest_batch``. What
-        was not measured is empty or None.
+        `summary` of the seconds that count, corrected for slow memory (`drift.factors`), the ``measured`` median
+        without that, how many were ``set_aside`` and at which ``tolerance`` of disturbance, and ``peak_bytes``;
+        ``prefill_exponent``; ``decode_growth``, the ratio of the step after the longest context to that after the
+        shortest, one sequence; ``largest_batch``. What was not measured is empty or None.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    cells = [{**cell, "factor": factor} for cell, factor in zip(cells, drift.factors(cells), strict=True)]
     for cell in sorted(cells, key=lambda cell: cell["kind"] != "model"):  # models are measured in the suite's order
         groups[json_sha256({name: cell["config"][name] for name in BASE})].append(cell)
     made = [_row(key, group) for key, group in groups.items()]
@@ -73,18 +77,20 @@ def _timed(cells: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]
     groups: dict[tuple[int, int, bool], list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         config = cell["config"]
-        groups[config["tokens"], config["batch"], config.get("graph", False)].append(cell["figures"])
+        groups[config["tokens"], config["batch"], config.get("graph", False)].append(cell)
     found = []
-    for (tokens, batch, graph), rounds in sorted(groups.items()):
-        here = {"tokens": tokens, "batch": batch, "graph": graph}
+    for (tokens, batch, graph), group in sorted(groups.items()):
+        here, rounds = {"tokens": tokens, "batch": batch, "graph": graph}, [cell["figures"] for cell in group]
         reasons = [each["reason"] for each in rounds if "reason" in each]
         samples = [(each["seconds"], each["probe"]) for each in rounds if "seconds" in each]
         count = sum(len(seconds) for seconds, _ in samples)
         if count < LEAST:  # a run that was cut off has too few yet
             found.append({**here, "reason": reasons[0] if reasons else f"{count} samples so far"})
             continue
-        kept, tolerance = undisturbed(samples, floor)
-        figures = summary(kept)
+        factors = [cell["factor"] for cell in group if "seconds" in cell["figures"]]
+        corrected = [([x * by for x in seconds], probe) for (seconds, probe), by in zip(samples, factors, strict=True)]
+        kept, tolerance = undisturbed(corrected, floor)
+        figures = {**summary(kept), "measured": float(np.median(np.concatenate(undisturbed(samples, floor)[0])))}
         peaks = [each["peak_bytes"] for each in rounds if each.get("peak_bytes") is not None]
         noise = {"set_aside": count - figures["samples"], "tolerance": tolerance}
         found.append({**here, **figures, **noise, "peak_bytes": peaks[0] if peaks else None})

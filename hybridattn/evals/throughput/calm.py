@@ -4,7 +4,8 @@ On a shared machine, and most virtual ones are, a neighbour on the same core mak
 fractions of a second at a time, and a median of such times says more of the neighbour than of the model. So a fixed
 piece of work is timed again and again until it takes no longer than it can, then a sample is taken, and if the work
 takes longer after it, the sample is set aside (`statistics.undisturbed`). That does not look at the sample itself, so
-it cannot prefer one model's slow calls to another's.
+it cannot prefer one model's slow calls to another's. That memory is slow, for minutes, does not show there: it is
+measured beside every sample, and taken out later (`drift`).
 """
 
 import ctypes
@@ -15,18 +16,24 @@ import torch
 from hybridattn.evals.throughput.statistics import TOLERANCE
 
 WARMUP = 200
+VALUES = 1 << 24  # floats that are read from: more than the caches hold
+READS, PLACES = 4000, 50  # how many at a time, and how many sets of them take turns
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
 
 
 class Probe:
-    """A product of matrices that fit into a core's own cache, a quarter of a millisecond of work.
+    """A product of matrices that fit into a core's own cache, a quarter of a millisecond of work; and reads of memory.
 
-    ``floor`` is the least time it ever took here, in seconds.
+    ``floor`` is the least time that the product ever took here, in seconds.
     """
 
     def __init__(self) -> None:
-        self._factor = torch.randn(160, 160, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        self._factor = torch.randn(160, 160, generator=generator)
         self._product = torch.empty_like(self._factor)  # memory that is asked for now may have to be mapped first
+        self._values, self._read = torch.ones(VALUES), torch.empty(READS)
+        self._places = [torch.randint(VALUES, (READS,), generator=generator) for _ in range(PLACES)]
+        self._turn = 0
         self.floor = min(self.seconds() for _ in range(WARMUP))
 
     def seconds(self) -> float:
@@ -35,6 +42,14 @@ class Probe:
         start = time.perf_counter()
         for _ in range(3):
             torch.mm(self._factor, self._factor, out=self._product)
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def memory(self) -> float:
+        """The time that reads at random places of memory take now: a tenth of a millisecond, more if it is slow."""
+        self._turn = (self._turn + 1) % PLACES
+        start = time.perf_counter()
+        torch.index_select(self._values, 0, self._places[self._turn], out=self._read)
         return time.perf_counter() - start
 
     def is_calm(self, seconds: float) -> bool:

@@ -20,10 +20,17 @@ MOST_STEPS = 200  # calls of one decoding, whose context grows with each
 
 
 class Samples(NamedTuple):
-    """Seconds of every call, and those of the probe beside it, the longer of before and after; 1 without one."""
+    """Seconds of every call.
+
+    Attributes:
+        seconds: of the calls.
+        probe: seconds of the probe's work beside each, the longer of before and after; 1 without a probe.
+        memory: seconds of the probe's reads before each; 1 without a probe.
+    """
 
     seconds: list[float]
     probe: list[float]
+    memory: list[float]
 
 
 @torch.inference_mode()
@@ -196,7 +203,7 @@ def sample(
     most: int = 1000,
     probe: Probe | None = None,
 ) -> Samples:
-    """Time single calls, after two that do not count, or one that takes longer than ``seconds``.
+    """Time single calls, after two that do not count, or one that takes longer than ten times ``seconds``.
 
     Args:
         call: what is timed, work queued on a GPU included.
@@ -206,19 +213,20 @@ def sample(
         probe: waits before every call, up to five times ``seconds``, until the machine is undisturbed. Only undisturbed
             samples are enough then, but this ends after ``least`` calls and ten times ``seconds``.
     """
-    if timed(call) < seconds:
+    if timed(call) < 10 * seconds:  # the second one may be slow as well, where a process has just begun
         call()
     start = time.perf_counter()
-    found, probes, kept = [], [], []
+    found, probes, memory, kept = [], [], [], []
     while len(found) < most:
         before = probe.wait(5 * seconds) if probe else 1.0
+        memory.append(probe.memory() if probe else 1.0)
         found.append(timed(call))
         probes.append(max(before, probe.seconds() if probe else 1.0))
         kept += found[-1:] if probe is None or probe.is_calm(probes[-1]) else []
         is_tried = len(found) >= least and time.perf_counter() - start >= 10 * seconds
         if is_tried or (len(kept) >= least and sum(kept) >= seconds):
             break
-    return Samples(found, probes)
+    return Samples(found, probes, memory)
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -62,6 +62,44 @@ def test_what_is_done_is_not_measured_again(tmp_path: Path):
     assert len(lines(out)) == len(once.splitlines()) + 1
 
 
+class Clock:
+    """A CUDA event of a GPU on which a call takes two milliseconds."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Clock.now
+
+    def elapsed_time(self, end: "Clock") -> float:
+        return end.at - self.at
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_short_kernels_are_timed_in_a_graph_where_they_can_be(is_captured: bool, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+
+    def replays(fn, *, return_mode: str) -> list[float]:
+        assert return_mode == "all"
+        if not is_captured:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return [0.004, 0.002, 0.003]
+
+    def call() -> None:
+        Clock.now += 2
+
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", replays)
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = contest.seconds_of(call, torch.device("cuda"), 5, replay=True)
+    assert (found["graph"], found["samples"]) == ((True, 3) if is_captured else (False, 5))
+    assert found["median"] == pytest.approx(3e-6 if is_captured else 2e-3)
+    single = contest.seconds_of(call, torch.device("cuda"), 5)
+    assert (single["graph"], single["median"]) == (False, pytest.approx(2e-3))
+
+
 def spoiled(change):
     def entries(work, device, peers):
         for name, call in contestants(work, device, peers):

@@ -118,7 +118,7 @@ def test_what_takes_long_is_left_out_of_late_rounds(tiny: Suite, tmp_path: Path,
     def prefill(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
         calls[tokens] += 1
         is_disturbed = tokens == 64 and calls[tokens] % 2 == 0
-        return measure.Samples([seconds[tokens] * (1 + is_disturbed)], [1.0 + is_disturbed])
+        return measure.Samples([seconds[tokens] * (1 + is_disturbed)], [1.0 + is_disturbed], [1.0])
 
     monkeypatch.setattr(measure, "prefill", prefill)
     models = {"Llama": tiny.models["Llama"]}
@@ -164,7 +164,7 @@ def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypa
     def large(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
         if tokens > 100:
             raise torch.OutOfMemoryError("too long")
-        return measure.Samples([0.1] * 10, [1.0] * 10)
+        return measure.Samples([0.1] * 10, [1.0] * 10, [1.0] * 10)
 
     monkeypatch.setattr(measure, "prefill", large)
     small = replace(tiny, models={"Llama": tiny.models["Llama"]}, decode=(), training=(), memory=None)

@@ -83,6 +83,19 @@ def test_disturbed_samples_do_not_count(report: Path, write_cell: Callable[..., 
     assert first["tolerance"] == TOLERANCE
 
 
+def test_times_are_corrected_for_slow_memory(report: Path, write_cell: Callable[..., None]):
+    """Of rounds in which reads take twice as long and calls 1.41 times; what was measured is kept."""
+    for turn in range(20):
+        slow = 1 + turn % 2
+        figures = {"seconds": [slow**0.5] * 3, "memory": [slow * 1e-5] * 3}
+        write_cell("window", "decode", figures, tokens=8, batch=1, graph=False, round=turn)
+    row = next(row for row in rows(cells.read(report)) if row["label"] == "window")
+    first = row["decode"][0]
+    assert first["median"] == pytest.approx(1.5**0.5)
+    assert first["high"] - first["low"] < 1e-6
+    assert first["measured"] == pytest.approx((1 + 2**0.5) / 2)
+
+
 def test_out_of_memory_in_one_round_leaves_the_others(report: Path, write_cell: Callable[..., None]):
     for turn in range(2):
         figures = {"seconds": [1.0] * 10} if turn else {"reason": "out of memory"}

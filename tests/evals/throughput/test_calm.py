@@ -53,3 +53,12 @@ def test_the_floor_is_what_the_work_takes():
         probe = Probe()
         assert 0 < probe.floor <= min(probe.seconds() for _ in range(3)) * 1.5
         assert probe.is_calm(probe.floor)
+
+
+def test_reads_are_of_memory_and_not_of_a_cache():
+    """The sets of places take turns, since those that were just read are in the core's own cache."""
+    probe = Probe()
+    turns = [min(probe.memory() for _ in range(20)) for _ in range(10)]
+    probe._places = probe._places[:1] * len(probe._places)
+    same = [min(probe.memory() for _ in range(20)) for _ in range(10)]
+    assert sorted(turns)[5] > 1.5 * sorted(same)[5]

@@ -24,10 +24,17 @@ def llama() -> LlamaForCausalLM:
 
 def test_a_sample_is_the_time_of_one_call():
     waits = iter([0.2, 0.2, *[0.01] * 100])
-    times, probe = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0.21)
+    times, probe, memory = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0.21)
     assert 12 <= len(times) <= 21
-    assert probe == [1] * len(times)
+    assert probe == memory == [1] * len(times)
     assert all(0.01 <= each < 0.1 for each in times)
+
+
+def test_a_long_call_is_not_warmed_up_twice():
+    for took, calls in ((0.1, 1), (0.02, 2)):
+        waits = iter([took] * calls + [0.0] * 100)
+        times = measure.sample(lambda each=waits: time.sleep(next(each)), least=2, seconds=0.005).seconds
+        assert max(times) < took
 
 
 def test_calls_go_on_until_they_took_their_time():
@@ -56,19 +63,23 @@ class Disturbed:
         self.patience = patience
         return 1.0
 
+    def memory(self) -> float:
+        return self.calls / 100
+
 
 def test_calls_go_on_until_enough_samples_are_undisturbed(monkeypatch: pytest.MonkeyPatch):
     probe = Disturbed(monkeypatch, 3)
-    times, beside = measure.sample(lambda: None, least=4, seconds=5, probe=probe)  # pyright: ignore
+    times, beside, memory = measure.sample(lambda: None, least=4, seconds=5, probe=probe)  # pyright: ignore
     assert times == [1.0, 1.7, 1.0, 1.0, 1.7, 1.0, 1.0]  # the first of all calls does not count
     assert beside == [1.01, 1.2, 1.01, 1.01, 1.2, 1.01, 1.01]
+    assert memory == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07]  # read before each call
     assert probe.patience == 25
 
 
 def test_but_not_forever(monkeypatch: pytest.MonkeyPatch):
     probe = Disturbed(monkeypatch, 1)
     start = time.perf_counter()
-    times, _ = measure.sample(lambda: None, least=4, seconds=0.01, most=10**9, probe=probe)  # pyright: ignore
+    times, *_ = measure.sample(lambda: None, least=4, seconds=0.01, most=10**9, probe=probe)  # pyright: ignore
     assert 0.1 <= time.perf_counter() - start < 10
     assert set(times) == {1.7}
     assert len(measure.sample(lambda: None, least=4, seconds=0, probe=probe).seconds) == 4  # pyright: ignore

@@ -1,0 +1,107 @@
+import math
+
+import numpy as np
+import pytest
+
+from hybridattn.evals.throughput.drift import FEWEST, REFERENCE, factors, slope
+
+FASTEST = 5e-5
+
+
+def cell(turn: int, seconds: list[float], memory: list[float], **settings) -> dict:
+    """One that was timed undisturbed."""
+    config = {"name": "a", "model": {}, "device": "cpu", "dtype": "float32", "threads": 1, "round": turn, "tokens": 8}
+    kind = settings.pop("kind", "decode")
+    figures = {"seconds": seconds, "probe": [1.0] * len(seconds), "memory": memory}
+    return {"kind": kind, "config": {**config, **settings}, "figures": figures}
+
+
+def drifting(exponents: dict[str, float], levels: list[float], noise: float = 0.0, names: str = "ab") -> list[dict]:
+    """Cells of models whose times are 1, 2, .. ms at the fastest memory, and longer as it is slower."""
+    generator = np.random.default_rng(0)
+    cells = []
+    for turn, level in enumerate(levels):
+        for number, name in enumerate(names, 1):
+            for kind, exponent in exponents.items():
+                seconds = number * 1e-3 * level**exponent * generator.lognormal(0, noise, 9)
+                memory = FASTEST * level * np.array([1, 1.3, 1.2, 1, 5, 1, 1, 1, 1])
+                cells.append(cell(turn, seconds.tolist(), memory.tolist(), kind=kind, name=name))
+    return cells
+
+
+LEVELS = [1.0, 1.1, 1.3, 2.0, 1.2, 1.7, 2.4, 1.5, 1.4, 1.1, 1.9, 1.0]
+
+
+def test_what_slow_memory_explains_is_taken_out():
+    cells = drifting({"decode": 0.6, "prefill": 0.2}, LEVELS)
+    exponents = {"decode": 0.6, "prefill": 0.2}
+    for each, factor in zip(cells, factors(cells), strict=True):
+        at_reference = (1 if each["config"]["name"] == "a" else 2) * 1e-3 * REFERENCE ** exponents[each["kind"]]
+        assert factor * np.median(each["figures"]["seconds"]) == pytest.approx(at_reference)
+
+
+def test_two_runs_agree_though_memory_was_slower_in_one():
+    medians = []
+    for levels in (LEVELS, [1.0, *(1.2 * level for level in LEVELS)]):
+        cells = drifting({"decode": 0.6}, levels, noise=0.05)
+        pooled = [x * by for each, by in zip(cells, factors(cells), strict=True) for x in each["figures"]["seconds"]]
+        raw = [x for each in cells for x in each["figures"]["seconds"]]
+        medians.append((np.median(pooled), np.median(raw)))
+    (left, left_raw), (right, right_raw) = medians
+    assert right == pytest.approx(left, rel=0.02)
+    assert right_raw > 1.05 * left_raw
+
+
+def test_times_are_not_brought_to_a_level_that_the_run_never_saw():
+    for levels, near in (([1.0, *[2.0] * 20], 2.0), ([1.0] * 20, 1.0)):
+        cells = drifting({"decode": 0.6}, levels, noise=0.01)
+        assert factors(cells)[-1] == pytest.approx((near / levels[-1]) ** 0.6, rel=0.02)
+
+
+def test_a_machine_that_does_not_drift_is_left_alone():
+    cells = drifting({"decode": 0.0}, [1.0, *[1.02, 1.04] * 8], noise=0.01)
+    assert factors(cells) == pytest.approx([1.0] * len(cells), abs=0.01)
+
+
+def test_times_that_fall_as_memory_slows_are_chance():
+    assert factors(drifting({"decode": -0.3}, LEVELS)) == [1.0] * 2 * len(LEVELS)
+
+
+def test_few_rounds_tell_no_drift():
+    assert set(factors(drifting({"decode": 0.6}, LEVELS[: FEWEST - 1]))) == {1.0}
+
+
+def test_disturbed_samples_tell_nothing():
+    """A neighbour on the core slows reads and times without any memory being slow."""
+    cells = drifting({"decode": 0.6}, LEVELS)
+    expected = factors(cells)
+    for each in cells:
+        for values, more in (("seconds", [9.0] * 20), ("probe", [1.5] * 20), ("memory", [9.0] * 20)):
+            each["figures"][values] = [*each["figures"][values], *more]
+    assert factors(cells) == pytest.approx(expected)
+
+
+def test_a_round_without_an_undisturbed_sample_is_left_as_it_is():
+    cells = drifting({"decode": 0.6}, LEVELS, names="a")
+    cells[3]["figures"]["probe"] = [1.5] * 9
+    assert factors(cells)[3] == 1
+    assert factors(cells)[6] == pytest.approx((REFERENCE / LEVELS[6]) ** 0.6)
+
+
+def test_machines_are_apart():
+    slow = drifting({"decode": 0.6}, LEVELS)
+    quick = [{**each, "config": {**each["config"], "device": "another"}} for each in drifting({"decode": 0.1}, LEVELS)]
+    assert factors([*slow, *quick]) == pytest.approx([*factors(slow), *factors(quick)])
+
+
+def test_cells_without_times_or_reads_have_none_to_correct():
+    others = [{"kind": "model", "config": {}, "figures": {"parameters": 3}}]
+    old = [{**each, "figures": {"seconds": [1.0], "probe": [1.0]}} for each in drifting({"decode": 0.6}, LEVELS)]
+    gpu = [cell(turn, [1.0 + turn], [1.0]) for turn in range(20)]  # nothing is read beside it
+    assert factors([*others, *old, *gpu]) == [1.0] * (len(others) + len(old) + len(gpu))
+
+
+def test_slope_is_shared_and_each_group_has_its_own_mean():
+    groups = [[(0.0, 5.0), (1.0, 5.5)], [(10.0, -3.0), (11.0, -2.5), (12.0, -2.0)]]
+    assert math.isclose(slope(groups), 0.5)
+    assert slope([]) == slope([[(1.0, 2.0)]]) == slope([[(0.0, 1.0), (1.0, 0.0)]]) == 0
