@@ -175,6 +175,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Section | None:
         "within each). The exponent b is that of a * T^b, fitted to all lengths. Prefill ends with the first new "
         "token: it is the time to it.",
         *_disturbed(rows),
+        *_corrected(rows),
     ]
     has = any(row["prefill_exponent"] is not None for row in rows)
     return Section("Time against length", texts, tables, "scaling" if has else None, "One sequence; bars: intervals.")
@@ -199,6 +200,19 @@ def _disturbed(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"ones count, up to {max(few):.2f} times."
         )
     return [text]
+
+
+def _corrected(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on the correction for slow memory."""
+    timed = [each for row in rows for kind in ("prefill", "decode", "training") for each in row[kind]]
+    by = [each["median"] / each["measured"] - 1 for each in timed if "measured" in each]
+    if not any(by):
+        return []
+    return [
+        "Reads of memory are timed beside every sample. What their drift between rounds explains of the times is taken "
+        f"out by a regression, which changes medians by {min(by):+.1%} to {max(by):+.1%}; those without it are in "
+        "results.json."
+    ]
 
 
 def _time(row: dict[str, Any], kind: str, wanted: dict[str, Any]) -> Entry:

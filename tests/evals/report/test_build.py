@@ -62,6 +62,16 @@ def test_contradictions_are_on_the_page(report: Path, write_cell: Callable[..., 
         assert "the cache after 256 tokens has 9 bytes, by its formula 8" in (report / name).read_text()
 
 
+def test_it_says_by_how_much_slow_memory_changed_times(tmp_path: Path, write_cell: Callable[..., None]):
+    for turn in range(20):
+        slow = 1 + turn % 2
+        figures = {"seconds": [0.1 * slow**0.5] * 3, "memory": [slow * 1e-5] * 3}
+        write_cell("one", "decode", figures, tokens=8, batch=1, graph=False, round=turn)
+        write_cell("one", "prefill", {"seconds": [0.1], "memory": [slow * 1e-5]}, tokens=8, batch=1, round=turn)
+    assert build(tmp_path, title="x")["problems"] == []
+    assert "changes medians by +0.0% to +1.5%" in (tmp_path / "report.md").read_text()  # 1.5^0.5 over (1 + 2^0.5) / 2
+
+
 def test_a_report_of_speed_alone_has_no_fronts(tmp_path: Path, write_cell: Callable[..., None]):
     write_cell("one", "prefill", {"seconds": [1.0] * 10, "peak_bytes": None}, tokens=8, batch=1, round=0)
     build(tmp_path, title="x")
