@@ -209,9 +209,9 @@ def _corrected(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not any(by):
         return []
     return [
-        "Reads of memory are timed beside every sample. What their drift between rounds explains of the times is taken "
-        f"out by a regression, which changes medians by {min(by):+.1%} to {max(by):+.1%}; those without it are in "
-        "results.json."
+        "Reads of memory are timed before the calls of every figure. What their drift between rounds explains of the "
+        f"times is taken out by a regression, which changes medians by {min(by):+.1%} to {max(by):+.1%}; those without "
+        "it are in results.json."
     ]
 
 

@@ -5,7 +5,7 @@ fractions of a second at a time, and a median of such times says more of the nei
 piece of work is timed again and again until it takes no longer than it can, then a sample is taken, and if the work
 takes longer after it, the sample is set aside (`statistics.undisturbed`). That does not look at the sample itself, so
 it cannot prefer one model's slow calls to another's. That memory is slow, for minutes, does not show there: it is
-measured beside every sample, and taken out later (`drift`).
+measured before the calls of every figure, and taken out later (`drift`).
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from hybridattn.evals.throughput.statistics import TOLERANCE
 
 WARMUP = 200
 VALUES = 1 << 24  # floats that are read from: more than the caches hold
-READS, PLACES = 4000, 50  # how many at a time, and how many sets of them take turns
+READS, SETS = 4000, 10  # how many are timed together, and how often
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -32,7 +32,7 @@ class Probe:
         self._factor = torch.randn(160, 160, generator=generator)
         self._product = torch.empty_like(self._factor)  # memory that is asked for now may have to be mapped first
         self._values, self._read = torch.ones(VALUES), torch.empty(READS)
-        self._places = [torch.randint(VALUES, (READS,), generator=generator) for _ in range(PLACES)]
+        self._places = [torch.randint(VALUES, (READS,), generator=generator) for _ in range(5 * SETS)]
         self._turn = 0
         self.floor = min(self.seconds() for _ in range(WARMUP))
 
@@ -44,18 +44,25 @@ class Probe:
             torch.mm(self._factor, self._factor, out=self._product)
         return time.perf_counter() - start
 
-    @torch.inference_mode()
-    def memory(self) -> float:
-        """The time that reads at random places of memory take now: a tenth of a millisecond, more if it is slow."""
-        self._turn = (self._turn + 1) % PLACES
-        start = time.perf_counter()
-        torch.index_select(self._values, 0, self._places[self._turn], out=self._read)
-        return time.perf_counter() - start
-
     def is_calm(self, seconds: float) -> bool:
         """Whether that is about the least ever."""
         self.floor = min(self.floor, seconds)
         return seconds <= TOLERANCE * self.floor
+
+    @torch.inference_mode()
+    def reads(self) -> list[float]:
+        """Seconds that reads at random places of memory take now, ten times: a twentieth of a millisecond, or more.
+
+        Times while somebody else used the core are left out.
+        """
+        found = []
+        for places in self._places[self._turn : self._turn + SETS]:
+            before, start = self.seconds(), time.perf_counter()
+            torch.index_select(self._values, 0, places, out=self._read)
+            taken = time.perf_counter() - start
+            found += [taken] if self.is_calm(max(before, self.seconds())) else []
+        self._turn = (self._turn + SETS) % len(self._places)
+        return found
 
     def wait(self, patience: float) -> float:
         """Wait until the machine is undisturbed, or for ``patience`` seconds; the seconds of the work at the end."""

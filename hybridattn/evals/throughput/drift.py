@@ -2,8 +2,8 @@
 
 Memory and the last cache belong to all of a processor's cores, and so to the neighbours on a shared machine. How long a
 read takes there drifts over minutes, by a factor of two on a busy machine, and everything that is timed drifts along,
-by less, but alike for all models: a median of a whole run cannot know it. So reads are timed beside every sample
-(`calm.Probe.memory`), and what a round's reads explain of its times is taken out by a regression (analysis of
+by less, but alike for all models: a median of a whole run cannot know it. So reads are timed before the calls of every
+figure (`calm.Probe.reads`), and what a round's reads explain of its times is taken out by a regression (analysis of
 covariance: Cochran, Biometrics 13, 1957).
 """
 
@@ -11,7 +11,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,8 @@ FEWEST = 10  # rounds from which a drift can be told
 def factors(cells: Sequence[dict[str, Any]]) -> list[float]:
     """By what the seconds of each cell are to be multiplied; 1 for cells without samples or of too few rounds.
 
-    Only undisturbed samples are looked at, and the reads beside them. The level of a row in a round is the median of
-    its reads there over the fastest reads of the machine. For every kind of figure (prefill, decode, training) one
+    The level of a row in a round is the median of its reads there over the fastest reads of the machine. Only
+    undisturbed samples are looked at. For every kind of figure (prefill, decode, training) one
     exponent is fitted, by least squares of logarithms, to the medians of all figures in all rounds, each figure about
     its own mean: time ~ level^b, with b of at least 0. Times are brought to the level `REFERENCE`, or as near to it as
     the middle eight tenths of the levels come.
@@ -37,7 +36,7 @@ def factors(cells: Sequence[dict[str, Any]]) -> list[float]:
     """
     machines: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, cell in enumerate(cells):
-        if cell["figures"].get("memory"):
+        if "memory" in cell["figures"]:
             machines[tuple(cell["config"][name] for name in MACHINE)].append(index)
     found = [1.0] * len(cells)
     for indices in machines.values():
@@ -51,19 +50,20 @@ def factors(cells: Sequence[dict[str, Any]]) -> list[float]:
 def _factors(cells: Sequence[dict[str, Any]]) -> list[float]:
     """Those of one machine."""
     floor = min(x for cell in cells for x in cell["figures"]["probe"])
-    fastest = min(x for cell in cells for x in cell["figures"]["memory"])
     visits = [_without(cell, "tokens", "batch", "graph") for cell in cells]  # of a row in a round
     reads: dict[str, list[float]] = defaultdict(list)
     seconds: list[list[float]] = []
     for visit, cell in zip(visits, cells, strict=True):
-        figures = cell["figures"]
-        calm = [probe <= TOLERANCE * floor for probe in figures["probe"]]
-        seconds.append(list(compress(figures["seconds"], calm)))
-        reads[visit] += compress(figures["memory"], calm)
+        pairs = zip(cell["figures"]["seconds"], cell["figures"]["probe"], strict=True)
+        seconds.append([x for x, probe in pairs if probe <= TOLERANCE * floor])
+        reads[visit] += cell["figures"]["memory"]
+    fastest = min((x for each in reads.values() for x in each), default=1.0)
     levels = {visit: math.log(float(np.median(each)) / fastest) for visit, each in reads.items() if each}
+    if not levels:
+        return [1.0] * len(cells)
     points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for visit, cell, times in zip(visits, cells, seconds, strict=True):
-        if times:
+        if times and visit in levels:
             points[cell["kind"]][_without(cell, "round")].append((levels[visit], math.log(float(np.median(times)))))
     exponents = {kind: slope(list(figures.values())) for kind, figures in points.items()}
     target = float(np.clip(math.log(REFERENCE), *np.quantile(list(levels.values()), [0.1, 0.9])))

@@ -25,7 +25,7 @@ class Samples(NamedTuple):
     Attributes:
         seconds: of the calls.
         probe: seconds of the probe's work beside each, the longer of before and after; 1 without a probe.
-        memory: seconds of the probe's reads before each; 1 without a probe.
+        memory: seconds of the probe's reads before the first call, some times; none without a probe.
     """
 
     seconds: list[float]
@@ -213,13 +213,13 @@ def sample(
         probe: waits before every call, up to five times ``seconds``, until the machine is undisturbed. Only undisturbed
             samples are enough then, but this ends after ``least`` calls and ten times ``seconds``.
     """
+    memory = probe.reads() if probe else []  # now: between calls they would drive what calls need out of the caches
     if timed(call) < 10 * seconds:  # the second one may be slow as well, where a process has just begun
         call()
     start = time.perf_counter()
-    found, probes, memory, kept = [], [], [], []
+    found, probes, kept = [], [], []
     while len(found) < most:
         before = probe.wait(5 * seconds) if probe else 1.0
-        memory.append(probe.memory() if probe else 1.0)
         found.append(timed(call))
         probes.append(max(before, probe.seconds() if probe else 1.0))
         kept += found[-1:] if probe is None or probe.is_calm(probes[-1]) else []

@@ -72,20 +72,30 @@ def test_few_rounds_tell_no_drift():
 
 
 def test_disturbed_samples_tell_nothing():
-    """A neighbour on the core slows reads and times without any memory being slow."""
+    """A neighbour on the core slows calls without any memory being slow."""
     cells = drifting({"decode": 0.6}, LEVELS)
     expected = factors(cells)
     for each in cells:
-        for values, more in (("seconds", [9.0] * 20), ("probe", [1.5] * 20), ("memory", [9.0] * 20)):
+        for values, more in (("seconds", [9.0] * 20), ("probe", [1.5] * 20)):
             each["figures"][values] = [*each["figures"][values], *more]
     assert factors(cells) == pytest.approx(expected)
 
 
-def test_a_round_without_an_undisturbed_sample_is_left_as_it_is():
+def test_reads_of_a_row_count_for_all_its_figures_of_a_round():
+    cells = drifting({"decode": 0.6, "prefill": 0.2}, LEVELS, names="a")
+    expected = factors(cells)
+    for each in cells[::2]:
+        each["figures"]["memory"] = []
+    assert factors(cells) == pytest.approx(expected)
+
+
+def test_a_round_without_reads_or_undisturbed_samples_is_left_as_it_is():
     cells = drifting({"decode": 0.6}, LEVELS, names="a")
-    cells[3]["figures"]["probe"] = [1.5] * 9
+    cells[3]["figures"]["memory"] = []
+    cells[4]["figures"]["probe"] = [1.5] * 9
     assert factors(cells)[3] == 1
-    assert factors(cells)[6] == pytest.approx((REFERENCE / LEVELS[6]) ** 0.6)
+    for turn in (4, 6):
+        assert factors(cells)[turn] == pytest.approx((REFERENCE / LEVELS[turn]) ** 0.6)
 
 
 def test_machines_are_apart():
@@ -97,7 +107,7 @@ def test_machines_are_apart():
 def test_cells_without_times_or_reads_have_none_to_correct():
     others = [{"kind": "model", "config": {}, "figures": {"parameters": 3}}]
     old = [{**each, "figures": {"seconds": [1.0], "probe": [1.0]}} for each in drifting({"decode": 0.6}, LEVELS)]
-    gpu = [cell(turn, [1.0 + turn], [1.0]) for turn in range(20)]  # nothing is read beside it
+    gpu = [cell(turn, [1.0 + turn], []) for turn in range(20)]
     assert factors([*others, *old, *gpu]) == [1.0] * (len(others) + len(old) + len(gpu))
 
 
