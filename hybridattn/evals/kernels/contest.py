@@ -281,9 +281,10 @@ def _replayed(call: Callable[[], object]) -> list[float]:
     from triton.testing import do_bench_cudagraph
 
     try:
-        return [milliseconds / 1e3 for milliseconds in do_bench_cudagraph(call, return_mode="all")]
+        milliseconds: Any = do_bench_cudagraph(call, return_mode="all")
     except RuntimeError:  # it waits for the GPU, for one; if the GPU is lost, single calls fail as well and say so
         return []
+    return [each / 1e3 for each in milliseconds]
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, samples: int) -> dict[str, float]:
