@@ -69,7 +69,7 @@ def test_it_says_by_how_much_slow_memory_changed_times(tmp_path: Path, write_cel
         write_cell("one", "decode", figures, tokens=8, batch=1, graph=False, round=turn)
         write_cell("one", "prefill", {"seconds": [0.1], "memory": [slow * 1e-5]}, tokens=8, batch=1, round=turn)
     assert build(tmp_path, title="x")["problems"] == []
-    assert "changes medians by +0.0% to +1.5%" in (tmp_path / "report.md").read_text()  # 1.5^0.5 over (1 + 2^0.5) / 2
+    assert "changes medians by -9.3% to +0.0%" in (tmp_path / "report.md").read_text()  # 1.2^0.5 over (1 + 2^0.5) / 2
 
 
 def test_a_report_of_speed_alone_has_no_fronts(tmp_path: Path, write_cell: Callable[..., None]):

@@ -5,6 +5,7 @@ import pytest
 
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.rows import best_under, limits, points, problems, rows
+from hybridattn.evals.throughput.drift import REFERENCE
 from hybridattn.evals.throughput.statistics import TOLERANCE
 
 
@@ -91,7 +92,7 @@ def test_times_are_corrected_for_slow_memory(report: Path, write_cell: Callable[
         write_cell("window", "decode", figures, tokens=8, batch=1, graph=False, round=turn)
     row = next(row for row in rows(cells.read(report)) if row["label"] == "window")
     first = row["decode"][0]
-    assert first["median"] == pytest.approx(1.5**0.5)
+    assert first["median"] == pytest.approx(REFERENCE**0.5)
     assert first["high"] - first["low"] < 1e-6
     assert first["measured"] == pytest.approx((1 + 2**0.5) / 2)
 
