@@ -26,10 +26,10 @@ def factors(cells: Sequence[dict[str, Any]]) -> list[float]:
     """By what the seconds of each cell are to be multiplied; 1 for cells without samples or of too few rounds.
 
     The level of a row in a round is the median of its reads there over the fastest reads of the machine. Only
-    undisturbed samples are looked at. For every kind of figure (prefill, decode, training) one
-    exponent is fitted, by least squares of logarithms, to the medians of all figures in all rounds, each figure about
-    its own mean: time ~ level^b, with b of at least 0. Times are brought to the level `REFERENCE`, or as near to it as
-    the middle eight tenths of the levels come.
+    undisturbed samples are looked at. For every kind of figure (prefill, decode, training) one exponent is fitted, by
+    least squares of logarithms, to the medians of all figures in all rounds, each figure about its own mean:
+    time ~ level^b, with b of at least 0. Times are brought to the level `REFERENCE`, or as near to it as the middle
+    eight tenths of the levels come. Intervals made of them take b as known.
 
     Args:
         cells: of any kinds and machines; a cell that was timed has ``seconds``, ``probe`` and ``memory``.
