@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hybridattn.evals.throughput.calm import SETS, Probe
+from hybridattn.evals.throughput.calm import READS, SETS, Probe
 
 
 def test_a_disturbed_machine_shows(monkeypatch: pytest.MonkeyPatch):
@@ -57,13 +57,22 @@ def test_the_floor_is_what_the_work_takes():
 
 def test_reads_are_of_memory_and_not_of_a_cache(monkeypatch: pytest.MonkeyPatch):
     """The sets of places take turns, since those that were just read are in the core's own cache."""
-    probe = Probe()
+    probe, read = Probe(), []
     monkeypatch.setattr(probe, "is_calm", lambda seconds: True)
-    assert len(probe.reads()) == SETS
-    turns = sorted(min(probe.reads()) for _ in range(10))
-    probe._places = probe._places[:1] * len(probe._places)
-    same = sorted(min(probe.reads()) for _ in range(10))
-    assert turns[5] > 1.3 * same[5]
+    select = torch.index_select
+
+    def spy(values: torch.Tensor, dim: int, places: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        read.append((places.data_ptr(), values[places].numel()))
+        return select(values, dim, places, out=out)
+
+    monkeypatch.setattr(torch, "index_select", spy)
+    assert [len(probe.reads()) for _ in range(10)] == [SETS] * 10
+    seen = [each for each, _ in read]
+    assert len(set(seen)) == 5 * SETS, "a set was read again before its turn"
+    assert seen[5 * SETS :] == seen[: 5 * SETS]
+    cache_line, own_cache = 64, 2 << 20
+    assert sum(count for _, count in read[: 5 * SETS]) * cache_line > 4 * own_cache, "all sets fit into a core's cache"
+    assert probe._values.nbytes > 4 * 5 * SETS * READS * cache_line, "places would share cache lines"
 
 
 def test_reads_while_somebody_else_used_the_core_are_left_out(monkeypatch: pytest.MonkeyPatch):
