@@ -23,13 +23,16 @@ from hybridattn.evals.recall.learnability import steps_to_threshold
 from hybridattn.evals.recall.parallel import Job, Trained, train_all
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.provenance import cpu_name
-from hybridattn.evals.report.rows import BASE
+from hybridattn.evals.report.rows import BASE, rows
 from hybridattn.evals.throughput import measure, memory, subjects
 from hybridattn.evals.throughput.calm import Probe, keep_freed_memory
 from hybridattn.evals.throughput.statistics import LEAST, TOLERANCE
 from hybridattn.models.decoder import HybridAttnConfig
 
 ENOUGH = 10.0  # seconds of undisturbed samples of one figure
+LOOK = 10  # extra rounds from one look at the intervals to the next
+Figure = tuple[str, str, int, int, bool]
+"""Name of the model, kind, tokens, batch, and whether in a CUDA graph."""
 Cell = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
 """Kind, configuration, and what is measured of the model."""
 
@@ -60,13 +63,14 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
         forget(suite, names, out)
     train(suite, names, out, again)
     for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
-        if not any(to_measure(suite, name, turn, out, again) for name in names):
-            continue
-        if suite.apart:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                pool.submit(measure_round, suite, names, turn, out, again).result()
-        else:
-            measure_round(suite, names, turn, out, again)
+        do_round(suite, names, turn, out, again)
+    wide: set[Figure] = set()
+    for turn in range(suite.rounds, suite.rounds + suite.extra_rounds):
+        if (turn - suite.rounds) % LOOK == 0:
+            wide = too_wide(suite, names, out)
+            print(f"after {turn} rounds, intervals wider than {suite.width:.0%} of their medians: {len(wide)}")
+        if wide:
+            do_round(suite, names, turn, out, again, wide)
     if suite.operators and part == 1:
         from hybridattn.evals.kernels import contest
 
@@ -148,16 +152,59 @@ def model_of(suite: Suite, name: str, out: Path) -> PreTrainedModel:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-def to_measure(suite: Suite, name: str, turn: int, out: Path, again: bool, probe: Probe | None = None) -> list[Cell]:
+def too_wide(suite: Suite, names: Sequence[str], out: Path) -> set[Figure]:
+    """What has an interval wider than the suite wants it."""
+    ours = [base(suite, name) for name in names]
+    return {
+        (row["config"]["name"], kind, each["tokens"], each["batch"], each["graph"])
+        for row in rows(cells.read(out))
+        if row["config"] in ours
+        for kind in ("prefill", "decode", "training")
+        for each in row[kind]
+        if "median" in each and each["high"] - each["low"] > suite.width * each["median"]
+    }
+
+
+def do_round(
+    suite: Suite, names: Sequence[str], turn: int, out: Path, again: bool, only: set[Figure] | None = None
+) -> None:
+    """Fill the cells of one round, or ``only`` some, in a process of its own where the suite wants one."""
+    if not any(to_measure(suite, name, turn, out, again, only) for name in names):
+        return
+    if suite.apart:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(measure_round, suite, names, turn, out, again, only).result()
+    else:
+        measure_round(suite, names, turn, out, again, only)
+
+
+def to_measure(
+    suite: Suite,
+    name: str,
+    turn: int,
+    out: Path,
+    again: bool,
+    only: set[Figure] | None = None,
+    probe: Probe | None = None,
+) -> list[Cell]:
     """What is left to measure of a model in one round."""
     return [
         (kind, config, call)
         for kind, config, call in plan(suite, name, turn, probe)
-        if (again or not cells.path_of(out, kind, config).exists()) and not is_settled(out, kind, config)
+        if (again or not cells.path_of(out, kind, config).exists())
+        and (only is None or figure_of(name, kind, config) in only)
+        and not is_settled(out, kind, config)
     ]
 
 
-def measure_round(suite: Suite, names: Sequence[str], turn: int, out: Path, again: bool) -> None:
+def figure_of(name: str, kind: str, config: dict[str, Any]) -> Figure:
+    """What a timed cell is one of several rounds of."""
+    return name, kind, config["tokens"], config["batch"], config.get("graph", False)
+
+
+def measure_round(
+    suite: Suite, names: Sequence[str], turn: int, out: Path, again: bool, only: set[Figure] | None = None
+) -> None:
     """Fill the cells of one round."""
     with threads(suite.threads):
         probe = None
@@ -165,7 +212,7 @@ def measure_round(suite: Suite, names: Sequence[str], turn: int, out: Path, agai
             keep_freed_memory()
             probe = Probe()
         for name in names:
-            if left := to_measure(suite, name, turn, out, again, probe):
+            if left := to_measure(suite, name, turn, out, again, only, probe):
                 measure_model(suite, name, left, out)
 
 

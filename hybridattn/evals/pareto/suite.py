@@ -28,6 +28,8 @@ class Suite:
         threads: per operation, on a CPU, of everything that is timed.
         rounds: times that everything is timed again, so that a drifting machine shows in the intervals; what has 10
             undisturbed samples, and 10 seconds of them, is left out of further ones.
+        extra_rounds: so many more at most, in which only what has an interval wider than ``width`` is timed.
+        width: of an interval, as a share of its median.
         apart: every round in a process of its own: where a process lies in memory, which is another place every time,
             changes all of its times by some percent, and intervals of rounds in one process know nothing of that.
         seconds: of samples per figure and round at least; 10 samples in all at least.
@@ -49,6 +51,8 @@ class Suite:
     dtype: str = "float32"
     threads: int = 1
     rounds: int = 5
+    extra_rounds: int = 0
+    width: float = 0.12
     apart: bool = False
     seconds: float = 0.2
     procedure: str = "recipe"
@@ -71,6 +75,9 @@ class Suite:
         _expect("procedure", self.procedure in mqar.PROCEDURES, f"one of {sorted(mqar.PROCEDURES)}", self.procedure)
         for name in ("threads", "rounds", "looks"):
             _expect(name, _is_positive(getattr(self, name)), "a positive integer", getattr(self, name))
+        extra = self.extra_rounds
+        _expect("extra_rounds", extra == 0 or _is_positive(extra), "an integer of at least 0", extra)
+        _expect("width", _is_number(self.width) and self.width > 0, "a number above 0", self.width)
         for name in ("state", "prefill", "training"):
             _expect(name, _are_positive(getattr(self, name)), "positive integers", getattr(self, name))
         pairs = _is_list(self.decode) and all(_are_positive(pair) and len(pair) == 2 for pair in self.decode)
@@ -114,7 +121,7 @@ def _expect(name: str, holds: bool, expected: str, value: Any) -> None:
 
 
 def load(name: str, *, rounds: int | None = None) -> Suite:
-    """A shipped suite, by name, or a YAML file; with other ``rounds`` than it says, if given.
+    """A shipped suite, by name, or a YAML file; with exactly ``rounds`` rounds, if given, instead of what it says.
 
     Its fields are those of `Suite`, and ``shared``, a configuration that every model with ``mixers`` takes what it does
     not say itself from; ``mixer_options`` are merged, and those of mixers it does not have left out. A model has
@@ -141,7 +148,7 @@ def load(name: str, *, rounds: int | None = None) -> Suite:
         raise ValueError(f"{file}: expected fields of {sorted(known)}, got {unknown}")
     models = {str(label): _model(str(label), entry, shared) for label, entry in content.pop("models").items()}
     if rounds is not None:
-        content["rounds"] = rounds
+        content |= {"rounds": rounds, "extra_rounds": 0}
     return Suite(models=models, **content)
 
 

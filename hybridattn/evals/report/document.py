@@ -203,15 +203,15 @@ def _disturbed(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _corrected(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence on the correction for slow memory."""
+    """A sentence on the correction for what slowed a round."""
     timed = [each for row in rows for kind in ("prefill", "decode", "training") for each in row[kind]]
     by = [each["median"] / each["measured"] - 1 for each in timed if "measured" in each]
     if not any(by):
         return []
     return [
-        "Reads of memory are timed before the calls of every figure. What their drift between rounds explains of the "
-        f"times is taken out by a regression, which changes medians by {min(by):+.1%} to {max(by):+.1%}; those without "
-        "it are in results.json."
+        "Reads of memory are timed before the calls of every figure. What their drift between rounds, and the share of "
+        "disturbed samples, explain of the times that count is taken out by a regression, which changes medians by "
+        f"{min(by):+.1%} to {max(by):+.1%}; those without it are in results.json."
     ]
 
 

@@ -1,10 +1,11 @@
-"""What times would have been, had memory been as fast in every round.
+"""What times would have been, had the machine been as calm in every round.
 
 Memory and the last cache belong to all of a processor's cores, and so to the neighbours on a shared machine. How long a
 read takes there drifts over minutes, by a factor of two on a busy machine, and everything that is timed drifts along,
-by less, but alike for all models: a median of a whole run cannot know it. So reads are timed before the calls of every
-figure (`calm.Probe.reads`), and what a round's reads explain of its times is taken out by a regression (analysis of
-covariance: Cochran, Biometrics 13, 1957).
+by less, but alike for all models: a median of a whole run cannot know it. And where a neighbour uses the same core for
+a while, calls that seem undisturbed between two that were not are slow, too. So reads are timed before the calls of
+every figure (`calm.Probe.reads`), and what these, and the share of the calls beside which the probe was disturbed,
+explain of a round's times is taken out by a regression (analysis of covariance: Cochran, Biometrics 13, 1957).
 """
 
 import json
@@ -19,17 +20,19 @@ from hybridattn.evals.throughput.statistics import TOLERANCE
 
 MACHINE = ("device", "dtype", "threads")
 REFERENCE = 1.2  # times the fastest reads: what times are corrected to
+SHARE = 0.15  # of the calls disturbed: likewise
 FEWEST = 10  # rounds from which a drift can be told
 
 
 def factors(cells: Sequence[dict[str, Any]]) -> list[float]:
     """By what the seconds of each cell are to be multiplied; 1 for cells without samples or of too few rounds.
 
-    The level of a row in a round is the median of its reads there over the fastest reads of the machine. Only
-    undisturbed samples are looked at. For every kind of figure (prefill, decode, training) one exponent is fitted, by
-    least squares of logarithms, to the medians of all figures in all rounds, each figure about its own mean:
-    time ~ level^b, with b of at least 0. Times are brought to the level `REFERENCE`, or as near to it as the middle
-    eight tenths of the levels come. Intervals made of them take b as known.
+    The level of a row in a round is the median of its reads there over the fastest reads of the machine; the share is
+    that of a figure's calls in the round that were disturbed. Of the times only undisturbed ones are looked at. For
+    every kind of figure (prefill, decode, training) two coefficients are fitted, by least squares of logarithms, to the
+    medians of all figures in all rounds, each figure about its own mean: time ~ level^b exp(c share), with b and c of
+    at least 0. Times are brought to the level `REFERENCE` and the share `SHARE`, or as near to them as the middle eight
+    tenths of the levels and shares come. Intervals made of them take b and c as known.
 
     Args:
         cells: of any kinds and machines; a cell that was timed has ``seconds``, ``probe`` and ``memory``.
@@ -52,25 +55,31 @@ def _factors(cells: Sequence[dict[str, Any]]) -> list[float]:
     floor = min(x for cell in cells for x in cell["figures"]["probe"])
     visits = [_without(cell, "tokens", "batch", "graph") for cell in cells]  # of a row in a round
     reads: dict[str, list[float]] = defaultdict(list)
-    seconds: list[list[float]] = []
     for visit, cell in zip(visits, cells, strict=True):
-        pairs = zip(cell["figures"]["seconds"], cell["figures"]["probe"], strict=True)
-        seconds.append([x for x, probe in pairs if probe <= TOLERANCE * floor])
         reads[visit] += cell["figures"]["memory"]
     fastest = min((x for each in reads.values() for x in each), default=1.0)
     levels = {visit: math.log(float(np.median(each)) / fastest) for visit, each in reads.items() if each}
     if not levels:
         return [1.0] * len(cells)
-    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for visit, cell, times in zip(visits, cells, seconds, strict=True):
-        if times and visit in levels:
-            points[cell["kind"]][_without(cell, "round")].append((levels[visit], math.log(float(np.median(times)))))
-    exponents = {kind: slope(list(figures.values())) for kind, figures in points.items()}
-    target = float(np.clip(math.log(REFERENCE), *np.quantile(list(levels.values()), [0.1, 0.9])))
+    shares = [float(np.mean([x > TOLERANCE * floor for x in cell["figures"]["probe"]])) for cell in cells]
+    target = np.array([_near(math.log(REFERENCE), [*levels.values()]), _near(SHARE, shares)])
+    states = [np.array([levels.get(visit, target[0]), share]) for visit, share in zip(visits, shares, strict=True)]
+    points: dict[str, dict[str, list[Sequence[float]]]] = defaultdict(lambda: defaultdict(list))
+    for visit, state, cell in zip(visits, states, cells, strict=True):
+        pairs = zip(cell["figures"]["seconds"], cell["figures"]["probe"], strict=True)
+        seconds = [x for x, probe in pairs if probe <= TOLERANCE * floor]
+        if seconds and visit in levels:
+            points[cell["kind"]][_without(cell, "round")].append((*state, math.log(float(np.median(seconds)))))
+    fitted = {kind: slopes(list(figures.values())) for kind, figures in points.items()}
     return [
-        math.exp(exponents.get(cell["kind"], 0.0) * (target - levels.get(visit, target)))
-        for visit, cell in zip(visits, cells, strict=True)
+        math.exp(fitted.get(cell["kind"], np.zeros(2)) @ (target - state))
+        for state, cell in zip(states, cells, strict=True)
     ]
+
+
+def _near(wanted: float, values: Sequence[float]) -> float:
+    """What comes nearest to what is wanted within the middle eight tenths of the values."""
+    return float(np.clip(wanted, *np.quantile(values, [0.1, 0.9])))
 
 
 def _without(cell: dict[str, Any], *names: str) -> str:
@@ -78,8 +87,15 @@ def _without(cell: dict[str, Any], *names: str) -> str:
     return json.dumps({name: value for name, value in cell["config"].items() if name not in names}, sort_keys=True)
 
 
-def slope(groups: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """The slope that (x, y) of several groups share, each about its own mean (least squares); at least 0."""
-    centred = [np.asarray(each) - np.mean(each, axis=0) for each in groups]
-    x, y = np.concatenate(centred).T if centred else (np.zeros(0), np.zeros(0))
-    return max(0.0, float(x @ y / (x @ x))) if x @ x > 0 else 0.0
+def slopes(groups: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+    """The slopes that (x1, x2, .., y) of several groups share, each about its own means (least squares); at least 0."""
+    x_y = np.concatenate([np.asarray(each) - np.mean(each, axis=0) for each in groups])
+    x, y = x_y[:, :-1], x_y[:, -1]
+    found, used = np.zeros(x.shape[1]), np.arange(x.shape[1])
+    while len(used):
+        fit = np.linalg.lstsq(x[:, used], y)[0]
+        if min(fit) >= 0:
+            found[used] = fit
+            break
+        used = np.delete(used, fit.argmin())
+    return found

@@ -18,6 +18,7 @@ def tiny() -> Suite:
         cpu,
         models=models | {"Llama": {"model": {"config": llama}, "steps": None}},
         rounds=2,
+        extra_rounds=0,
         apart=False,
         seconds=0,
         looks=2,

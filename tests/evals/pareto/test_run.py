@@ -133,6 +133,33 @@ def test_what_takes_long_is_left_out_of_late_rounds(tiny: Suite, tmp_path: Path,
     assert [each["samples"] + each["set_aside"] for each in row["prefill"]] == [10, 10, 10]
 
 
+def test_what_varies_is_timed_in_more_rounds(
+    tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Until a look after every ten finds that it is known well enough, or the rounds are up."""
+    seconds = {
+        64: lambda turn: 0.01,
+        128: lambda turn: 0.01 if turn >= 3 else 0.01 + turn / 500,
+        256: lambda turn: 0.01 if turn % 2 else 0.03,
+    }
+    calls: Counter[int] = Counter()
+
+    def prefill(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
+        taken = seconds[tokens](calls[tokens])
+        calls[tokens] += 1
+        return measure.Samples([taken] * 2, [1.0] * 2, [])
+
+    monkeypatch.setattr(measure, "prefill", prefill)
+    models = {"Llama": tiny.models["Llama"]}
+    small = replace(tiny, models=models, rounds=5, extra_rounds=25, state=(), decode=(), training=(), memory=None)
+    run.run(small, tmp_path)
+    assert calls == {64: 5, 128: 15, 256: 30}
+    told = [line.split() for line in capsys.readouterr().out.splitlines() if "intervals wider" in line]
+    assert [(line[1], line[-1]) for line in told] == [("5", "2"), ("15", "1"), ("25", "1")]
+    run.run(small, tmp_path)
+    assert calls == {64: 5, 128: 15, 256: 30}
+
+
 def test_rounds_in_processes_of_their_own_fill_the_same_cells(
     tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -46,6 +46,7 @@ models:
     assert suite.models["other"]["model"] == {"config": {"model_type": "llama", "vocab_size": 64}}
     assert suite.decode == [[128, 1], [128, 4]]
     assert load(str(file), rounds=suite.rounds + 1) == replace(suite, rounds=suite.rounds + 1)
+    assert load("cpu").extra_rounds > load("cpu", rounds=7).extra_rounds == 0
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,9 @@ def test_an_unknown_suite_is_named():
         ({"dtype": "int8"}, "dtype: expected one of"),
         ({"procedure": "mine"}, r"procedure: expected one of \['published', 'recipe'\], got 'mine'"),
         ({"rounds": 0}, "rounds: expected a positive integer, got 0"),
+        ({"extra_rounds": -1}, "extra_rounds: expected an integer of at least 0, got -1"),
+        ({"extra_rounds": 1.5}, "extra_rounds: expected an integer of at least 0, got 1.5"),
+        ({"width": 0}, "width: expected a number above 0, got 0"),
         ({"prefill": [0]}, r"prefill: expected positive integers, got \[0\]"),
         ({"decode": [[1, 2, 3]]}, r"decode: expected pairs \(context, batch\)"),
         ({"decode": [[1, True]]}, r"decode: expected pairs \(context, batch\)"),

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from hybridattn.evals.throughput.drift import FEWEST, REFERENCE, factors, slope
+from hybridattn.evals.throughput.drift import FEWEST, REFERENCE, SHARE, factors, slopes
 
 FASTEST = 5e-5
 
@@ -71,14 +71,43 @@ def test_few_rounds_tell_no_drift():
     assert set(factors(drifting({"decode": 0.6}, LEVELS[: FEWEST - 1]))) == {1.0}
 
 
-def test_disturbed_samples_tell_nothing():
-    """A neighbour on the core slows calls without any memory being slow."""
+def disturb(cell: dict, share: float) -> None:
+    """Add disturbed calls, which took long, to undisturbed ones."""
+    more = round(len(cell["figures"]["seconds"]) * share / (1 - share))
+    cell["figures"]["seconds"] = [*cell["figures"]["seconds"], *[9.0] * more]
+    cell["figures"]["probe"] = [*cell["figures"]["probe"], *[1.5] * more]
+
+
+def test_the_times_of_disturbed_samples_tell_nothing():
     cells = drifting({"decode": 0.6}, LEVELS)
     expected = factors(cells)
     for each in cells:
-        for values, more in (("seconds", [9.0] * 20), ("probe", [1.5] * 20)):
-            each["figures"][values] = [*each["figures"][values], *more]
+        disturb(each, 0.5)
     assert factors(cells) == pytest.approx(expected)
+
+
+def test_what_a_neighbour_on_the_core_explains_is_taken_out():
+    """Samples that seem undisturbed are slow as well where many are not."""
+    cells = drifting({"decode": 0.6, "prefill": 0.2}, LEVELS)
+    shares = [0.1, 0.25, 0.5, 0.0, 0.75, 0.1, 0.0, 0.5]
+    slowed = {"decode": 0.8, "prefill": 0.1}
+    for number, each in enumerate(cells):
+        share = shares[number % len(shares)]
+        each["figures"]["seconds"] = [x * math.exp(slowed[each["kind"]] * share) for x in each["figures"]["seconds"]]
+        disturb(each, share)
+    for each, factor in zip(cells, factors(cells), strict=True):
+        model = 1e-3 * (1 if each["config"]["name"] == "a" else 2)
+        at = model * REFERENCE ** {"decode": 0.6, "prefill": 0.2}[each["kind"]] * math.exp(slowed[each["kind"]] * SHARE)
+        assert factor * np.median(each["figures"]["seconds"][:9]) == pytest.approx(at)
+
+
+def test_times_are_not_brought_to_a_calm_that_the_run_never_saw():
+    shares = [0.5, 0.75, 0.5, 0.0] + [0.5, 0.75] * 10
+    cells = drifting({"decode": 0.6}, [1.2] * len(shares), names="a")
+    for each, share in zip(cells, shares, strict=True):
+        each["figures"]["seconds"] = [x * math.exp(0.8 * share) for x in each["figures"]["seconds"]]
+        disturb(each, share)
+    assert factors(cells)[:3] == pytest.approx([1, math.exp(0.8 * -0.25), 1])
 
 
 def test_reads_of_a_row_count_for_all_its_figures_of_a_round():
@@ -111,7 +140,17 @@ def test_cells_without_times_or_reads_have_none_to_correct():
     assert factors([*others, *old, *gpu]) == [1.0] * (len(others) + len(old) + len(gpu))
 
 
-def test_slope_is_shared_and_each_group_has_its_own_mean():
-    groups = [[(0.0, 5.0), (1.0, 5.5)], [(10.0, -3.0), (11.0, -2.5), (12.0, -2.0)]]
-    assert math.isclose(slope(groups), 0.5)
-    assert slope([]) == slope([[(1.0, 2.0)]]) == slope([[(0.0, 1.0), (1.0, 0.0)]]) == 0
+def test_slopes_are_shared_and_each_group_has_its_own_means():
+    groups = [[(0.0, 0.0, 5.0), (1.0, 0.0, 5.5), (1.0, 1.0, 7.5)], [(10.0, 3.0, -3.0), (11.0, 4.0, -0.5)]]
+    assert slopes(groups) == pytest.approx([0.5, 2.0])
+    assert slopes([[(0.0, 5.0), (1.0, 5.5)], [(10.0, -3.0), (12.0, -2.0)]]) == pytest.approx([0.5])
+    assert slopes([[(1.0, 2.0)]]) == slopes([[(0.0, 1.0), (1.0, 0.0)]]) == 0
+
+
+def test_a_slope_below_0_is_0_and_the_others_are_fitted_without_it():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 3)) @ np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]])
+    y = x @ [0.7, -0.4, 0.2]
+    expected = np.linalg.lstsq(x[:, [0, 2]] - x[:, [0, 2]].mean(0), y - y.mean())[0]
+    assert slopes([np.column_stack([x, y])]) == pytest.approx([expected[0], 0, expected[1]])
+    assert min(expected) > 0

@@ -22,25 +22,48 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_attention_heads=2, num_key_value_heads=1, **sizes)).eval()
 
 
-def test_a_sample_is_the_time_of_one_call():
-    waits = iter([0.2, 0.2, *[0.01] * 100])
-    times, probe, memory = measure.sample(lambda: time.sleep(next(waits)), least=12, seconds=0.21)
-    assert 12 <= len(times) <= 21
-    assert probe == [1] * len(times)
+class Clock:
+    """A clock that only `sleep` moves, so that a busy machine does not show."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    return clock
+
+
+def test_a_sample_is_the_time_of_one_call(clock: Clock):
+    waits = iter([2.0, 2.0, *[0.25] * 100])
+    times, probe, memory = measure.sample(lambda: clock.sleep(next(waits)), least=12, seconds=4.1)
+    assert times == [0.25] * 17
+    assert probe == [1] * 17
     assert memory == []
-    assert all(0.01 <= each < 0.1 for each in times)
 
 
-def test_a_long_call_is_not_warmed_up_twice():
-    for took, calls in ((0.1, 1), (0.02, 2)):
-        waits = iter([took] * calls + [0.0] * 100)
-        times = measure.sample(lambda each=waits: time.sleep(next(each)), least=2, seconds=0.005).seconds
-        assert max(times) < took
+def test_the_clock_is_a_real_one():
+    assert 0.02 <= measure.timed(lambda: time.sleep(0.02)) < 10
 
 
-def test_calls_go_on_until_they_took_their_time():
-    assert 11 <= len(measure.sample(lambda: time.sleep(0.002), least=2, seconds=0.05).seconds) <= 25
-    assert len(measure.sample(lambda: None, least=2, seconds=60, most=30).seconds) == 30
+@pytest.mark.parametrize(("took", "calls"), [(0.625, 1), (0.5, 2)])
+def test_a_long_call_is_not_warmed_up_twice(clock: Clock, took: float, calls: int):
+    waits = iter([took] * calls + [0.125] * 2)
+    assert measure.sample(lambda: clock.sleep(next(waits)), least=2, seconds=0.0625).seconds == [0.125] * 2
+
+
+def test_calls_go_on_until_they_took_their_time(clock: Clock):
+    assert len(measure.sample(lambda: clock.sleep(0.125), least=2, seconds=2).seconds) == 16
+    assert len(measure.sample(lambda: clock.sleep(0.125), least=20, seconds=2).seconds) == 20
+    assert len(measure.sample(lambda: clock.sleep(0.125), least=2, seconds=60, most=30).seconds) == 30
 
 
 class Disturbed:
