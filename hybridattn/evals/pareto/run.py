@@ -64,12 +64,12 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
     train(suite, names, out, again)
     for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
         do_round(suite, names, turn, out, again)
-    wide: set[Figure] = set()
-    for turn in range(suite.rounds, suite.rounds + suite.extra_rounds):
-        if (turn - suite.rounds) % LOOK == 0:
-            wide = too_wide(suite, names, out)
-            print(f"after {turn} rounds, intervals wider than {suite.width:.0%} of their medians: {len(wide)}")
-        if wide:
+    for first in range(suite.rounds, suite.rounds + suite.extra_rounds, LOOK):
+        wide = too_wide(suite, names, out)
+        print(f"after {first} rounds, intervals wider than {suite.width:.0%} of their medians: {len(wide)}")
+        if not wide:
+            break
+        for turn in range(first, min(first + LOOK, suite.rounds + suite.extra_rounds)):
             do_round(suite, names, turn, out, again, wide)
     if suite.operators and part == 1:
         from hybridattn.evals.kernels import contest

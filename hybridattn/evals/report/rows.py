@@ -22,7 +22,7 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall``
         by number of pairs (median, lowest and highest of the seeds at the best rate) with ``learnability`` and
         ``curves``; ``state`` by tokens; ``prefill`` and ``training`` by tokens, ``decode`` as a list, each with a
-        `summary` of the seconds that count, corrected for slow memory (`drift.factors`), the ``measured`` median
+        `summary` of the seconds that count, corrected for slow rounds (`drift.factors`), the ``measured`` median
         without that, how many were ``set_aside`` and at which ``tolerance`` of disturbance, and ``peak_bytes``;
         ``prefill_exponent``; ``decode_growth``, the ratio of the step after the longest context to that after the
         shortest, one sequence; ``largest_batch``. What was not measured is empty or None.

@@ -158,6 +158,10 @@ def test_what_varies_is_timed_in_more_rounds(
     assert [(line[1], line[-1]) for line in told] == [("5", "2"), ("15", "1"), ("25", "1")]
     run.run(small, tmp_path)
     assert calls == {64: 5, 128: 15, 256: 30}
+    capsys.readouterr()
+    run.run(replace(small, prefill=(64,)), tmp_path / "other")
+    assert calls[64] == 10
+    assert capsys.readouterr().out.strip() == "after 5 rounds, intervals wider than 12% of their medians: 0"
 
 
 def test_rounds_in_processes_of_their_own_fill_the_same_cells(
