@@ -28,7 +28,7 @@ def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         shortest, one sequence; ``largest_batch``. What was not measured is empty or None.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    cells = [{**cell, "factor": factor} for cell, factor in zip(cells, drift.factors(cells), strict=True)]
+    cells = [{**cell, "factors": factors} for cell, factors in zip(cells, drift.factors(cells), strict=True)]
     for cell in sorted(cells, key=lambda cell: cell["kind"] != "model"):  # models are measured in the suite's order
         groups[json_sha256({name: cell["config"][name] for name in BASE})].append(cell)
     made = [_row(key, group) for key, group in groups.items()]
@@ -87,10 +87,9 @@ def _timed(cells: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]
         if count < LEAST:  # a run that was cut off has too few yet
             found.append({**here, "reason": reasons[0] if reasons else f"{count} samples so far"})
             continue
-        factors = [cell["factor"] for cell in group if "seconds" in cell["figures"]]
-        corrected = [([x * by for x in seconds], probe) for (seconds, probe), by in zip(samples, factors, strict=True)]
-        kept, tolerance = undisturbed(corrected, floor)
-        figures = {**summary(kept), "measured": float(np.median(np.concatenate(undisturbed(samples, floor)[0])))}
+        factors = [cell["factors"] for cell in group if "seconds" in cell["figures"]]
+        kept, tolerance = undisturbed(samples, floor)
+        figures = {**summary(kept, factors), "measured": float(np.median(np.concatenate(kept)))}
         peaks = [each["peak_bytes"] for each in rounds if each.get("peak_bytes") is not None]
         noise = {"set_aside": count - figures["samples"], "tolerance": tolerance}
         found.append({**here, **figures, **noise, "peak_bytes": peaks[0] if peaks else None})

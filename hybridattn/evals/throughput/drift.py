@@ -9,77 +9,89 @@ explain of a round's times is taken out by a regression (analysis of covariance:
 """
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from hybridattn.evals.throughput.statistics import TOLERANCE
+from hybridattn.evals.throughput.calm import READS
+from hybridattn.evals.throughput.statistics import RESAMPLES, TOLERANCE
 
 MACHINE = ("device", "dtype", "threads")
-REFERENCE = 1.2  # times the fastest reads: what times are corrected to
-SHARE = 0.15  # of the calls disturbed: likewise
+READ = 12e-9  # seconds of one read of memory: what times are corrected to
+SHARE = 0.3  # of a round's calls disturbed: likewise
 FEWEST = 10  # rounds from which a drift can be told
 
 
-def factors(cells: Sequence[dict[str, Any]]) -> list[float]:
+def factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     """By what the seconds of each cell are to be multiplied; 1 for cells without samples or of too few rounds.
 
-    The level of a row in a round is the median of its reads there over the fastest reads of the machine; the share is
-    that of a figure's calls in the round that were disturbed. Of the times only undisturbed ones are looked at. For
-    every kind of figure (prefill, decode, training) two coefficients are fitted, by least squares of logarithms, to the
-    medians of all figures in all rounds, each figure about its own mean: time ~ level^b exp(c share), with b and c of
-    at least 0. Times are brought to the level `REFERENCE` and the share `SHARE`, or as near to them as the middle eight
-    tenths of the levels and shares come. Intervals made of them take b and c as known.
+    The level of a row in a round is the median of its reads there; the share is that of all calls of the round that
+    were disturbed. Of the times only undisturbed ones are looked at. For every kind of figure (prefill, decode,
+    training) two coefficients are fitted, by least squares of logarithms, to the medians of all figures in all rounds,
+    each figure about its own mean: time ~ level^b exp(c share), with b and c of at least 0. Times are brought to the
+    level `READ` and the share `SHARE`, or as near to them as any levels and shares of the machine come: the same in two
+    runs, so that their times compare. The coefficients are fitted anew to rounds drawn with replacement, so that
+    intervals know how uncertain they are.
 
     Args:
         cells: of any kinds and machines; a cell that was timed has ``seconds``, ``probe`` and ``memory``.
+
+    Returns:
+        (cells, 1 + `RESAMPLES`): what was found, then what resampled runs would have found (`statistics.summary`).
     """
     machines: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, cell in enumerate(cells):
         if "memory" in cell["figures"]:
             machines[tuple(cell["config"][name] for name in MACHINE)].append(index)
-    found = [1.0] * len(cells)
+    found = np.ones((len(cells), 1 + RESAMPLES))
     for indices in machines.values():
         timed = [cells[index] for index in indices]
         if len({cell["config"]["round"] for cell in timed}) >= FEWEST:
-            for index, factor in zip(indices, _factors(timed), strict=True):
-                found[index] = factor
+            found[indices] = _factors(timed)
     return found
 
 
-def _factors(cells: Sequence[dict[str, Any]]) -> list[float]:
+def _factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     """Those of one machine."""
     floor = min(x for cell in cells for x in cell["figures"]["probe"])
     visits = [_without(cell, "tokens", "batch", "graph") for cell in cells]  # of a row in a round
     reads: dict[str, list[float]] = defaultdict(list)
+    disturbed: dict[int, list[bool]] = defaultdict(list)
     for visit, cell in zip(visits, cells, strict=True):
         reads[visit] += cell["figures"]["memory"]
-    fastest = min((x for each in reads.values() for x in each), default=1.0)
-    levels = {visit: math.log(float(np.median(each)) / fastest) for visit, each in reads.items() if each}
+        disturbed[cell["config"]["round"]] += [x > TOLERANCE * floor for x in cell["figures"]["probe"]]
+    levels = {visit: np.log(np.median(each) / READS) for visit, each in reads.items() if each}
+    found = np.ones((len(cells), 1 + RESAMPLES))
     if not levels:
-        return [1.0] * len(cells)
-    shares = [float(np.mean([x > TOLERANCE * floor for x in cell["figures"]["probe"]])) for cell in cells]
-    target = np.array([_near(math.log(REFERENCE), [*levels.values()]), _near(SHARE, shares)])
-    states = [np.array([levels.get(visit, target[0]), share]) for visit, share in zip(visits, shares, strict=True)]
+        return found
+    shares = {turn: float(np.mean(each)) for turn, each in disturbed.items()}
+    target = np.array([_near(np.log(READ), levels.values()), _near(SHARE, shares.values())])
+    states = [
+        np.array([levels.get(visit, target[0]), shares[cell["config"]["round"]]])
+        for visit, cell in zip(visits, cells, strict=True)
+    ]
     points: dict[str, dict[str, list[Sequence[float]]]] = defaultdict(lambda: defaultdict(list))
+    turns = {turn: index for index, turn in enumerate(sorted(shares))}
     for visit, state, cell in zip(visits, states, cells, strict=True):
         pairs = zip(cell["figures"]["seconds"], cell["figures"]["probe"], strict=True)
         seconds = [x for x, probe in pairs if probe <= TOLERANCE * floor]
         if seconds and visit in levels:
-            points[cell["kind"]][_without(cell, "round")].append((*state, math.log(float(np.median(seconds)))))
-    fitted = {kind: slopes(list(figures.values())) for kind, figures in points.items()}
-    return [
-        math.exp(fitted.get(cell["kind"], np.zeros(2)) @ (target - state))
-        for state, cell in zip(states, cells, strict=True)
-    ]
+            point = turns[cell["config"]["round"]], *state, np.log(np.median(seconds))
+            points[cell["kind"]][_without(cell, "round")].append(point)
+    drawn = np.random.default_rng(0).multinomial(len(turns), [1 / len(turns)] * len(turns), size=RESAMPLES)
+    weights = np.vstack([np.ones(len(turns)), drawn])  # how often each round counts
+    fitted = {kind: slopes([np.array(each) for each in figures.values()], weights) for kind, figures in points.items()}
+    for index, (state, cell) in enumerate(zip(states, cells, strict=True)):
+        if cell["kind"] in fitted:
+            found[index] = np.exp(fitted[cell["kind"]] @ (target - state))
+    return found
 
 
-def _near(wanted: float, values: Sequence[float]) -> float:
-    """What comes nearest to what is wanted within the middle eight tenths of the values."""
-    return float(np.clip(wanted, *np.quantile(values, [0.1, 0.9])))
+def _near(wanted: float, values: Collection[float]) -> float:
+    """What comes nearest to what is wanted within the range of the values."""
+    return float(np.clip(wanted, min(values), max(values)))
 
 
 def _without(cell: dict[str, Any], *names: str) -> str:
@@ -87,13 +99,31 @@ def _without(cell: dict[str, Any], *names: str) -> str:
     return json.dumps({name: value for name, value in cell["config"].items() if name not in names}, sort_keys=True)
 
 
-def slopes(groups: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
-    """The slopes that (x1, x2, .., y) of several groups share, each about its own means (least squares); at least 0."""
-    x_y = np.concatenate([np.asarray(each) - np.mean(each, axis=0) for each in groups])
-    x, y = x_y[:, :-1], x_y[:, -1]
-    found, used = np.zeros(x.shape[1]), np.arange(x.shape[1])
+def slopes(groups: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """The slopes that points of several groups share, each group about its own means (least squares); at least 0.
+
+    Args:
+        groups: of each the points (round, x1, x2, .., y).
+        weights: (runs, rounds): by how much each round counts in each run.
+
+    Returns:
+        (runs, number of x).
+    """
+    products = 0.0
+    for group in groups:
+        values, counts = group[:, 1:] - group[:, 1:].mean(axis=0), weights[:, group[:, 0].astype(int)]
+        sums = counts @ values
+        inner = np.einsum("rp,pi,pj->rij", counts, values, values)
+        total = np.maximum(counts.sum(axis=1), 1)  # a run may have drawn none of a group's rounds
+        products += inner - sums[:, :, None] * sums[:, None, :] / total[:, None, None]
+    return np.array([_at_least_0(each[:-1, :-1], each[:-1, -1]) for each in products])
+
+
+def _at_least_0(x_x: np.ndarray, x_y: np.ndarray) -> np.ndarray:
+    """The least-squares solution without what comes out below 0."""
+    found, used = np.zeros(len(x_y)), np.arange(len(x_y))
     while len(used):
-        fit = np.linalg.lstsq(x[:, used], y)[0]
+        fit = np.linalg.lstsq(x_x[np.ix_(used, used)], x_y[used])[0]
         if min(fit) >= 0:
             found[used] = fit
             break

@@ -11,7 +11,7 @@ LEAST = 10  # samples, from which a 90th percentile can be read
 TOLERANCE = 1.05  # times the floor of `calm.Probe`
 
 
-def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
+def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
     """Median and spread of samples that were taken in rounds, some time apart.
 
     The interval holds the median of 95 % of the resampled runs: rounds are drawn with replacement, then samples within
@@ -20,7 +20,9 @@ def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
     few it is too narrow, and of one round it only knows that round.
 
     Args:
-        rounds: seconds, at least `LEAST` samples in all.
+        rounds: seconds, at least `LEAST` samples in all; a round may have none.
+        factors: of every round by what its seconds are to be multiplied, and by what in each of the `RESAMPLES`
+            resampled runs (`drift.factors`); 1 if None.
 
     Returns:
         ``median``, ``p10`` and ``p90``, ``low`` and ``high`` (the interval), all in seconds, and ``samples``.
@@ -28,15 +30,22 @@ def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
     Raises:
         ValueError: fewer than `LEAST` samples.
     """
-    samples = np.concatenate([np.asarray(each, dtype=float) for each in rounds])
-    if len(samples) < LEAST:
-        raise ValueError(f"samples: expected at least {LEAST}, got {len(samples)}")
+    by = np.ones((len(rounds), 1 + RESAMPLES)) if factors is None else np.array(factors)
+    counts = np.array([len(each) for each in rounds])
+    by, counts = by[counts > 0], counts[counts > 0]
+    measured = np.concatenate([np.asarray(each, dtype=float) for each in rounds])
+    if len(measured) < LEAST:
+        raise ValueError(f"samples: expected at least {LEAST}, got {len(measured)}")
+    first = counts.cumsum() - counts  # sample of each round
     generator = np.random.default_rng(0)
     medians = []
-    for _ in range(RESAMPLES):
-        drawn = [rounds[i] for i in generator.integers(len(rounds), size=len(rounds))]
-        medians.append(np.median(np.concatenate([generator.choice(each, len(each)) for each in drawn])))
+    for factor in by[:, 1:].T:
+        drawn = generator.integers(len(counts), size=len(counts))
+        each = np.repeat(drawn, counts[drawn])  # the round of every sample
+        places = first[each] + generator.integers(counts[each])
+        medians.append(np.median(measured[places] * factor[each]))
     low, high = np.quantile(medians, [0.025, 0.975])
+    samples = measured * np.repeat(by[:, 0], counts)
     p10, p90 = np.quantile(samples, [0.1, 0.9], method="higher")
     return {
         "median": float(np.median(samples)),
@@ -61,13 +70,12 @@ def undisturbed(
         floor: the least seconds that the probe takes.
 
     Returns:
-        Of every round that has any the samples that count, and the tolerance.
+        Of every round the samples that count, and the tolerance.
     """
     lowest = sorted(x / floor for _, probes in rounds for x in probes)
     calmest = sorted(min(probes) / floor for _, probes in rounds)
     tolerance = max(TOLERANCE, lowest[:LEAST][-1], calmest[(len(rounds) - 1) // 2])
-    kept = [[x for x, probe in zip(*each, strict=True) if probe / floor <= tolerance] for each in rounds]
-    return [each for each in kept if each], tolerance
+    return [[x for x, probe in zip(*each, strict=True) if probe / floor <= tolerance] for each in rounds], tolerance
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:

@@ -3,9 +3,13 @@ import math
 import numpy as np
 import pytest
 
-from hybridattn.evals.throughput.drift import FEWEST, REFERENCE, SHARE, factors, slopes
+from hybridattn.evals.throughput import drift
+from hybridattn.evals.throughput.calm import READS
+from hybridattn.evals.throughput.drift import FEWEST, READ, SHARE, slopes
+from hybridattn.evals.throughput.statistics import RESAMPLES
 
-FASTEST = 5e-5
+REFERENCE = 1.2  # the level that times are brought to, in units of the fastest reads here
+FASTEST = READS * READ / REFERENCE
 
 
 def cell(turn: int, seconds: list[float], memory: list[float], **settings) -> dict:
@@ -27,6 +31,11 @@ def drifting(exponents: dict[str, float], levels: list[float], noise: float = 0.
                 memory = FASTEST * level * np.array([1, 1.3, 1.2, 1, 5, 1, 1, 1, 1])
                 cells.append(cell(turn, seconds.tolist(), memory.tolist(), kind=kind, name=name))
     return cells
+
+
+def factors(cells: list[dict]) -> list[float]:
+    """Those that were found."""
+    return drift.factors(cells)[:, 0].tolist()
 
 
 LEVELS = [1.0, 1.1, 1.3, 2.0, 1.2, 1.7, 2.4, 1.5, 1.4, 1.1, 1.9, 1.0]
@@ -53,9 +62,14 @@ def test_two_runs_agree_though_memory_was_slower_in_one():
 
 
 def test_times_are_not_brought_to_a_level_that_the_run_never_saw():
-    for levels, near in (([1.0, *[2.0] * 20], 2.0), ([1.0] * 20, 1.0)):
+    for levels, near in (([1.5, *[2.0] * 20], 1.5), ([1.0] * 20 + [1.1], 1.1)):
         cells = drifting({"decode": 0.6}, levels, noise=0.01)
         assert factors(cells)[-1] == pytest.approx((near / levels[-1]) ** 0.6, rel=0.02)
+
+
+def test_runs_whose_fastest_reads_differ_are_brought_to_the_same_level():
+    quick, slow = (factors(drifting({"decode": 0.6}, levels)) for levels in (LEVELS, LEVELS[1:9] + LEVELS[1:9]))
+    assert quick[1 * 2] == pytest.approx(slow[0])
 
 
 def test_a_machine_that_does_not_drift_is_left_alone():
@@ -89,10 +103,10 @@ def test_the_times_of_disturbed_samples_tell_nothing():
 def test_what_a_neighbour_on_the_core_explains_is_taken_out():
     """Samples that seem undisturbed are slow as well where many are not."""
     cells = drifting({"decode": 0.6, "prefill": 0.2}, LEVELS)
-    shares = [0.1, 0.25, 0.5, 0.0, 0.75, 0.1, 0.0, 0.5]
+    shares = [0.1, 0.25, 0.5, 0.0, 0.75, 0.1, 0.0, 0.5, 0.1, 0.5, 0.25, 0.25]  # of the rounds
     slowed = {"decode": 0.8, "prefill": 0.1}
-    for number, each in enumerate(cells):
-        share = shares[number % len(shares)]
+    for each in cells:
+        share = shares[each["config"]["round"]]
         each["figures"]["seconds"] = [x * math.exp(slowed[each["kind"]] * share) for x in each["figures"]["seconds"]]
         disturb(each, share)
     for each, factor in zip(cells, factors(cells), strict=True):
@@ -101,13 +115,25 @@ def test_what_a_neighbour_on_the_core_explains_is_taken_out():
         assert factor * np.median(each["figures"]["seconds"][:9]) == pytest.approx(at)
 
 
+def test_figures_whose_calls_are_longer_are_not_corrected_by_more():
+    """More of their calls are disturbed, which says nothing of their times: a round has one share."""
+    cells = drifting({"decode": 0.0}, [1.2] * 12, names="ab")
+    for each in cells:
+        busy = each["config"]["round"] % 2 == 0
+        each["figures"]["seconds"] = [x * (1.3 if busy else 1) for x in each["figures"]["seconds"]]
+        disturb(each, (0.75 if each["config"]["name"] == "b" else 0.25) if busy else 0.0)
+    found = factors(cells)
+    assert found[0] == pytest.approx(found[1])
+    assert found[0] * 1.3 == pytest.approx(found[2])
+
+
 def test_times_are_not_brought_to_a_calm_that_the_run_never_saw():
-    shares = [0.5, 0.75, 0.5, 0.0] + [0.5, 0.75] * 10
+    shares = [0.5, 0.75] * 10
     cells = drifting({"decode": 0.6}, [1.2] * len(shares), names="a")
     for each, share in zip(cells, shares, strict=True):
         each["figures"]["seconds"] = [x * math.exp(0.8 * share) for x in each["figures"]["seconds"]]
         disturb(each, share)
-    assert factors(cells)[:3] == pytest.approx([1, math.exp(0.8 * -0.25), 1])
+    assert factors(cells)[:2] == pytest.approx([1, math.exp(0.8 * -0.25)])
 
 
 def test_reads_of_a_row_count_for_all_its_figures_of_a_round():
@@ -140,11 +166,34 @@ def test_cells_without_times_or_reads_have_none_to_correct():
     assert factors([*others, *old, *gpu]) == [1.0] * (len(others) + len(old) + len(gpu))
 
 
+def test_factors_of_resampled_runs_vary_as_those_of_runs_do():
+    """Where noise is common to all models, as a machine's is, many cells know little more than one."""
+    first, spread = [], []
+    for seed in range(60):
+        noise = np.random.default_rng(seed).normal(0, 0.1, len(LEVELS))
+        cells = drifting({"decode": 0.6}, LEVELS, names="abcd")
+        for each in cells:
+            each["figures"]["seconds"] = [
+                x * math.exp(noise[each["config"]["round"]]) for x in each["figures"]["seconds"]
+            ]
+        found = drift.factors(cells)
+        assert found.shape == (len(cells), 1 + RESAMPLES)
+        first.append(np.log(found[0, 0]))
+        spread.append(np.log(found[0, 1:]).std())
+    assert np.median(spread) == pytest.approx(np.std(first), rel=0.25)
+
+
+def group(*points: tuple[float, ...]) -> np.ndarray:
+    """One of the rounds 0, 1, ..."""
+    return np.column_stack([np.arange(len(points)), np.array(points)])
+
+
 def test_slopes_are_shared_and_each_group_has_its_own_means():
-    groups = [[(0.0, 0.0, 5.0), (1.0, 0.0, 5.5), (1.0, 1.0, 7.5)], [(10.0, 3.0, -3.0), (11.0, 4.0, -0.5)]]
-    assert slopes(groups) == pytest.approx([0.5, 2.0])
-    assert slopes([[(0.0, 5.0), (1.0, 5.5)], [(10.0, -3.0), (12.0, -2.0)]]) == pytest.approx([0.5])
-    assert slopes([[(1.0, 2.0)]]) == slopes([[(0.0, 1.0), (1.0, 0.0)]]) == 0
+    three = group((0.0, 0.0, 5.0), (1.0, 0.0, 5.5), (1.0, 1.0, 7.5))
+    groups, once = [three, group((10.0, 3.0, -3.0), (11.0, 4.0, -0.5))], np.ones((1, 3))
+    assert slopes(groups, once)[0] == pytest.approx([0.5, 2.0])
+    assert slopes([group((0.0, 5.0), (1.0, 5.5)), group((10.0, -3.0), (12.0, -2.0))], once)[0] == pytest.approx([0.5])
+    assert slopes([group((1.0, 2.0))], once) == slopes([group((0.0, 1.0), (1.0, 0.0))], once) == [[0]]
 
 
 def test_a_slope_below_0_is_0_and_the_others_are_fitted_without_it():
@@ -152,5 +201,19 @@ def test_a_slope_below_0_is_0_and_the_others_are_fitted_without_it():
     x = generator.normal(size=(40, 3)) @ np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]])
     y = x @ [0.7, -0.4, 0.2]
     expected = np.linalg.lstsq(x[:, [0, 2]] - x[:, [0, 2]].mean(0), y - y.mean())[0]
-    assert slopes([np.column_stack([x, y])]) == pytest.approx([expected[0], 0, expected[1]])
+    assert slopes([group(*np.column_stack([x, y]))], np.ones((1, 40)))[0] == pytest.approx(
+        [expected[0], 0, expected[1]]
+    )
     assert min(expected) > 0
+
+
+def test_a_round_counts_by_its_weight():
+    """Once for each time that it was drawn, in all groups that have it."""
+    generator = np.random.default_rng(0)
+    groups = [group(*(generator.normal(size=(count, 3)) + np.array([1, 1, 0]))) for count in (12, 9)]
+    weights = generator.integers(4, size=(5, 12))
+    for run, found in zip(weights, slopes(groups, weights), strict=True):
+        repeated = [np.repeat(each, run[: len(each)], axis=0) for each in groups]
+        assert found == pytest.approx(slopes(repeated, np.ones((1, 12)))[0])
+    nothing = np.array([[0] * 9 + [1, 2, 3]])
+    assert slopes(groups, nothing) == pytest.approx(slopes(groups[:1], nothing))

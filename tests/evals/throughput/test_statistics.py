@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from hybridattn.evals.throughput.statistics import TOLERANCE, exponent, summary, undisturbed
+from hybridattn.evals.throughput.statistics import RESAMPLES, TOLERANCE, exponent, summary, undisturbed
 
 
 def test_median_and_spread_are_of_all_samples():
@@ -23,6 +23,28 @@ def test_fewer_than_ten_samples_are_refused():
         summary([[1.0] * 5, [1.0] * 4])
 
 
+def test_a_round_without_samples_is_no_round():
+    rounds = [[1.0, 2.0, 3.0, 4.0, 5.0], [], [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]]
+    assert summary(rounds) == summary([rounds[0], rounds[2]])
+    by = np.random.default_rng(0).lognormal(0, 0.1, (3, 1 + RESAMPLES))
+    assert summary(rounds, list(by)) == summary([rounds[0], rounds[2]], [by[0], by[2]])
+
+
+def test_samples_are_multiplied_and_resampled_ones_by_what_their_run_would_have_found():
+    rounds = [[1.0] * 6, [4.0] * 6]
+    by = np.ones((2, 1 + RESAMPLES))
+    by[1, 0] = 0.25  # as found, both rounds are alike
+    found = summary(rounds, list(by))
+    assert (found["p10"], found["median"], found["p90"]) == (1, 1, 1)
+    assert (found["low"], found["high"]) == (1, 4)
+    by[1, 1:] = 0.25
+    assert summary(rounds, list(by)) == {**found, "high": 1.0}
+    by[:, 1:] *= np.random.default_rng(0).lognormal(0, 0.1, RESAMPLES)  # by as much in all rounds of a run
+    found = summary(rounds, list(by))
+    assert found["low"] == pytest.approx(np.exp(-0.196), rel=0.03)
+    assert found["high"] == pytest.approx(np.exp(0.196), rel=0.03)
+
+
 def rounds_of(*probes: list[float]) -> list[tuple[list[float], list[float]]]:
     """Samples that are ten times the probe beside them."""
     return [([10 * x for x in each], each) for each in probes]
@@ -30,13 +52,13 @@ def rounds_of(*probes: list[float]) -> list[tuple[list[float], list[float]]]:
 
 def test_undisturbed_samples_count():
     kept, tolerance = undisturbed(rounds_of([1.0, 1.05, 1.06], [1.3], [1.02] * 9), 1.0)
-    assert kept == [[10, 10.5], [10.2] * 9]
+    assert kept == [[10, 10.5], [], [10.2] * 9]
     assert tolerance == TOLERANCE
 
 
 def test_a_machine_that_was_disturbed_from_the_start_is_known_by_its_floor():
     kept, tolerance = undisturbed(rounds_of([1.6] * 10, [1.0] * 10), 1.0)
-    assert (kept, tolerance) == ([[10] * 10], TOLERANCE)
+    assert (kept, tolerance) == ([[], [10] * 10], TOLERANCE)
     assert undisturbed(rounds_of([1.6] * 10), 1.6) == ([[16] * 10], TOLERANCE)
 
 
@@ -49,7 +71,7 @@ def test_where_they_are_too_few_the_least_disturbed_count():
 def test_they_come_from_half_of_the_rounds_at_least():
     """A single quiet round would tell nothing of how rounds differ."""
     kept, tolerance = undisturbed(rounds_of([1.0] * 20, [1.3, 1.1], [1.2, 1.4], [1.6]), 1.0)
-    assert kept == [[10] * 20, [11]]
+    assert kept == [[10] * 20, [11], [], []]
     assert tolerance == 1.1
 
 
