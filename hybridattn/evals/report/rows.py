@@ -4,12 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from hybridattn.evals.recall.learnability import learnability
 from hybridattn.evals.report.provenance import json_sha256
 from hybridattn.evals.throughput import drift
-from hybridattn.evals.throughput.statistics import LEAST, exponent, summary, undisturbed
+from hybridattn.evals.throughput.statistics import LEAST, exponent, median, summary, undisturbed
 
 BASE = ("name", "model", "train", "device", "dtype", "threads")  # of every cell's configuration: what a row is
 
@@ -89,7 +87,7 @@ def _timed(cells: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]
             continue
         factors = [cell["factors"] for cell in group if "seconds" in cell["figures"]]
         kept, tolerance = undisturbed(samples, floor)
-        figures = {**summary(kept, factors), "measured": float(np.median(np.concatenate(kept)))}
+        figures = {**summary(kept, factors), "measured": median(kept)}
         peaks = [each["peak_bytes"] for each in rounds if each.get("peak_bytes") is not None]
         noise = {"set_aside": count - figures["samples"], "tolerance": tolerance}
         found.append({**here, **figures, **noise, "peak_bytes": peaks[0] if peaks else None})

@@ -8,7 +8,25 @@ import numpy as np
 
 RESAMPLES = 1000
 LEAST = 10  # samples, from which a 90th percentile can be read
+ROUNDING = 1e-9  # of sums of weights
 TOLERANCE = 1.05  # times the floor of `calm.Probe`
+
+
+def median(rounds: Sequence[Sequence[float]]) -> float:
+    """The median of samples of which a round's count as much together as another round's, however many they are.
+
+    Of calm rounds more samples are left than of disturbed ones, which would make a run's median depend on that.
+    """
+    counts = np.array([len(each) for each in rounds if len(each)])
+    return _weighted_median(np.concatenate([np.asarray(each) for each in rounds]), np.repeat(1 / counts, counts))
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    order = values.argsort()
+    below = weights[order].cumsum()
+    half = below[-1] / 2
+    lower, upper = below.searchsorted([half * (1 - ROUNDING), half * (1 + ROUNDING)])
+    return float(values[order[lower]] + values[order[upper]]) / 2
 
 
 def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
@@ -25,7 +43,8 @@ def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | N
             resampled runs (`drift.factors`); 1 if None.
 
     Returns:
-        ``median``, ``p10`` and ``p90``, ``low`` and ``high`` (the interval), all in seconds, and ``samples``.
+        ``median`` (every round counts alike: `median`), ``low`` and ``high`` (its interval), ``p10`` and ``p90`` of all
+        samples, all in seconds, and ``samples``.
 
     Raises:
         ValueError: fewer than `LEAST` samples.
@@ -43,12 +62,12 @@ def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | N
         drawn = generator.integers(len(counts), size=len(counts))
         each = np.repeat(drawn, counts[drawn])  # the round of every sample
         places = first[each] + generator.integers(counts[each])
-        medians.append(np.median(measured[places] * factor[each]))
+        medians.append(_weighted_median(measured[places] * factor[each], 1 / counts[each]))
     low, high = np.quantile(medians, [0.025, 0.975])
     samples = measured * np.repeat(by[:, 0], counts)
     p10, p90 = np.quantile(samples, [0.1, 0.9], method="higher")
     return {
-        "median": float(np.median(samples)),
+        "median": _weighted_median(samples, np.repeat(1 / counts, counts)),
         "p10": float(p10),
         "p90": float(p90),
         "low": float(low),

@@ -3,14 +3,30 @@ import math
 import numpy as np
 import pytest
 
-from hybridattn.evals.throughput.statistics import RESAMPLES, TOLERANCE, exponent, summary, undisturbed
+from hybridattn.evals.throughput.statistics import RESAMPLES, TOLERANCE, exponent, median, summary, undisturbed
 
 
 def test_median_and_spread_are_of_all_samples():
-    found = summary([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]])
+    found = summary([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]])
     assert (found["median"], found["samples"]) == (6, 11)
     assert (found["p10"], found["p90"]) == (2, 10)
     assert 1 <= found["low"] < 6 < found["high"] <= 11
+
+
+def test_the_median_of_one_round_is_the_usual_one():
+    generator = np.random.default_rng(0)
+    for count in (1, 2, 3, 10, 49, 50, 127):
+        samples = generator.lognormal(size=count)
+        assert median([samples.tolist()]) == pytest.approx(np.median(samples))
+        assert median([samples.tolist()] * 3) == pytest.approx(np.median(samples))
+
+
+def test_rounds_count_alike_however_many_samples_they_have():
+    assert median([[1.0] * 100, [2.0], [], [3.0] * 7]) == 2
+    assert median([[1.0] * 100, [3.0]]) == 2
+    found = summary([[1.0] * 100, [2.0], [], [3.0] * 7])
+    assert (found["median"], found["low"], found["high"]) == (2, 1, 3)
+    assert (found["p10"], found["p90"]) == (1, 1)
 
 
 def test_nine_of_ten_samples_are_within_p90():
