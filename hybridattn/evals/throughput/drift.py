@@ -109,7 +109,8 @@ def slopes(groups: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
     Returns:
         (runs, number of x).
     """
-    products = 0.0
+    width = groups[0].shape[1] - 1
+    products = np.zeros((len(weights), width, width))
     for group in groups:
         values, counts = group[:, 1:] - group[:, 1:].mean(axis=0), weights[:, group[:, 0].astype(int)]
         sums = counts @ values
