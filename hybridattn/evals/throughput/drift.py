@@ -10,29 +10,30 @@ explain of a round's times is taken out by a regression (analysis of covariance:
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hybridattn.evals.throughput.calm import READS
-from hybridattn.evals.throughput.statistics import RESAMPLES, TOLERANCE
+from hybridattn.evals.throughput.statistics import RESAMPLES, ROUNDING, TOLERANCE
 
 MACHINE = ("device", "dtype", "threads")
 READ = 12e-9  # seconds of one read of memory: what times are corrected to
 SHARE = 0.3  # of a round's calls disturbed: likewise
 FEWEST = 10  # rounds from which a drift can be told
+CALLS = 50  # that a round has beside its own, as many of them disturbed as in all rounds
 
 
 def factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     """By what the seconds of each cell are to be multiplied; 1 for cells without samples or of too few rounds.
 
-    The level of a row in a round is the median of its reads there; the share is that of all calls of the round that
-    were disturbed. Of the times only undisturbed ones are looked at. For every kind of figure (prefill, decode,
+    The level of a row in a round is the median of its reads there; the share is that of a round's calls that were
+    disturbed (`_shares`). Of the times only undisturbed ones are looked at. For every kind of figure (prefill, decode,
     training) two coefficients are fitted, by least squares of logarithms, to the medians of all figures in all rounds,
     each figure about its own mean: time ~ level^b exp(c share), with b and c of at least 0. Times are brought to the
-    level `READ` and the share `SHARE`, or as near to them as any levels and shares of the machine come: the same in two
-    runs, so that their times compare. The coefficients are fitted anew to rounds drawn with replacement, so that
+    level `READ` and the share `SHARE`, or as near to them as `_near` lets them; two runs that come that far are
+    brought to the same state of the machine. The coefficients are fitted anew to rounds drawn with replacement, so that
     intervals know how uncertain they are.
 
     Args:
@@ -58,18 +59,20 @@ def _factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     floor = min(x for cell in cells for x in cell["figures"]["probe"])
     visits = [_without(cell, "tokens", "batch", "graph") for cell in cells]  # of a row in a round
     reads: dict[str, list[float]] = defaultdict(list)
-    disturbed: dict[int, list[bool]] = defaultdict(list)
+    reads_of_round: dict[int, list[float]] = defaultdict(list)
     for visit, cell in zip(visits, cells, strict=True):
         reads[visit] += cell["figures"]["memory"]
-        disturbed[cell["config"]["round"]] += [x > TOLERANCE * floor for x in cell["figures"]["probe"]]
+        reads_of_round[cell["config"]["round"]] += cell["figures"]["memory"]
     levels = {visit: np.log(np.median(each) / READS) for visit, each in reads.items() if each}
     found = np.ones((len(cells), 1 + RESAMPLES))
     if not levels:
         return found
-    shares = {turn: float(np.mean(each)) for turn, each in disturbed.items()}
-    target = np.array([_near(np.log(READ), levels.values()), _near(SHARE, shares.values())])
+    middle = float(np.median([*levels.values()]))
+    others = {turn: np.log(np.median(each) / READS) if each else middle for turn, each in reads_of_round.items()}
+    shares = _shares(cells, floor)
+    target = np.array([_near(np.log(READ), [*levels.values()]), _near(SHARE, [*shares.values()])])
     states = [
-        np.array([levels.get(visit, target[0]), shares[cell["config"]["round"]]])
+        np.array([levels.get(visit, others[cell["config"]["round"]]), shares[cell["config"]["round"]]])
         for visit, cell in zip(visits, cells, strict=True)
     ]
     points: dict[str, dict[str, list[Sequence[float]]]] = defaultdict(lambda: defaultdict(list))
@@ -82,16 +85,45 @@ def _factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
             points[cell["kind"]][_without(cell, "round")].append(point)
     drawn = np.random.default_rng(0).multinomial(len(turns), [1 / len(turns)] * len(turns), size=RESAMPLES)
     weights = np.vstack([np.ones(len(turns)), drawn])  # how often each round counts
-    fitted = {kind: slopes([np.array(each) for each in figures.values()], weights) for kind, figures in points.items()}
+    fitted = {
+        kind: slopes([np.array(each) for each in figures.values()], weights)
+        for kind, figures in points.items()
+        if len({point[0] for each in figures.values() for point in each}) >= FEWEST
+    }
     for index, (state, cell) in enumerate(zip(states, cells, strict=True)):
         if cell["kind"] in fitted:
             found[index] = np.exp(fitted[cell["kind"]] @ (target - state))
     return found
 
 
-def _near(wanted: float, values: Collection[float]) -> float:
-    """What comes nearest to what is wanted within the range of the values."""
-    return float(np.clip(wanted, min(values), max(values)))
+def _shares(cells: Sequence[dict[str, Any]], floor: float) -> dict[int, float]:
+    """Of every round the share of its calls that were disturbed, had it had all figures.
+
+    Of long calls more are disturbed, and not all rounds have the same figures: so it is the share in all rounds, and by
+    how much more of a figure's calls were disturbed in this round than are of that figure in all. What few calls tell
+    is drawn towards the share in all rounds, as by `CALLS` more.
+    """
+    counts: dict[str, list[tuple[int, np.ndarray]]] = defaultdict(list)
+    for cell in cells:
+        disturbed = np.sum([x > TOLERANCE * floor for x in cell["figures"]["probe"]])
+        calls = np.array([disturbed, len(cell["figures"]["probe"])])
+        counts[cell["kind"] + _without(cell, "round")].append((cell["config"]["round"], calls))
+    more: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    for each in counts.values():
+        disturbed, calls = np.sum([count for _, count in each], axis=0)
+        for turn, (here, of) in each:
+            more[turn] += here - of * disturbed / calls, of
+    everywhere, calls = np.sum([count for each in counts.values() for _, count in each], axis=0)
+    return {turn: float(everywhere / calls + extra / (of + CALLS)) for turn, (extra, of) in more.items()}
+
+
+def _near(wanted: float, values: Sequence[float]) -> float:
+    """What comes nearest to what is wanted, no farther from the middle eight tenths of the values than they are wide.
+
+    A line is not drawn out to where a quiet machine, or one of another kind, never comes near.
+    """
+    low, high = np.quantile(values, [0.1, 0.9])
+    return float(np.clip(wanted, 2 * low - high, 2 * high - low))
 
 
 def _without(cell: dict[str, Any], *names: str) -> str:
@@ -116,7 +148,8 @@ def slopes(groups: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
         sums = counts @ values
         inner = np.einsum("rp,pi,pj->rij", counts, values, values)
         total = np.maximum(counts.sum(axis=1), 1)  # a run may have drawn none of a group's rounds
-        products += inner - sums[:, :, None] * sums[:, None, :] / total[:, None, None]
+        about_means = inner - sums[:, :, None] * sums[:, None, :] / total[:, None, None]
+        products += np.where(abs(about_means) > ROUNDING * abs(inner), about_means, 0)
     return np.array([_at_least_0(each[:-1, :-1], each[:-1, -1]) for each in products])
 
 

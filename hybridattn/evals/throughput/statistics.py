@@ -22,11 +22,15 @@ def median(rounds: Sequence[Sequence[float]]) -> float:
 
 
 def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    return float(np.mean(_at(values, weights, 0.5)))
+
+
+def _at(values: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """The two values between which lies a share of the weights; twice the same unless that is the end of one."""
     order = values.argsort()
     below = weights[order].cumsum()
-    half = below[-1] / 2
-    lower, upper = below.searchsorted([half * (1 - ROUNDING), half * (1 + ROUNDING)])
-    return float(values[order[lower]] + values[order[upper]]) / 2
+    wanted = share * below[-1]
+    return values[order[below.searchsorted([wanted * (1 - ROUNDING), wanted * (1 + ROUNDING)])]]
 
 
 def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
@@ -43,8 +47,8 @@ def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | N
             resampled runs (`drift.factors`); 1 if None.
 
     Returns:
-        ``median`` (every round counts alike: `median`), ``low`` and ``high`` (its interval), ``p10`` and ``p90`` of all
-        samples, all in seconds, and ``samples``.
+        ``median``, ``p10`` and ``p90`` (rounds count alike: `median`), ``low`` and ``high`` (the interval), all in
+        seconds, and ``samples``.
 
     Raises:
         ValueError: fewer than `LEAST` samples.
@@ -64,12 +68,11 @@ def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | N
         places = first[each] + generator.integers(counts[each])
         medians.append(_weighted_median(measured[places] * factor[each], 1 / counts[each]))
     low, high = np.quantile(medians, [0.025, 0.975])
-    samples = measured * np.repeat(by[:, 0], counts)
-    p10, p90 = np.quantile(samples, [0.1, 0.9], method="higher")
+    samples, weights = measured * np.repeat(by[:, 0], counts), np.repeat(1 / counts, counts)
     return {
-        "median": _weighted_median(samples, np.repeat(1 / counts, counts)),
-        "p10": float(p10),
-        "p90": float(p90),
+        "median": _weighted_median(samples, weights),
+        "p10": float(_at(samples, weights, 0.1)[1]),
+        "p90": float(_at(samples, weights, 0.9)[1]),
         "low": float(low),
         "high": float(high),
         "samples": len(samples),

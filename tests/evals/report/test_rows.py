@@ -1,12 +1,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.rows import best_under, limits, points, problems, rows
-from hybridattn.evals.throughput.drift import REFERENCE
-from hybridattn.evals.throughput.statistics import TOLERANCE
+from hybridattn.evals.throughput import drift
+from hybridattn.evals.throughput.calm import READS
+from hybridattn.evals.throughput.drift import READ
+from hybridattn.evals.throughput.statistics import RESAMPLES, TOLERANCE, summary
 
 
 def test_one_configuration_is_one_row(report: Path):
@@ -88,13 +91,31 @@ def test_times_are_corrected_for_slow_memory(report: Path, write_cell: Callable[
     """Of rounds in which reads take twice as long and calls 1.41 times; what was measured is kept."""
     for turn in range(20):
         slow = 1 + turn % 2
-        figures = {"seconds": [slow**0.5] * 3, "memory": [slow * 1e-5] * 3}
+        figures = {"seconds": [slow**0.5] * (1 + 2 * slow), "memory": [slow * READ * READS / 1.2] * 3}
         write_cell("window", "decode", figures, tokens=8, batch=1, graph=False, round=turn)
     row = next(row for row in rows(cells.read(report)) if row["label"] == "window")
     first = row["decode"][0]
-    assert first["median"] == pytest.approx(REFERENCE**0.5)
+    assert first["median"] == pytest.approx(1.2**0.5)
     assert first["high"] - first["low"] < 1e-6
     assert first["measured"] == pytest.approx((1 + 2**0.5) / 2)
+
+
+def test_the_interval_knows_how_uncertain_the_correction_is(report: Path, write_cell: Callable[..., None]):
+    """Rounds whose calls vary otherwise than by their reads, and are corrected to a level that is not theirs."""
+    generator = np.random.default_rng(0)
+    for turn in range(20):
+        level = 1.5 + 0.3 * (turn % 3)
+        figures = {"seconds": [level * np.exp(generator.normal(0, 0.1))] * 3, "memory": [level * READ * READS] * 3}
+        write_cell("window", "decode", figures, tokens=8, batch=1, graph=False, round=turn)
+    found = cells.read(report)
+    first = next(row for row in rows(found) if row["label"] == "window")["decode"][0]
+    ours = [each for each in found if each["kind"] == "decode" and each["config"].get("tokens") == 8]
+    factors = [
+        each[:1].repeat(1 + RESAMPLES) for each, cell in zip(drift.factors(found), found, strict=True) if cell in ours
+    ]
+    known = summary([cell["figures"]["seconds"] for cell in ours], factors)
+    assert first["median"] == known["median"]
+    assert first["high"] - first["low"] > 1.3 * (known["high"] - known["low"])
 
 
 def test_out_of_memory_in_one_round_leaves_the_others(report: Path, write_cell: Callable[..., None]):
