@@ -18,6 +18,8 @@ from hybridattn.evals.report.build import build
 from hybridattn.evals.report.compare import compare
 from hybridattn.evals.report.figures import figures as draw_figures
 from hybridattn.evals.report.rows import rows
+from hybridattn.evals.throughput.calm import READS
+from hybridattn.evals.throughput.drift import READ
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KERNEL = {
@@ -65,9 +67,11 @@ def test_contradictions_are_on_the_page(report: Path, write_cell: Callable[..., 
 def test_it_says_by_how_much_slow_memory_changed_times(tmp_path: Path, write_cell: Callable[..., None]):
     for turn in range(20):
         slow = 1 + turn % 2
-        figures = {"seconds": [0.1 * slow**0.5] * 3, "memory": [slow * 1e-5] * 3}
+        figures = {"seconds": [0.1 * slow**0.5] * 3, "memory": [slow * READ * READS / 1.2] * 3}
         write_cell("one", "decode", figures, tokens=8, batch=1, graph=False, round=turn)
-        write_cell("one", "prefill", {"seconds": [0.1], "memory": [slow * 1e-5]}, tokens=8, batch=1, round=turn)
+        write_cell(
+            "one", "prefill", {"seconds": [0.1], "memory": [slow * READ * READS / 1.2]}, tokens=8, batch=1, round=turn
+        )
     assert build(tmp_path, title="x")["problems"] == []
     assert "changes medians by -9.3% to +0.0%" in (tmp_path / "report.md").read_text()  # 1.2^0.5 over (1 + 2^0.5) / 2
 
