@@ -1,6 +1,6 @@
 """A small language-model training loop that a CPU carries: Muon for matrices, AdamW for the rest, a budget to keep.
 
-Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (``torch.optim.Muon``).
+Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
 """
 
 import math
@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from hybridattn.training.muon import Muon
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
 
@@ -123,9 +125,8 @@ def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(list(matrices.values()), lr=recipe.matrix_rate, weight_decay=recipe.weight_decay)
-        )
+        dtype = torch.bfloat16 if has_native_bf16() else torch.float32
+        optimizers.append(Muon(matrices.values(), recipe.matrix_rate, weight_decay=recipe.weight_decay, dtype=dtype))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
