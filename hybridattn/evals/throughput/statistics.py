@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
+LEVEL = 0.99  # of intervals: a report compares some hundred figures at once
 LEAST = 10  # samples, from which a 90th percentile can be read
 ROUNDING = 1e-9  # of sums of weights
 TOLERANCE = 1.05  # times the floor of `calm.Probe`
@@ -67,7 +68,7 @@ def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | N
         each = np.repeat(drawn, counts[drawn])  # the round of every sample
         places = first[each] + generator.integers(counts[each])
         medians.append(_weighted_median(measured[places] * factor[each], 1 / counts[each]))
-    low, high = np.quantile(medians, [0.025, 0.975])
+    low, high = np.quantile(medians, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     samples, weights = measured * np.repeat(by[:, 0], counts), np.repeat(1 / counts, counts)
     return {
         "median": _weighted_median(samples, weights),
