@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hybridattn.evals.report.rows import best_under, limits
-from hybridattn.evals.throughput.statistics import TOLERANCE
+from hybridattn.evals.throughput.statistics import LEVEL, TOLERANCE
 
 
 class Entry(NamedTuple):
@@ -171,7 +171,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Section | None:
             body.append([*_times(row, "training", learns), *peak])
         tables.append(Table(heads, body))
     texts = [
-        "Medians in milliseconds, in brackets where 95 % of resampled medians lie (rounds are resampled, then samples "
+        f"Medians in milliseconds, in brackets where {LEVEL:.0%} of resampled medians lie (rounds are resampled, then samples "
         "within each). The exponent b is that of a * T^b, fitted to all lengths. Prefill ends with the first new "
         "token: it is the time to it.",
         *_disturbed(rows),

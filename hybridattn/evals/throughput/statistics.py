@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
-LEVEL = 0.99  # of intervals: a report compares some hundred figures at once
+LEVEL = 0.99  # of intervals: two runs have some hundred, which shall all overlap if nothing changed
 LEAST = 10  # samples, from which a 90th percentile can be read
 ROUNDING = 1e-9  # of sums of weights
 TOLERANCE = 1.05  # times the floor of `calm.Probe`
@@ -37,10 +37,10 @@ def _at(values: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
 def summary(rounds: Sequence[Sequence[float]], factors: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
     """Median and spread of samples that were taken in rounds, some time apart.
 
-    The interval holds the median of 95 % of the resampled runs: rounds are drawn with replacement, then samples within
+    The interval holds the median of 99 % of the resampled runs: rounds are drawn with replacement, then samples within
     each (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 8). So it is as wide as a machine that
-    drifts between rounds makes it, if there are enough of them: of ten rounds it holds about nine of ten medians, of
-    few it is too narrow, and of one round it only knows that round.
+    drifts between rounds makes it, if there are enough of them; of ten rounds or fewer it is too narrow, and of one
+    round it only knows that round.
 
     Args:
         rounds: seconds, at least `LEAST` samples in all; a round may have none.

@@ -91,12 +91,26 @@ def test_they_come_from_half_of_the_rounds_at_least():
     assert tolerance == 1.1
 
 
-def test_the_interval_covers_the_median_of_19_of_20_runs():
+def test_the_interval_covers_the_median_of_99_of_100_runs():
     """Of one round of independent samples; the true median of this distribution is 1."""
     generator = np.random.default_rng(3)
     runs = [summary([generator.lognormal(0, 0.3, 25).tolist()]) for _ in range(200)]
     covered = sum(run["low"] <= 1 <= run["high"] for run in runs)
-    assert 180 <= covered <= 199
+    assert covered >= 193
+    wide = np.mean([math.log(run["high"] / run["low"]) for run in runs])
+    normal = 2 * 2.576 * math.sqrt(math.pi / 2) * 0.3 / math.sqrt(25)  # of the median of many samples
+    assert wide == pytest.approx(normal, rel=0.2)
+
+
+def test_of_a_hundred_figures_that_did_not_change_the_intervals_of_two_runs_overlap():
+    """At 95 % they would not in two of five such comparisons."""
+    generator = np.random.default_rng(3)
+
+    def run() -> dict[str, float]:
+        return summary([(generator.lognormal(0, 0.03) * generator.lognormal(0, 0.03, 3)).tolist() for _ in range(40)])
+
+    pairs = [(run(), run()) for _ in range(100)]
+    assert all(a["low"] <= b["high"] and b["low"] <= a["high"] for a, b in pairs)
 
 
 def test_from_ten_rounds_on_it_covers_nine_of_ten_medians_of_a_machine_that_drifts():
