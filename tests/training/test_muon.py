@@ -33,7 +33,7 @@ def test_singular_values_come_near_one_and_directions_stay(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix += 2 * torch.eye(*shape)  # singular values of any size take more steps
     found = orthogonal(matrix)
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     turned = left.T @ found @ right.T
     assert turned.diagonal().sub(1).abs().max() < 0.35
     torch.testing.assert_close(turned, turned.diagonal().diag(), rtol=0, atol=1e-9)

@@ -171,9 +171,9 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Section | None:
             body.append([*_times(row, "training", learns), *peak])
         tables.append(Table(heads, body))
     texts = [
-        f"Medians in milliseconds, in brackets where {LEVEL:.0%} of resampled medians lie (rounds are resampled, then samples "
-        "within each). The exponent b is that of a * T^b, fitted to all lengths. Prefill ends with the first new "
-        "token: it is the time to it.",
+        f"Medians in milliseconds, in brackets where {LEVEL:.0%} of resampled medians lie (rounds are resampled, then "
+        "samples within each). The exponent b is that of a * T^b, fitted to all lengths. Prefill ends with the first "
+        "new token: it is the time to it.",
         *_disturbed(rows),
         *_corrected(rows),
     ]
