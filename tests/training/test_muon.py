@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -51,3 +53,16 @@ def test_a_matrix_without_gradient_stays_and_zero_gradients_only_decay():
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match=r"matrices, got one of shape \(3,\)"):
         Muon([torch.ones(3, requires_grad=True)], 0.1)
+
+
+def test_a_closure_is_refused_and_a_copy_steps():
+    weight = torch.ones(3, 2, requires_grad=True)
+    weight.grad = torch.ones(3, 2)
+    optimizer = Muon([weight], 0.1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)  # pyright: ignore[reportArgumentType]
+    copy = pickle.loads(pickle.dumps(optimizer))
+    copy.param_groups[0]["params"][0].grad = weight.grad
+    copy.step()
+    optimizer.step()
+    assert torch.equal(copy.param_groups[0]["params"][0], weight)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
-LEVEL = 0.99  # of intervals: two runs have some hundred, which shall all overlap if nothing changed
+LEVEL = 0.99  # of intervals: two runs have some hundred, which should all overlap if nothing changed
 LEAST = 10  # samples, from which a 90th percentile can be read
 ROUNDING = 1e-9  # of sums of weights
 TOLERANCE = 1.05  # times the floor of `calm.Probe`
