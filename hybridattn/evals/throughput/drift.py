@@ -56,32 +56,23 @@ def factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
 
 def _factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     """Those of one machine."""
-    floor = min(x for cell in cells for x in cell["figures"]["probe"])
-    visits = [_without(cell, "tokens", "batch", "graph") for cell in cells]  # of a row in a round
-    reads: dict[str, list[float]] = defaultdict(list)
-    reads_of_round: dict[int, list[float]] = defaultdict(list)
-    for visit, cell in zip(visits, cells, strict=True):
-        reads[visit] += cell["figures"]["memory"]
-        reads_of_round[cell["config"]["round"]] += cell["figures"]["memory"]
-    levels = {visit: np.log(np.median(each) / READS) for visit, each in reads.items() if each}
     found = np.ones((len(cells), 1 + RESAMPLES))
+    levels, others = _levels(cells)
     if not levels:
         return found
-    middle = float(np.median([*levels.values()]))
-    others = {turn: np.log(np.median(each) / READS) if each else middle for turn, each in reads_of_round.items()}
+    floor = min(x for cell in cells for x in cell["figures"]["probe"])
     shares = _shares(cells, floor)
     target = np.array([_near(np.log(READ), [*levels.values()]), _near(SHARE, [*shares.values()])])
-    states = [
-        np.array([levels.get(visit, others[cell["config"]["round"]]), shares[cell["config"]["round"]]])
-        for visit, cell in zip(visits, cells, strict=True)
-    ]
-    points: dict[str, dict[str, list[Sequence[float]]]] = defaultdict(lambda: defaultdict(list))
     turns = {turn: index for index, turn in enumerate(sorted(shares))}
-    for visit, state, cell in zip(visits, states, cells, strict=True):
+    states: list[np.ndarray] = []
+    points: dict[str, dict[str, list[Sequence[float]]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        turn, visit = cell["config"]["round"], _visit(cell)
+        states.append(np.array([levels.get(visit, others[turn]), shares[turn]]))
         pairs = zip(cell["figures"]["seconds"], cell["figures"]["probe"], strict=True)
         seconds = [x for x, probe in pairs if probe <= TOLERANCE * floor]
         if seconds and visit in levels:
-            point = turns[cell["config"]["round"]], *state, np.log(np.median(seconds))
+            point = turns[turn], *states[-1], np.log(np.median(seconds))
             points[cell["kind"]][_without(cell, "round")].append(point)
     drawn = np.random.default_rng(0).multinomial(len(turns), [1 / len(turns)] * len(turns), size=RESAMPLES)
     weights = np.vstack([np.ones(len(turns)), drawn])  # how often each round counts
@@ -94,6 +85,23 @@ def _factors(cells: Sequence[dict[str, Any]]) -> np.ndarray:
         if cell["kind"] in fitted:
             found[index] = np.exp(fitted[cell["kind"]] @ (target - state))
     return found
+
+
+def _levels(cells: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[int, float]]:
+    """The logarithm of the median read of each visit that has reads; of each round, for visits that have none."""
+    of_visit: dict[str, list[float]] = defaultdict(list)
+    of_round: dict[int, list[float]] = defaultdict(list)
+    for cell in cells:
+        of_visit[_visit(cell)] += cell["figures"]["memory"]
+        of_round[cell["config"]["round"]] += cell["figures"]["memory"]
+    levels = {visit: float(np.log(np.median(each) / READS)) for visit, each in of_visit.items() if each}
+    middle = float(np.median([*levels.values()])) if levels else 0.0
+    return levels, {turn: float(np.log(np.median(each) / READS)) if each else middle for turn, each in of_round.items()}
+
+
+def _visit(cell: dict[str, Any]) -> str:
+    """Of a row in a round, whatever is timed."""
+    return _without(cell, "tokens", "batch", "graph")
 
 
 def _shares(cells: Sequence[dict[str, Any]], floor: float) -> dict[int, float]:
