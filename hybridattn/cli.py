@@ -87,7 +87,7 @@ def evaluate(
 ) -> None:
     """Score recall with lm-eval: --tasks recall_offline, and any other flag of `lm_eval run`."""
     try:
-        from hybridattn.evals.recall.run import run
+        from hybridattn.evals.lm_eval.run import run
     except ModuleNotFoundError as error:
         raise ValueError(f"eval: expected pip install 'hybridattn[eval]', got: {error}") from error
 
@@ -124,7 +124,7 @@ def throughput(
 ) -> None:
     """Time models: prefill, decoding, training, memory; any Hugging Face model, with random weights if it has none."""
     from hybridattn.evals.pareto.suite import Suite
-    from hybridattn.evals.throughput import subjects
+    from hybridattn.evals.speed import subjects
 
     if budget is not None and not 1e-9 <= budget < math.inf:
         raise ValueError(f"budget: expected a positive number of GB, got {budget}")
@@ -365,7 +365,7 @@ def env() -> None:
     """Show the versions and the hardware that a report about a problem should name."""
     import torch
 
-    from hybridattn.evals.report.provenance import cpu_name, installed_version
+    from hybridattn.measure.provenance import cpu_name, installed_version
 
     facts = {
         "hybridattn": hybridattn.__version__,
@@ -402,7 +402,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON lines of a GPU or of --peers.")] = None,
 ) -> None:
     """Time the operators: on a CPU beside the reference and SDPA, on a GPU against its ceilings."""
-    from hybridattn.evals.kernels import bench, contest
+    from hybridattn.workshop import bench, contest
 
     place = _device(device)
     if place == "cpu" and not peers:
@@ -422,7 +422,7 @@ def check(
     record: Annotated[bool, typer.Option(help="Mark launch rows that passed as verified on this GPU.")] = False,
 ) -> None:
     """Compare every operator and launch row with the fp64 reference on this machine."""
-    from hybridattn.evals.kernels.check import run
+    from hybridattn.workshop.check import run
 
     if not run(_device(device), out, kernel or (), backend or (), record):
         raise typer.Exit(1)
@@ -436,7 +436,7 @@ def tune(
     out: Annotated[Path, typer.Option(help="JSON lines.")] = Path("reports/tune.jsonl"),
 ) -> None:
     """Search faster launch rows on this machine's GPU; prints them, ships nothing."""
-    from hybridattn.evals.kernels.tune import run
+    from hybridattn.workshop.tune import run
 
     run(_device(None), kernel or [], dim or [], samples, out)
 
@@ -451,7 +451,7 @@ def compile(
     may_rise: Annotated[bool, typer.Option(help="With --record, raise ceilings too.")] = False,
 ) -> None:
     """Compile every launch row for every architecture, without a GPU, and hold it to its recorded ceilings."""
-    from hybridattn.evals.kernels.triton.compile import run
+    from hybridattn.workshop.compile import run
 
     if not run(arch or (), kernel or (), record=record, may_rise=may_rise):
         raise typer.Exit(1)

@@ -107,7 +107,7 @@ except SystemExit as exit:
 
 
 def test_kernels_compile_fails_over_a_ceiling(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridattn.evals.kernels.triton import compile
+    from hybridattn.workshop import compile
 
     for clean, expected in ((True, 0), (False, 1)):
         monkeypatch.setattr(compile, "run", lambda *args, clean=clean, **options: clean)
@@ -183,7 +183,7 @@ def test_throughput_of_any_model_is_a_report_that_can_be_compared_and_merged(run
 def test_a_cache_that_is_not_its_formula_fails_the_command(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybridattn.evals.throughput import memory
+    from hybridattn.evals.speed import memory
 
     honest = memory.bytes_of
     monkeypatch.setattr(memory, "bytes_of", lambda cache: honest(cache) + 4)

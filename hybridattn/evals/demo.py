@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hybridattn.evals.report.folder import RESULTS, check_output, written_aside
+from hybridattn.measure.output_folder import RESULTS, check_output, written_aside
 
 PARTS = ("text", "recall")
 
@@ -106,7 +106,7 @@ PART_RUNS = {"text": run_text, "recall": run_recall}
 def write(folder: Path, options: dict[str, Any], results: dict[str, Any]) -> None:
     """Write the report and, last, the figures, with the provenance of both parts' configurations."""
     from hybridattn.evals.report import markdown
-    from hybridattn.evals.report.provenance import provenance
+    from hybridattn.measure.provenance import provenance
 
     config = {"options": options, **{part: result["config"] for part, result in results.items()}}
     content = {"provenance": provenance(config), **results}

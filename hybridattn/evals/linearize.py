@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from hybridattn.evals.report.folder import RESULTS
-from hybridattn.evals.report.markdown import table
-from hybridattn.evals.report.provenance import installed_version, provenance
+from hybridattn.measure.output_folder import RESULTS
+from hybridattn.measure.markdown import table
+from hybridattn.measure.provenance import installed_version, provenance
 from hybridattn.models.convert import COPIED_FILES
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.linearize import SHARED, from_softmax, replaced_layers, swap

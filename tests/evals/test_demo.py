@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridattn.evals import demo
 from hybridattn.evals.pareto import suite
-from hybridattn.evals.report.provenance import json_sha256
+from hybridattn.measure.provenance import json_sha256
 
 
 @pytest.mark.parametrize(

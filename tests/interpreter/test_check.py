@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridattn.evals.kernels import check
+from hybridattn.workshop import check
 from hybridattn.kernels.linear_attention.triton import decode
 
 NAME = "gated_linear_attention_step"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridattn.evals.kernels.triton.traffic import count_traffic, over_target
+from hybridattn.workshop.traffic import count_traffic, over_target
 from hybridattn.kernels.linear_attention import gated_linear_attention, linear_attention
 from hybridattn.kernels.linear_attention.triton import op
 from hybridattn.kernels.linear_attention.triton.launch import chunk_launch, segments

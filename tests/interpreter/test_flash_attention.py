@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridattn.evals.kernels.triton.interpreter import reversed_programs
-from hybridattn.evals.kernels.triton.traffic import count_traffic
+from hybridattn.workshop.interpreter import reversed_programs
+from hybridattn.workshop.traffic import count_traffic
 from hybridattn.kernels.flash_attention import BlockMask, flash_attention
 from hybridattn.kernels.flash_attention.triton import backward, forward, operands
 from hybridattn.kernels.flash_attention.triton.launch import KERNELS, attention_launch

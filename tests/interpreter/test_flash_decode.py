@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from hybridattn.evals.kernels.triton.interpreter import reversed_programs
-from hybridattn.evals.kernels.triton.traffic import count_traffic
+from hybridattn.workshop.interpreter import reversed_programs
+from hybridattn.workshop.traffic import count_traffic
 from hybridattn.kernels.flash_attention import flash_decode
 from hybridattn.kernels.flash_attention.triton import decode
 from hybridattn.kernels.flash_attention.triton.launch import decode_launch

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridattn.evals.kernels.triton.interpreter import narrow, widen
+from hybridattn.workshop.interpreter import narrow, widen
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridattn.evals.kernels.triton.traffic import count_traffic
+from hybridattn.workshop.traffic import count_traffic
 from hybridattn.kernels.linear_attention import features, prefix_linear_attention, taylor_linear_attention
 from hybridattn.kernels.linear_attention.triton import op
 

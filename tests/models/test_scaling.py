@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridattn import HybridAttnConfig
-from hybridattn.evals.throughput.memory import peak_bytes
+from hybridattn.evals.speed.memory import peak_bytes
 from hybridattn.models import scaling
 from hybridattn.models.decoder import loss
 from hybridattn.models.decoder.modeling import DecoderLayer

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from hybridattn.evals.pareto.suite import DTYPES, Suite
 from hybridattn.evals.recall.learnability import steps_to_threshold
-from hybridattn.evals.recall.parallel import Job, Trained, train_all
+from hybridattn.evals.recall.training_pool import Job, Trained, train_all
 from hybridattn.evals.report import cells
-from hybridattn.evals.report.provenance import cpu_name
+from hybridattn.measure.provenance import cpu_name
 from hybridattn.evals.report.rows import BASE, rows
-from hybridattn.evals.throughput import measure, memory, subjects
-from hybridattn.evals.throughput.calm import Probe, keep_freed_memory
-from hybridattn.evals.throughput.statistics import LEAST, TOLERANCE
+from hybridattn.evals.speed import measure, memory, subjects
+from hybridattn.evals.speed.calm import Probe, keep_freed_memory
+from hybridattn.evals.speed.statistics import LEAST, TOLERANCE
 from hybridattn.models.decoder import HybridAttnConfig
 
 ENOUGH = 10.0  # seconds of undisturbed samples of one figure
@@ -72,7 +72,7 @@ def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool
         for turn in range(first, min(first + LOOK, suite.rounds + suite.extra_rounds)):
             do_round(suite, names, turn, out, again, wide)
     if suite.operators and part == 1:
-        from hybridattn.evals.kernels import contest
+        from hybridattn.workshop import contest
 
         kernels = out / cells.KERNELS
         if again:

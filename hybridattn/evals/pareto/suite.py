@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from hybridattn.evals.recall import mqar
-from hybridattn.evals.throughput import subjects
+from hybridattn.evals.speed import subjects
 
 SUITES = Path(__file__).parent / "suites"
 FORMS = ("mixers", "preset", "path", "config")  # of a model in a suite's file

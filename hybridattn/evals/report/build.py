@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from hybridattn.evals.report import cells, document, figures, markdown
-from hybridattn.evals.report.folder import RESULTS
+from hybridattn.measure.output_folder import RESULTS
 from hybridattn.evals.report.rows import points, problems, rows
 
 PAGE = Path(__file__).with_name("page.html")

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridattn.evals.report.folder import RESULTS
-from hybridattn.evals.report.provenance import json_sha256, provenance
+from hybridattn.measure.output_folder import RESULTS
+from hybridattn.measure.provenance import json_sha256, provenance
 
 CELLS = "cells"
 REQUIRED = ("date", "device", "versions", "commit", "config_sha256")  # of every cell

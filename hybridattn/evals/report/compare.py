@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridattn.evals.report import cells
-from hybridattn.evals.report.folder import RESULTS
-from hybridattn.evals.report.markdown import table
+from hybridattn.measure.output_folder import RESULTS
+from hybridattn.measure.markdown import table
 from hybridattn.evals.report.rows import rows
 
 Change = tuple[str, str, str, str, str]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hybridattn.evals.report.rows import best_under, limits
-from hybridattn.evals.throughput.statistics import LEVEL, TOLERANCE
+from hybridattn.evals.speed.statistics import LEVEL, TOLERANCE
 
 
 class Entry(NamedTuple):

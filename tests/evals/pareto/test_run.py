@@ -11,7 +11,7 @@ from hybridattn.evals.pareto import run
 from hybridattn.evals.pareto.suite import Suite
 from hybridattn.evals.recall import mqar
 from hybridattn.evals.report import cells, rows
-from hybridattn.evals.throughput import measure
+from hybridattn.evals.speed import measure
 
 # Per model: what it is, two caches, the largest batch; twice three prefills, three decodings and a training.
 MEASURED = 1 + 2 + 1 + 2 * (3 + 3 + 1)

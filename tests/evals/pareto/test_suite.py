@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hybridattn.evals.pareto.suite import Suite, load
-from hybridattn.evals.throughput import subjects
+from hybridattn.evals.speed import subjects
 
 MODEL = {"model": {"preset": "gla_340m"}, "steps": None}
 

@@ -18,8 +18,8 @@ from hybridattn.evals.report.build import build
 from hybridattn.evals.report.compare import compare
 from hybridattn.evals.report.figures import figures as draw_figures
 from hybridattn.evals.report.rows import rows
-from hybridattn.evals.throughput.calm import READS
-from hybridattn.evals.throughput.drift import READ
+from hybridattn.evals.speed.calm import READS
+from hybridattn.evals.speed.drift import READ
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KERNEL = {

@@ -6,10 +6,10 @@ import pytest
 
 from hybridattn.evals.report import cells
 from hybridattn.evals.report.rows import best_under, limits, points, problems, rows
-from hybridattn.evals.throughput import drift
-from hybridattn.evals.throughput.calm import READS
-from hybridattn.evals.throughput.drift import READ
-from hybridattn.evals.throughput.statistics import RESAMPLES, TOLERANCE, summary
+from hybridattn.evals.speed import drift
+from hybridattn.evals.speed.calm import READS
+from hybridattn.evals.speed.drift import READ
+from hybridattn.evals.speed.statistics import RESAMPLES, TOLERANCE, summary
 
 
 def test_one_configuration_is_one_row(report: Path):

@@ -19,7 +19,7 @@ from hybridattn import (
     sequence_parallel,
     shard_sequence,
 )
-from hybridattn.evals.throughput.memory import peak_bytes
+from hybridattn.evals.speed.memory import peak_bytes
 
 TOKENS, VOCAB = 64, 40
 MIXERS = ["conv", "gla", "window", "full", "taylor", "retention", "prefix"]

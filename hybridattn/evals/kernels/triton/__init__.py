@@ -1,1 +1,0 @@
-"""What judges Triton kernels without a GPU: the interpreter made exact, its traffic counted, and the compile gate."""

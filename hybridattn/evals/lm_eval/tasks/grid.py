@@ -1,0 +1,171 @@
+"""From one row to a data set: every length, depth and load, measured with the model's own tokenizer.
+
+lm-eval calls a task's ``custom_dataset`` with its metadata, which are ``--model_args`` and ``--metadata``: so the
+tokenizer is the model's, and what `build` takes may be given, as in ``--metadata '{"max_seq_lengths": [8192]}'``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from random import Random
+from typing import Any, NamedTuple
+
+from hybridattn.evals.lm_eval.tasks import filler
+from hybridattn.evals.lm_eval.tasks.prompt import SLACK, DoesNotFitError, assemble, fit, place
+
+LENGTHS = (1024, 4096)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ROWS_PER_CELL = 8
+ANSWER_TOKENS = 48  # max_gen_toks of the tasks, which a prompt leaves free
+
+
+class Cell(NamedTuple):
+    """What the rows of one cell share.
+
+    Attributes:
+        length: tokens of prompt and answer together.
+        depth: where the asked fact stands, 0 (first) to 1 (last).
+        load: how many facts there are, for tasks that have a choice.
+        form: one of `prompt.FORMS`.
+        count: tokens of a text.
+    """
+
+    length: int
+    depth: float
+    load: int
+    form: str
+    count: Callable[[str], int]
+
+    @property
+    def most(self) -> int:
+        """Tokens that a prompt never exceeds."""
+        return self.length - ANSWER_TOKENS
+
+    @property
+    def least(self) -> int:
+        """Tokens that a prompt has at least."""
+        return math.ceil(self.length * (1 - SLACK)) - ANSWER_TOKENS
+
+    def fill(self, rng: Random, render: Callable[[str], str]) -> str:
+        """The prompt, brought to its length: ``render`` puts the facts into a piece of real text."""
+        start = filler.line_start(rng.random())
+        return fit(lambda size: render(filler.excerpt(start, size)), self.count, self.least, self.most)[1]
+
+    def fill_between(self, rng: Random, facts: Sequence[tuple[float, str]], question: str, cloze: str) -> str:
+        """The prompt with each fact at its depth between lines of real text."""
+        return self.fill(rng, lambda text: assemble(place(text, facts), question, cloze, self.form))
+
+
+def build(
+    task: str,
+    row: Callable[[Random, Cell], dict[str, Any]],
+    *,
+    max_seq_lengths: Sequence[int] | int | None = None,
+    loads: Sequence[int] = (1,),
+    depths: Sequence[float] = DEPTHS,
+    rows_per_cell: int = ROWS_PER_CELL,
+    seed: int = 0,
+    form: str = "once",
+    max_length: int | None = None,
+    tokenizer: str | None = None,
+    pretrained: str | None = None,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Make a task's data set, the split ``test``, as lm-eval takes it.
+
+    A row depends on task, seed, length, depth, load and its number alone, beside tokenizer and filler; the forms of a
+    task ask for the same facts. Cells come in turn, in random order, so that ``--limit`` takes of all lengths. A load
+    whose facts do not fit a length is left out there.
+
+    Args:
+        task: the generator's name.
+        row: makes one row of a cell: ``prompt``, ``answers`` (every one counts), ``load`` and ``chance``, the expected
+            score of naming one value of the context at random.
+        max_seq_lengths: tokens of prompt and answer together; `LENGTHS` up to ``max_length`` if None.
+        loads: numbers of facts, for tasks that have a choice.
+        depths: places of the asked fact, 0 to 1.
+        rows_per_cell: rows of every length, depth and load.
+        seed: of the draws.
+        form: one of `prompt.FORMS`.
+        max_length: the longest input of the model, in tokens.
+        tokenizer: folder or name of the tokenizer; ``pretrained`` if None.
+        pretrained: folder or name of the model.
+        rest: other metadata; ``add_bos_token`` and ``trust_remote_code`` are what they are to lm-eval's model.
+
+    Raises:
+        ValueError: a bad argument, no tokenizer, or a length that no load fits.
+    """
+    from datasets import Dataset
+
+    lengths = check_lengths(max_seq_lengths, max_length)
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(f"depths: expected numbers from 0 to 1, got {list(depths)}")
+    count = counter(tokenizer or pretrained, bool(rest.get("trust_remote_code")), rest.get("add_bos_token"))
+    cells = [Cell(length, depth, load, form, count) for length in lengths for load in loads for depth in depths]
+    made: dict[tuple[int, int], list[list[dict[str, Any]]]] = {}
+    for cell in cells:
+        made.setdefault((cell.length, cell.load), []).append(cell_rows(task, row, cell, rows_per_cell, seed))
+    complete = [rows for group in made.values() if all(group) for rows in group]
+    for length in lengths:
+        if not any(rows[0]["length"] == length for rows in complete):
+            raise ValueError(f"max_seq_lengths: expected lengths that hold the facts of {task} ({form}), got {length}")
+    Random(seed).shuffle(complete)
+    return {"test": Dataset.from_list([rows[i] for i in range(rows_per_cell) for rows in complete])}
+
+
+def cell_rows(
+    task: str, row: Callable[[Random, Cell], dict[str, Any]], cell: Cell, rows: int, seed: int
+) -> list[dict[str, Any]]:
+    """The rows of a cell; none where one of them does not fit."""
+    made = []
+    for i in range(rows):
+        rng = Random(f"{task} {seed} {cell.length} {cell.depth} {cell.load} {i}")
+        try:
+            drawn = row(rng, cell)
+        except DoesNotFitError:
+            return []
+        tokens = cell.count(drawn["prompt"])
+        made.append({"length": cell.length, "depth": float(cell.depth), "tokens": tokens, **drawn})
+    return made
+
+
+def check_lengths(wanted: Sequence[int] | int | None, max_length: int | None) -> list[int]:
+    """The lengths to make, those asked for or the usual ones that the model can read.
+
+    Raises:
+        ValueError: none, or none that is a positive integer.
+    """
+    if wanted is None:
+        lengths = [length for length in LENGTHS if max_length is None or length <= max_length]
+    else:
+        lengths = [wanted] if isinstance(wanted, int) else list(wanted)
+    if not lengths or not all(isinstance(length, int) and length > ANSWER_TOKENS for length in lengths):
+        raise ValueError(
+            f"max_seq_lengths: expected integers above {ANSWER_TOKENS}, by default of {list(LENGTHS)} those up to the "
+            f"model's max_length, got {wanted} with max_length={max_length}"
+        )
+    return lengths
+
+
+@cache
+def counter(tokenizer: str | None, trust_remote_code: bool, add_bos_token: bool | None) -> Callable[[str], int]:
+    """The function that counts a text's tokens as lm-eval will encode it.
+
+    Raises:
+        ValueError: no tokenizer is named.
+    """
+    if not isinstance(tokenizer, str):
+        raise ValueError(
+            f"tokenizer: expected a folder or name, in --model_args or --metadata as tokenizer or pretrained, "
+            f"got {tokenizer!r}"
+        )
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+    special = {} if add_bos_token is None else {"add_special_tokens": add_bos_token}
+    return partial(count_tokens, loaded, special)
+
+
+def count_tokens(tokenizer: Any, special: dict[str, bool], text: str) -> int:
+    """Tokens of a text, the special ones that the tokenizer adds included."""
+    return len(tokenizer(text, verbose=False, **special).input_ids)

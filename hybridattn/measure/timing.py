@@ -1,0 +1,60 @@
+"""Seconds of calls, sampled in rounds, and what the samples say: medians and quartiles, as they were taken."""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds that one call takes, including the work it queues on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def sample(call: Callable[[], object], *, least: int = 3, seconds: float = 0.2, most: int = 1000) -> list[float]:
+    """Time single calls after a warm-up of two calls, or of one that takes longer than ten times ``seconds``.
+
+    Args:
+        call: what is timed.
+        least: samples at least.
+        seconds: calls go on until the samples took so long together.
+        most: samples at most.
+
+    Returns:
+        Seconds of every timed call.
+    """
+    if timed(call) < 10 * seconds:  # in a new process the second call may still be slow
+        call()
+    found: list[float] = []
+    while len(found) < most and (len(found) < least or sum(found) < seconds):
+        found.append(timed(call))
+    return found
+
+
+def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Median and quartiles of all samples, and the median of each round.
+
+    Args:
+        rounds: seconds of the samples of every round, one or more each.
+
+    Returns:
+        ``median``, ``lower_quartile``, ``upper_quartile`` in seconds; ``samples``, their number; ``rounds``, the median
+        of each round in seconds.
+    """
+    pooled = [x for each in rounds for x in each]
+    lower, middle, upper = quantiles(pooled, n=4, method="inclusive") if len(pooled) > 1 else pooled * 3
+    return {
+        "median": middle,
+        "lower_quartile": lower,
+        "upper_quartile": upper,
+        "samples": len(pooled),
+        "rounds": [median(each) for each in rounds],
+    }

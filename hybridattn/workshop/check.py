@@ -1,0 +1,287 @@
+"""Every operator and every launch row against the fp64 reference, on the device at hand.
+
+Results and gradients, in fp32, bf16 and fp16, at the sizes of ``cases``. Memory that nobody wrote is NaN. Everything
+runs twice and has to give the same bits; in Triton's interpreter the second time in the opposite order of programs. A
+case is one line of JSON, so that a run that was cut off goes on where it was.
+"""
+
+import json
+import os
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridattn.kernels.runtime.launch import architecture
+from hybridattn.measure.provenance import PACKAGE, commit, cpu_name, installed_version, source_sha256
+from hybridattn.workshop.cases import DTYPES, OPERATORS, Sizes, make_inputs, sizes_of
+
+EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # relative L2 of fp32
+ROUNDING, ROUNDING_GRADIENT = 1.5, 2.0  # times the error of the fp64 formula with operands rounded once, for 16 bits
+DRAWS = 8  # of the other inputs, for the gradient of constant gates in 16 bits: see ``_draws_of_constant_gates``
+FAR = (1 << 31) + 64  # elements between rows that no 32-bit offset reaches
+
+
+class Case(NamedTuple):
+    """One line of the output."""
+
+    operator: str
+    backend: str
+    dtype: torch.dtype
+    sizes: Sizes
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator}, {self.backend}, {str(self.dtype).removeprefix('torch.')}, {self.sizes}"
+
+
+def cases(device: torch.device, kernels: Sequence[str] = (), backends: Sequence[str] = ()) -> list[Case]:
+    """All cases of a device, of the operators and backends named.
+
+    Raises:
+        ValueError: an operator or a backend is unknown, or Triton was asked for on a CPU without its interpreter.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    known = sorted({name.partition(" ")[0] for name in OPERATORS})
+    for name in kernels:
+        if name not in known:
+            raise ValueError(f"kernel: expected one of {known}, got {name!r}")
+    for name in backends:
+        if name not in ("torch", "triton"):
+            raise ValueError(f"backend: expected 'torch' or 'triton', got {name!r}")
+    if "triton" in backends and device.type == "cpu" and not interpreted:
+        raise ValueError("backend: expected TRITON_INTERPRET=1 for 'triton' on a CPU, which is not set")
+    wanted = backends or (["torch", "triton"] if device.type != "cpu" or interpreted else ["torch"])
+    return [
+        Case(name, backend, dtype, sizes)
+        for name, operator in OPERATORS.items()
+        for backend in wanted
+        for dtype in DTYPES
+        for sizes in sizes_of(name, device.type != "cpu")
+        if name.partition(" ")[0] in (kernels or known) and (backend != "triton" or operator.rows)
+    ]
+
+
+def has_row(case: Case, architecture: str) -> bool:
+    """Whether a kernel serves the case there; on a CPU the interpreter serves all."""
+    rows = OPERATORS[case.operator].rows
+    if case.backend != "triton" or architecture == "cpu" or rows is None:
+        return True
+    return bool(rows(architecture, case.sizes, case.dtype))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Let fresh memory be NaN, as deterministic algorithms do; that an operation has none is not of interest here."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        warnings.filterwarnings("ignore", message="launch row .* was compiled for|no launch rows for")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """A copy whose rows lie FAR elements apart."""
+    memory = x.new_empty(FAR * (x.shape[0] - 1) + x[0].numel())
+    return memory.as_strided(x.shape, (FAR, *x[0].contiguous().stride())).copy_(x)
+
+
+def evaluate(
+    case: Case, inputs: dict[str, Tensor], backend: str, dtype: torch.dtype, rounded: bool = False
+) -> dict[str, Tensor]:
+    """Results and gradients by name. States are fp32 or wider, and so is a gate that has one number per head.
+
+    With ``rounded`` operands, gradients of results among them, first become the case's dtype.
+    """
+    operator = OPERATORS[case.operator]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = {}
+    for name, value in inputs.items():
+        keeps = name == "state" or value.dim() == 1
+        x[name] = (value.to(case.dtype) if rounded and not keeps else value).to(wide if keeps else dtype, copy=True)
+    if case.sizes.far and backend != "reference":
+        x[case.sizes.far] = far_apart(x[case.sizes.far])
+    if not operator.backward:
+        with torch.no_grad():
+            return operator.call(x, backend)
+    x = {name: value.requires_grad_() for name, value in x.items()}
+    results = operator.call(x, backend)
+    generator = torch.Generator(inputs["q"].device).manual_seed(1)
+    given = []
+    for name, y in results.items():
+        dy = torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float64)
+        given.append((dy.to(case.dtype) if rounded and name == "o" else dy).to(y.dtype))
+    gradients = torch.autograd.grad(list(results.values()), list(x.values()), given)
+    named = {f"d{name}": gradient for name, gradient in zip(x, gradients, strict=True)}
+    return {name: y.detach() for name, y in results.items()} | named
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error; absolute where nothing is expected."""
+    norm = expected.double().norm()
+    distance = (actual.double() - expected.double()).norm()
+    return (distance / norm if norm > 0 else distance).item()
+
+
+def run_case(case: Case, device: torch.device) -> dict[str, Any]:
+    """Largest error over its limit of a result, and whether the case passed, as JSON values."""
+    start = time.perf_counter()
+    operator, seed = OPERATORS[case.operator], zlib.crc32(case.name.encode())
+    inputs = make_inputs(operator, case.sizes, device, seed)
+    exact = evaluate(case, inputs, "reference", torch.float64)
+    with poisoned():
+        first = evaluate(case, inputs, case.backend, case.dtype)
+        with _other_order() if case.backend == "triton" and device.type == "cpu" else nullcontext():
+            again = evaluate(case, inputs, case.backend, case.dtype)
+    same_bits = all(torch.equal(y, again[name]) for name, y in first.items())
+    if case.dtype == torch.float32:
+        limits = {name: EXACT_GRADIENT if name.startswith("d") else EXACT for name in exact}
+    else:
+        formula = evaluate(case, inputs, "reference", torch.float64, rounded=True)
+        if operator.gate == "H" and operator.backward:
+            draws = [(exact["dg"], first["dg"], formula["dg"]), *_draws_of_constant_gates(case, inputs, seed)]
+            exact["dg"], first["dg"], formula["dg"] = map(torch.stack, zip(*draws, strict=True))
+        limits = {
+            name: (ROUNDING_GRADIENT if name.startswith("d") else ROUNDING)
+            * error(y.to(first[name].dtype), exact[name])
+            for name, y in formula.items()
+        }
+    errors = {name: error(first[name], y) for name, y in exact.items()}
+    worst = max(errors, key=lambda name: errors[name] / max(limits[name], EXACT))
+    right = all(errors[name] <= max(limits[name], EXACT) for name in errors)  # NaN is not right
+    return {
+        "passed": right and same_bits,
+        "worst": worst,
+        "error": errors[worst],
+        "limit": max(limits[worst], EXACT),
+        "same_bits": same_bits,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _draws_of_constant_gates(
+    case: Case, inputs: dict[str, Tensor], seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """dg, exact, of the backend and of rounded operands, for the same gates and other inputs.
+
+    It is one number per head, of which a single draw has a few at most that matter: what rounding the operands costs
+    these may be next to nothing by luck, and is no measure then. So errors are of DRAWS together.
+    """
+    for n in range(1, DRAWS):
+        x = make_inputs(OPERATORS[case.operator], case.sizes, inputs["q"].device, seed + n) | {"g": inputs["g"]}
+        exact = evaluate(case, x, "reference", torch.float64)
+        with poisoned():
+            actual = evaluate(case, x, case.backend, case.dtype)
+        yield exact["dg"], actual["dg"], evaluate(case, x, "reference", torch.float64, rounded=True)["dg"]
+
+
+def _other_order():
+    from hybridattn.workshop.interpreter import reversed_programs
+
+    return reversed_programs()
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """What the lines of one run have in common."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "architecture": architecture(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "triton": installed_version("triton"),
+        "source_sha256": source_sha256(),
+        "commit": commit(Path(__file__)),
+    }
+
+
+def run(
+    device: str,
+    out: Path,
+    kernels: Sequence[str] = (),
+    backends: Sequence[str] = (),
+    record: bool = False,
+) -> bool:
+    """Check and print what failed.
+
+    Args:
+        device: "cuda" or "cpu".
+        out: JSON lines, one per case; lines there of the same code, versions and device are not run again.
+        kernels, backends: all if empty.
+        record: mark the launch rows of this GPU's architecture whose cases have all passed as verified.
+
+    Returns:
+        Whether all cases passed, earlier ones included.
+    """
+    place = torch.device(device)
+    if record and place.type == "cpu":
+        raise ValueError("record: expected a GPU to verify launch rows on, got the CPU")
+    source = origin(place)
+    known = {
+        line["case"]: line
+        for line in (map(json.loads, out.read_text().splitlines()) if out.exists() else ())
+        if all(line[key] == value for key, value in source.items() if key != "commit")
+    }
+    todo = [case for case in cases(place, kernels, backends) if has_row(case, source["architecture"])]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file, ExitStack() as stack:
+        if place.type == "cpu" and any(case.backend == "triton" for case in todo):
+            from hybridattn.workshop.interpreter import exact_bf16
+
+            stack.enter_context(exact_bf16())
+        for case in todo:
+            if case.name not in known:
+                known[case.name] = {"case": case.name, **_attempt(case, place), **source}
+                file.write(json.dumps(known[case.name]) + "\n")
+                file.flush()
+            if not known[case.name]["passed"]:
+                print(_failure(known[case.name]))
+            if "CUDA error" in known[case.name].get("reason", ""):
+                raise ValueError(
+                    f"{case.name}: the GPU is lost to this process; run again to go on with the other cases"
+                )
+    failed = [case for case in todo if not known[case.name]["passed"]]
+    print(f"{len(todo) - len(failed)} of {len(todo)} cases passed on {source['device']}")
+    if record:
+        passed = {name for name, line in known.items() if line["passed"]}
+        verify(source, passed, place)
+    return not failed
+
+
+def _attempt(case: Case, device: torch.device) -> dict[str, Any]:
+    try:
+        return run_case(case, device)
+    except Exception as reason:  # a kernel may fail in any way; the other cases are still of interest
+        return {"passed": False, "reason": f"{type(reason).__name__}: {reason}"[:500]}
+
+
+def _failure(line: dict[str, Any]) -> str:
+    if "reason" in line:
+        return f"FAILED {line['case']}: {line['reason']}"
+    bits = "" if line["same_bits"] else ", and the second run gave other bits"
+    return f"FAILED {line['case']}: error {line['error']:.2e} of {line['worst']}, at most {line['limit']:.2e}{bits}"
+
+
+def verify(source: dict[str, Any], passed: set[str], device: torch.device, folder: Path = PACKAGE / "kernels") -> None:
+    """Write the rows whose cases have all passed to ``verified.json`` of their family, and take back the others."""
+    name = source["architecture"]
+    rows: dict[str, dict[str, bool]] = {}
+    for case in cases(device, backends=["triton"]):
+        operator = OPERATORS[case.operator]
+        for row in operator.rows(name, case.sizes, case.dtype) if operator.rows else ():
+            of_family = rows.setdefault(operator.family, {})
+            of_family[row] = of_family.get(row, True) and case.name in passed
+    for family, found in rows.items():
+        file = folder / family / "triton" / "verified.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        kept[name] = {row: source for row, right in sorted(found.items()) if right}
+        file.write_text(json.dumps(kept, indent=1) + "\n")
+        print(f"{family}: {len(kept[name])} of {len(found)} launch rows are verified on {name}")

@@ -1,0 +1,70 @@
+"""The search of launch rows: what is wrong is not timed, and the table is as it was."""
+
+from pathlib import Path
+
+import pytest
+
+from hybridattn import cli
+from hybridattn.workshop.contest import WORKS
+from hybridattn.workshop.tune import describe, forget, run, search, searches
+from hybridattn.kernels.runtime.launch import SHARED_MEMORY
+
+TIMES = {(1, 4): 3.0, (2, 4): 1.0, (3, 4): 2.0}
+
+
+def test_candidates_take_turns_and_the_row_comes_back():
+    rows = {64: (1, 4), 128: (9, 9)}
+
+    def error() -> float:
+        if rows[64] == (4, 4):
+            raise RuntimeError("out of shared memory")
+        return float("nan") if rows[64] == (5, 4) else 1.0 if rows[64] == (3, 4) else 1e-3
+
+    lines = list(search(rows, 64, [(n, 4) for n in range(1, 6)], error, lambda: TIMES[rows[64]]))
+    assert [line["row"] for line in lines] == [(n, 4) for n in range(1, 6)]
+    assert [line.get("seconds") for line in lines] == [3.0, 1.0, None, None, None]
+    assert [line["shipped"] for line in lines] == [True, False, False, False, False]
+    assert [line.get("reason") for line in lines[2:]] == [
+        "error 1.0e+00",
+        "RuntimeError: out of shared memory",
+        "error nan",
+    ]
+    assert rows == {64: (1, 4), 128: (9, 9)}
+    told = describe("sweep", 64, lines).splitlines()
+    assert told[0] == "sweep 64: 2 of 5 rows run and are right"
+    assert [line.split()[0:2] for line in told[1:]] == [["(2,", "4)"], ["(1,", "4)"]]
+    assert told[2].endswith("shipped")
+
+
+def test_a_search_that_is_left_puts_the_row_back():
+    rows = {64: (1, 4)}
+    lines = search(rows, 64, [(2, 4)], lambda: 0.0, lambda: 1.0)
+    next(lines)
+    assert next(lines)["row"] == rows[64] == (2, 4)
+    lines.close()
+    assert rows == {64: (1, 4)}
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_rows_are_searched_among_their_like(architecture: str):
+    for kernel, found in searches(architecture).items():
+        assert found.work in WORKS
+        for dim, row in found.rows.items():
+            assert {len(each) for each in found.candidates} == {len(row)}, kernel
+            assert found.shape(dim).key_dim >= 16
+
+
+def test_looked_up_rows_are_forgotten():
+    from hybridattn.kernels.linear_attention.triton import op
+
+    assert op._launch.cache_info().currsize >= 0
+    forget()
+    assert op._launch.cache_info().currsize == 0
+
+
+def test_what_cannot_be_tuned_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match="device: expected a GPU to tune on, got 'cpu'"):
+        run("cpu", [], [], 5, tmp_path / "tune.jsonl")
+    with pytest.raises(SystemExit):
+        cli.main(["kernels", "tune"])
+    assert "expected a GPU" in capsys.readouterr().err
