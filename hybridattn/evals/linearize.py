@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from hybridattn.measure.output_folder import RESULTS
 from hybridattn.measure.markdown import table
+from hybridattn.measure.output_folder import RESULTS
 from hybridattn.measure.provenance import installed_version, provenance
 from hybridattn.models.convert import COPIED_FILES
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM

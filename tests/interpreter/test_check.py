@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridattn.workshop import check
 from hybridattn.kernels.linear_attention.triton import decode
+from hybridattn.workshop import check
 
 NAME = "gated_linear_attention_step"
 STEP = decode.step

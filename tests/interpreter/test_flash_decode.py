@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from hybridattn.workshop.interpreter import reversed_programs
-from hybridattn.workshop.traffic import count_traffic
 from hybridattn.kernels.flash_attention import flash_decode
 from hybridattn.kernels.flash_attention.triton import decode
 from hybridattn.kernels.flash_attention.triton.launch import decode_launch
+from hybridattn.workshop.interpreter import reversed_programs
+from hybridattn.workshop.traffic import count_traffic
 
 SLOTS = 200
 LENGTHS = {"ragged": [0, 1, 150, 63], "full": [200, 2, 0, 130], "rings": [201, 777, 199, 400], "empty": [0, 0, 0, 0]}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridattn.workshop.traffic import count_traffic
 from hybridattn.kernels.linear_attention import features, prefix_linear_attention, taylor_linear_attention
 from hybridattn.kernels.linear_attention.triton import op
+from hybridattn.workshop.traffic import count_traffic
 
 HEADS = {"one each": (2, 2, 2), "grouped queries": (4, 2, 2), "grouped values": (1, 1, 2)}  # of q, k, v
 

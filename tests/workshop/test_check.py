@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from hybridattn import cli
-from hybridattn.workshop import check
-from hybridattn.workshop.cases import DTYPES, OPERATORS, make_inputs, sizes_of
 from hybridattn.kernels.flash_attention.triton.launch import (
     DECODE_ROWS,
     FORWARD,
@@ -18,6 +16,8 @@ from hybridattn.kernels.flash_attention.triton.launch import (
 )
 from hybridattn.kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY
+from hybridattn.workshop import check
+from hybridattn.workshop.cases import DTYPES, OPERATORS, make_inputs, sizes_of
 
 CPU = torch.device("cpu")
 

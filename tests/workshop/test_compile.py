@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import triton
 
+from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 from hybridattn.workshop import compile as gate
 from hybridattn.workshop.compile import complaints, measure, read_ceilings, recorded, shipped_rows
-from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 
 ROWS = {(name, row.name): row for name, rows in shipped_rows().items() for row in rows}
 FIRST = {next(key for key in ROWS if key[0] == name) for name in SHARED_MEMORY}

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from hybridattn import cli
+from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 from hybridattn.workshop.contest import WORKS
 from hybridattn.workshop.tune import describe, forget, run, search, searches
-from hybridattn.kernels.runtime.launch import SHARED_MEMORY
 
 TIMES = {(1, 4): 3.0, (2, 4): 1.0, (3, 4): 2.0}
 

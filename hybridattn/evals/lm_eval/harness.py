@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+
+import hybridattn  # noqa: F401  # registers our models with transformers
+from hybridattn.evals.lm_eval import parity
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-
-import hybridattn  # noqa: F401  # registers our models with transformers
-from hybridattn.evals.lm_eval import parity
 
 
 class UnsoundError(RuntimeError):

@@ -25,10 +25,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hybridattn.evals.recall import mqar
 from hybridattn.evals.lm_eval.tasks import kv
 from hybridattn.evals.lm_eval.tasks.facts import SYLLABLES
 from hybridattn.evals.lm_eval.tasks.grid import ANSWER_TOKENS, Cell
+from hybridattn.evals.recall import mqar
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 
 SEPARATOR, PAD = 0, 1

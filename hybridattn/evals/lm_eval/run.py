@@ -12,19 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval._cli import HarnessCLI
-from lm_eval.models.utils import resolve_max_length
-from lm_eval.utils import setup_logging
 from transformers import AutoConfig, AutoTokenizer
 
-from hybridattn.evals.lm_eval import scores
+from hybridattn.evals.lm_eval import heatmap, positions, scores
 from hybridattn.evals.lm_eval.harness import UnsoundError, truncated
 from hybridattn.evals.lm_eval.tasks import TASKS, filler
 from hybridattn.evals.lm_eval.tasks.grid import counter
-from hybridattn.evals.lm_eval import heatmap
 from hybridattn.measure.output_folder import RESULTS, check_output, written_aside
 from hybridattn.measure.provenance import commit, installed_version, json_sha256, provenance
-from hybridattn.evals.lm_eval import positions
+from lm_eval._cli import HarnessCLI
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.utils import setup_logging
 
 
 def run(

@@ -22,11 +22,11 @@ from hybridattn.evals.pareto.suite import DTYPES, Suite
 from hybridattn.evals.recall.learnability import steps_to_threshold
 from hybridattn.evals.recall.training_pool import Job, Trained, train_all
 from hybridattn.evals.report import cells
-from hybridattn.measure.provenance import cpu_name
 from hybridattn.evals.report.rows import BASE, rows
 from hybridattn.evals.speed import measure, memory, subjects
 from hybridattn.evals.speed.calm import Probe, keep_freed_memory
 from hybridattn.evals.speed.statistics import LEAST, TOLERANCE
+from hybridattn.measure.provenance import cpu_name
 from hybridattn.models.decoder import HybridAttnConfig
 
 ENOUGH = 10.0  # seconds of undisturbed samples of one figure

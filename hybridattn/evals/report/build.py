@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 
 from hybridattn.evals.report import cells, document, figures, markdown
-from hybridattn.measure.output_folder import RESULTS
 from hybridattn.evals.report.rows import points, problems, rows
+from hybridattn.measure.output_folder import RESULTS
 
 PAGE = Path(__file__).with_name("page.html")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridattn.evals.report import cells
-from hybridattn.measure.output_folder import RESULTS
-from hybridattn.measure.markdown import table
 from hybridattn.evals.report.rows import rows
+from hybridattn.measure.markdown import table
+from hybridattn.measure.output_folder import RESULTS
 
 Change = tuple[str, str, str, str, str]
 """Row, figure, old, new, and the new one over the old one."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridattn.evals.recall.learnability import learnability
-from hybridattn.measure.provenance import json_sha256
 from hybridattn.evals.speed import drift
 from hybridattn.evals.speed.statistics import LEAST, exponent, median, summary, undisturbed
+from hybridattn.measure.provenance import json_sha256
 
 BASE = ("name", "model", "train", "device", "dtype", "threads")  # of every cell's configuration: what a row is
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from lm_eval.tasks._index import TaskIndex
 
-from hybridattn.evals.recall import order
 from hybridattn.evals.lm_eval.tasks import TASKS, kv
 from hybridattn.evals.lm_eval.tasks.facts import SYLLABLES
 from hybridattn.evals.lm_eval.tasks.grid import Cell
+from hybridattn.evals.recall import order
 
 
 def test_tokens_are_syllables_and_pairs_of_digits():
