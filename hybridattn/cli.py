@@ -4,9 +4,10 @@ import math
 import os
 import platform
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -58,16 +59,16 @@ def options(
 
 @app.command()
 def demo(
-    seeds: Annotated[int, typer.Option(min=1, help="Recall models trained per row.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of the recipe's.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Times that everything is timed, not the suite's.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/demo"),
-    only: Annotated[list[str] | None, typer.Option(help="Run this part alone; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
+        "reports/demo"
+    ),
+    only: Annotated[list[str] | None, typer.Option(help="Run text or recall alone; may be repeated.")] = None,
 ) -> None:
-    """Train, generate and measure small hybrid models on this machine's CPU."""
+    """Train, generate and measure small hybrid models on this machine's CPU, in six minutes on two cores."""
     from hybridattn.evals.demo import run
 
-    run(out=out, seeds=seeds, steps=steps, rounds=rounds, only=only)
+    _show(out, run(out=out, steps=steps, only=only))
 
 
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -117,14 +118,14 @@ def throughput(
     rounds: Annotated[int, typer.Option(min=1, help="Times that everything is timed again.")] = 5,
     graphs: Annotated[bool, typer.Option(help="Decode with CUDA graphs as well.")] = False,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    again: Annotated[bool, typer.Option(help="Measure what is there, too.")] = False,
+    again: Annotated[bool, typer.Option(help="Time again what has been timed.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
         "reports/throughput"
     ),
 ) -> None:
     """Time models: prefill, decoding, training, memory; any Hugging Face model, with random weights if it has none."""
     from hybridattn.evals.pareto.suite import Suite
-    from hybridattn.evals.speed import subjects
+    from hybridattn.evals.speed import models
 
     if budget is not None and not 1e-9 <= budget < math.inf:
         raise ValueError(f"budget: expected a positive number of GB, got {budget}")
@@ -133,7 +134,7 @@ def throughput(
     first, *further = _integers("contexts", contexts)
     together = _integers("batches", batches or ("1,8,32,128,512" if on_gpu else "1,8"))
     suite = Suite(
-        models={name: {"model": subjects.definition(subjects.named(name)), "steps": None} for name in model},
+        models={name: {"model": models.definition(models.named(name)), "steps": None} for name in model},
         device=place,
         dtype=dtype or ("bfloat16" if on_gpu else "float32"),
         threads=threads,
@@ -145,40 +146,46 @@ def throughput(
         training=_integers("training", training) if training else (),
         memory=None if budget is None else {"tokens": first, "budget": int(budget * 1e9)},
     )
-    _measure(suite, out, (1, 1), again, "Throughput")
+    _measure(suite, out, None, again, "Throughput")
 
 
 @app.command()
 def pareto(
     suite: Annotated[str, typer.Option(help="cpu, gpu, or a YAML file of your own.")] = "cpu",
-    shard: Annotated[str, typer.Option(help="Run the i-th of n parts only, as i/n.")] = "1/1",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Times that everything is timed, not the suite's.")] = None,
-    again: Annotated[bool, typer.Option(help="Measure what is there, too.")] = False,
+    shard: Annotated[str | None, typer.Option(help="Only train the i-th of n parts, as i/n.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing, instead of the suite's.")] = None,
+    again: Annotated[bool, typer.Option(help="Time again what has been timed.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
         "reports/pareto"
     ),
 ) -> None:
-    """Train or load the models of a suite, measure recall and speed of each, and write one report."""
+    """Train or load the models of a suite, measure recall, memory and speed of each, and write one report."""
     from hybridattn.evals.pareto.suite import load
 
-    part, slash, parts = shard.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal()):
-        raise ValueError(f"shard: expected i/n, such as 1/4, got {shard!r}")
-    _measure(load(suite, rounds=rounds), out, (int(part), int(parts)), again, "Recall and throughput")
+    part = None
+    if shard is not None:
+        i, slash, n = shard.partition("/")
+        if not (slash and i.isdecimal() and n.isdecimal()):
+            raise ValueError(f"shard: expected i/n, such as 1/4, got {shard!r}")
+        part = int(i), int(n)
+    wanted = load(suite)
+    _measure(replace(wanted, rounds=rounds or wanted.rounds), out, part, again, "Recall and throughput")
 
 
-def _measure(suite: "Suite", out: Path, shard: tuple[int, int], again: bool, title: str) -> None:
+def _measure(suite: "Suite", out: Path, shard: tuple[int, int] | None, again: bool, title: str) -> None:
     from hybridattn.evals.pareto.run import run
 
-    run(suite, out, shard=shard, again=again)
-    _report(out, title)
+    _show(out, run(suite, out, title=title, shard=shard, again=again))
 
 
-def _report(out: Path, title: str) -> None:
-    from hybridattn.evals.report.build import build, summary
+def _show(out: Path, results: dict[str, Any]) -> None:
+    """Print a report's first table and where to open it; fail if figures contradict each other."""
+    from hybridattn.evals.report.build import as_table, summary
+    from hybridattn.evals.report.document import overview
 
-    results = build(out, title=title)
-    print(f"{out / 'report.html'}: {summary(results)}")
+    if results["rows"]:
+        print(f"\n{as_table(overview(results['rows'], results['points']).tables[0])}\n")
+    print(f"{summary(results)}\nOpen {out / 'report.html'} or {out / 'report.md'}")
     for problem in results["problems"]:
         print(f"hybridattn: {problem}", file=sys.stderr)
     if results["problems"]:
@@ -188,21 +195,19 @@ def _report(out: Path, title: str) -> None:
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Reports: one to write again, two to compare, or to merge.")],
-    merge: Annotated[Path | None, typer.Option(help="Write the figures of all folders here, as one report.")] = None,
+    merge: Annotated[Path | None, typer.Option(help="Write one report of all folders here.")] = None,
     title: Annotated[str, typer.Option(help="Of the report that is written.")] = "Recall and throughput",
 ) -> None:
-    """Say what changed from the first report to the second beyond noise; or merge reports into one."""
+    """List what changed from the first report to the second; or merge reports into one."""
+    from hybridattn.evals.report import build, compare, store
+
     if merge is not None:
-        from hybridattn.evals.report.cells import merge as merge_cells
-
-        merge_cells(folders, merge)
-        _report(merge, title)
+        store.merge(folders, merge)
+        _show(merge, build.build(merge, title=title))
     elif len(folders) == 1:
-        _report(folders[0], title)
+        _show(folders[0], build.build(folders[0], title=title))
     elif len(folders) == 2:
-        from hybridattn.evals.report.compare import report as compare
-
-        print(compare(*folders))
+        print(compare.report(*folders))
     else:
         raise ValueError(f"folders: expected two to compare, or --merge OUT, got {len(folders)}")
 

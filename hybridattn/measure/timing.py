@@ -1,7 +1,7 @@
 """Seconds of calls, sampled in rounds, and what the samples say: medians and quartiles, as they were taken."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -39,22 +39,24 @@ def sample(call: Callable[[], object], *, least: int = 3, seconds: float = 0.2, 
     return found
 
 
-def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
+def summary(rounds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Median and quartiles of all samples, and the median of each round.
 
     Args:
-        rounds: seconds of the samples of every round, one or more each.
+        rounds: by the round's name, the seconds of its samples, one or more.
 
     Returns:
-        ``median``, ``lower_quartile``, ``upper_quartile`` in seconds; ``samples``, their number; ``rounds``, the median
-        of each round in seconds.
+        ``median``, ``lower_quartile``, ``upper_quartile`` in seconds; ``samples``, their number; ``rounds``, by name
+        the median of each round in seconds.
     """
-    pooled = [x for each in rounds for x in each]
-    lower, middle, upper = quantiles(pooled, n=4, method="inclusive") if len(pooled) > 1 else pooled * 3
+    pooled = [x for each in rounds.values() for x in each]
+    lower, upper = (pooled[0], pooled[0])
+    if len(pooled) > 1:
+        lower, _, upper = quantiles(pooled, n=4, method="inclusive")
     return {
-        "median": middle,
+        "median": median(pooled),
         "lower_quartile": lower,
         "upper_quartile": upper,
         "samples": len(pooled),
-        "rounds": [median(each) for each in rounds],
+        "rounds": {name: median(each) for name, each in rounds.items()},
     }

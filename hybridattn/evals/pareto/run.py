@@ -1,15 +1,13 @@
-"""Carrying out a suite: train what has to be trained, then time everything in rounds, one thing at a time.
+"""Carry out a suite: train the models that have to be trained, then measure all of them in rounds, and report.
 
-Every figure is a cell, written as soon as it is there and looked up before it is made, so a run that was killed goes
-on, and parts of a suite on several machines make one report.
+Every measurement is stored as soon as it has been made and looked up before it is made, so a run that was killed goes
+on. The report is written anew after every stage, and when the run is interrupted.
 """
 
-import json
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,64 +19,59 @@ from transformers import PreTrainedModel
 from hybridattn.evals.pareto.suite import DTYPES, Suite
 from hybridattn.evals.recall.learnability import steps_to_threshold
 from hybridattn.evals.recall.training_pool import Job, Trained, train_all
-from hybridattn.evals.report import cells
-from hybridattn.evals.report.rows import BASE, rows
-from hybridattn.evals.speed import measure, memory, subjects
-from hybridattn.evals.speed.calm import Probe, keep_freed_memory
-from hybridattn.evals.speed.statistics import LEAST, TOLERANCE
+from hybridattn.evals.report.build import build
+from hybridattn.evals.report.document import overview
+from hybridattn.evals.report.rows import BASE, TIMED, rows
+from hybridattn.evals.report.store import WEIGHTS, Store, key
+from hybridattn.evals.speed import latency, memory, models
+from hybridattn.measure.cpu_probe import probe_seconds
 from hybridattn.measure.provenance import cpu_name
 from hybridattn.models.decoder import HybridAttnConfig
 
-ENOUGH = 10.0  # seconds of undisturbed samples of one figure
-LOOK = 10  # extra rounds from one look at the intervals to the next
-Figure = tuple[str, str, int, int, bool]
-"""Name of the model, kind, tokens, batch, and whether in a CUDA graph."""
-Cell = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
-"""Kind, configuration, and what is measured of the model."""
+Planned = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
+"""Kind and configuration of a measurement, and the function of the model that makes it."""
 
 
-def run(suite: Suite, out: Path, *, shard: tuple[int, int] = (1, 1), again: bool = False) -> None:
-    """Measure what ``out`` does not have yet.
+def run(
+    suite: Suite, out: Path, *, title: str, shard: tuple[int, int] | None = None, again: bool = False
+) -> dict[str, Any]:
+    """Measure what ``out`` does not have yet, and write the report there.
 
     Args:
         suite: what to measure.
-        out: the folder of cells, weights and, later, the report.
-        shard: (i, n): the i-th of n parts, from 1: every n-th model, beginning with the i-th; the operators are in the
-            first part.
-        again: measure what is there, too.
+        out: the folder of measurements, weights and report.
+        title: of the report.
+        shard: (i, n): only train the i-th of n parts, from 1: every n-th model, beginning with the i-th. Measurements
+            of trained models need all of them on one machine: merge the parts, then run without a shard.
+        again: time again what is there.
+
+    Returns:
+        The content of the report's ``results.json``.
 
     Raises:
-        ValueError: a part that there is not, or a GPU that there is not; or as `cells.check_output`.
+        ValueError: a part or a GPU that does not exist; or as `Store`.
     """
-    cells.check_output(out)
-    part, parts = shard
+    store = Store(out)
+    part, parts = shard or (1, 1)
     if not 1 <= part <= parts:
         raise ValueError(f"shard: expected i/n with 1 <= i <= n, got {part}/{parts}")
     if part > len(suite.models):
         raise ValueError(f"shard: expected a part with a model, there are {len(suite.models)}, got {part}/{parts}")
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
-    names = list(suite.models)[part - 1 :: parts]
     if again:
-        forget(suite, names, out)
-    train(suite, names, out, again)
-    for turn in tqdm(range(suite.rounds), desc="measuring", unit="round"):
-        do_round(suite, names, turn, out, again)
-    for first in range(suite.rounds, suite.rounds + suite.extra_rounds, LOOK):
-        wide = too_wide(suite, names, out)
-        print(f"after {first} rounds, intervals wider than {suite.width:.0%} of their medians: {len(wide)}")
-        if not wide:
-            break
-        for turn in range(first, min(first + LOOK, suite.rounds + suite.extra_rounds)):
-            do_round(suite, names, turn, out, again, wide)
-    if suite.operators and part == 1:
-        from hybridattn.workshop import contest
-
-        kernels = out / cells.KERNELS
-        if again:
-            kernels.unlink(missing_ok=True)
-        with threads(suite.threads):
-            contest.run(suite.device, suite.device == "cuda", out=kernels)
+        ours = [base(suite, name) for name in suite.models]
+        timed = ("model", "state", "largest_batch", *TIMED)
+        store.remove(lambda each: each["kind"] in timed and {name: each["config"][name] for name in BASE} in ours)
+    try:
+        train(suite, list(suite.models)[part - 1 :: parts], store)
+        if shard is None:
+            measure(suite, store, lambda: build(out, title=title))
+    except BaseException:
+        if store.found:  # interrupted: what there is makes a report
+            build(out, title=title)
+        raise
+    return build(out, title=title)
 
 
 def device_name(suite: Suite) -> str:
@@ -87,7 +80,7 @@ def device_name(suite: Suite) -> str:
 
 
 def base(suite: Suite, name: str) -> dict[str, Any]:
-    """What all cells of a row have in common; its hash is the row's."""
+    """What all measurements of a row have in common; its hash is the row's."""
     entry = suite.models[name]
     trained = {"procedure": suite.procedure, "steps": entry["steps"]} if entry["steps"] else None
     common = {"name": name, "model": entry["model"], "train": trained, "device": device_name(suite)}
@@ -96,7 +89,7 @@ def base(suite: Suite, name: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------- training
 def trainings(suite: Suite, name: str) -> Iterator[tuple[dict[str, Any], Job]]:
-    """The configurations of a model's recall cells and the jobs that fill them, the one that is timed first."""
+    """The configurations of a model's recall measurements and the jobs that make them; the first one is timed."""
     entry = suite.models[name]
     for rate in suite.rates if entry["steps"] else ():
         for seed in suite.seeds:
@@ -105,18 +98,18 @@ def trainings(suite: Suite, name: str) -> Iterator[tuple[dict[str, Any], Job]]:
             yield config, Job(options, entry["steps"], seed, rate, suite.looks, suite.procedure, suite.device)
 
 
-def train(suite: Suite, names: Sequence[str], out: Path, again: bool) -> None:
-    """Train what there is no recall cell of; its weights are kept beside the cells."""
+def train(suite: Suite, names: Sequence[str], store: Store) -> None:
+    """Train the models that the store has no recall of; their weights are kept beside the measurements."""
     wanted = [
         each
         for name in names
         for each in trainings(suite, name)
-        if again or not (cells.path_of(out, "recall", each[0]).exists() and weights_of(out, each[0]).exists())
+        if store.get("recall", each[0]) is None or not weights_of(store, each[0]).exists()
     ]
 
     def keep(index: int, trained: Trained) -> None:
-        config = wanted[index][0]
-        file = weights_of(out, config)
+        config, job = wanted[index]
+        file = weights_of(store, config)
         file.parent.mkdir(parents=True, exist_ok=True)
         # A tied weight is one array under two names, which the format refuses: the model ties it again.
         written = {each: values for each, values in trained.weights.items() if each != "lm_head.weight"}
@@ -128,23 +121,25 @@ def train(suite: Suite, names: Sequence[str], out: Path, again: bool) -> None:
             "steps_to_threshold": steps_to_threshold(trained.curve),
             "seconds": trained.seconds,
         }
-        cells.write(out, "recall", config, figures, device=device_name(suite))
+        store.add("recall", config, figures, device=device_name(suite))
+        shares = ", ".join(f"{share:.3f} of {pairs} pairs" for pairs, share in trained.recall.items())
+        tqdm.write(f"{config['name']}, seed {job.seed}, rate {job.rate:g}: {job.steps} steps, recall {shares}")
 
     train_all([job for _, job in wanted], keep)
 
 
-def weights_of(out: Path, config: dict[str, Any]) -> Path:
+def weights_of(store: Store, config: dict[str, Any]) -> Path:
     """The file of a trained model's weights."""
-    return out / "weights" / f"{cells.key('recall', config)}.safetensors"
+    return store.file.parent / WEIGHTS / f"{key('recall', config)[:24]}.safetensors"
 
 
-def model_of(suite: Suite, name: str, out: Path) -> PreTrainedModel:
+def model_of(suite: Suite, name: str, store: Store) -> PreTrainedModel:
     """The model that is timed: the one that was trained first, or else as its definition says."""
     where = {"dtype": DTYPES[suite.dtype], "device": suite.device}
-    model = subjects.build(suite.models[name]["model"], **where)
+    model = models.build(suite.models[name]["model"], **where)
     first = next(trainings(suite, name), None)
     if first is not None:
-        stored = {each: torch.from_numpy(values) for each, values in load_file(weights_of(out, first[0])).items()}
+        stored = {each: torch.from_numpy(values) for each, values in load_file(weights_of(store, first[0])).items()}
         missing, unexpected = model.load_state_dict(stored, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise ValueError(f"{name}: expected the model's weights, missing {missing}, unexpected {unexpected}")
@@ -152,125 +147,87 @@ def model_of(suite: Suite, name: str, out: Path) -> PreTrainedModel:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-def too_wide(suite: Suite, names: Sequence[str], out: Path) -> set[Figure]:
-    """What has an interval wider than the suite wants it."""
-    ours = [base(suite, name) for name in names]
-    return {
-        (row["config"]["name"], kind, each["tokens"], each["batch"], each["graph"])
-        for row in rows(cells.read(out))
-        if row["config"] in ours
-        for kind in ("prefill", "decode", "training")
-        for each in row[kind]
-        if "median" in each and each["high"] - each["low"] > suite.width * each["median"]
-    }
+def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> None:
+    """Measure every model once per round; the first round prints a row as soon as a model has been measured."""
+    first_seconds = None
+    with tqdm(total=suite.rounds * len(suite.models), desc="measuring", unit="model") as bar, threads(suite.threads):
+        for turn in range(suite.rounds):
+            start = time.perf_counter()
+            is_new = False
+            for name in suite.models:
+                bar.set_postfix_str(f"round {turn + 1} of {suite.rounds}, {name}")
+                left = [each for each in plan(suite, name, turn) if is_wanted(store, *each[:2])]
+                if left:
+                    is_new = True
+                    measure_model(suite, name, left, store)
+                if turn == 0:
+                    print_row(suite, name, store)
+                bar.update()
+            if is_new:
+                write_report()
+                if first_seconds is None and turn + 1 < suite.rounds:
+                    first_seconds = time.perf_counter() - start
+                    more = suite.rounds - turn - 1
+                    tqdm.write(
+                        f"A round takes {first_seconds:,.0f} s; {more} more: about {more * first_seconds / 60:.0f} min."
+                    )
 
 
-def do_round(
-    suite: Suite, names: Sequence[str], turn: int, out: Path, again: bool, only: set[Figure] | None = None
-) -> None:
-    """Fill the cells of one round, or ``only`` some, in a process of its own where the suite wants one."""
-    if not any(to_measure(suite, name, turn, out, again, only) for name in names):
-        return
-    if suite.apart:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(measure_round, suite, names, turn, out, again, only).result()
-    else:
-        measure_round(suite, names, turn, out, again, only)
+def print_row(suite: Suite, name: str, store: Store) -> None:
+    """Print what has been measured of a model as a line: the overview's columns."""
+    ours = [base(suite, each) for each in suite.models]
+    mine = [each for each in store.found.values() if {key: each["config"].get(key) for key in BASE} in ours]
+    made = rows(mine)
+    (row,) = (each for each in made if each["config"] == base(suite, name))
+    table = overview(made, []).tables[0]
+    entries = table.rows[made.index(row)]
+    told = (f"{head}: {entry.text}" for head, entry in zip(table.heads[1:], entries[1:], strict=True) if entry.text)
+    tqdm.write(f"{row['label']}: {'; '.join(told)}")
 
 
-def to_measure(
-    suite: Suite,
-    name: str,
-    turn: int,
-    out: Path,
-    again: bool,
-    only: set[Figure] | None = None,
-    probe: Probe | None = None,
-) -> list[Cell]:
-    """What is left to measure of a model in one round."""
-    return [
-        (kind, config, call)
-        for kind, config, call in plan(suite, name, turn, probe)
-        if (again or not cells.path_of(out, kind, config).exists())
-        and (only is None or figure_of(name, kind, config) in only)
-        and not is_settled(out, kind, config)
-    ]
+def is_wanted(store: Store, kind: str, config: dict[str, Any]) -> bool:
+    """Whether a measurement has not been made, nor found impossible in the first round."""
+    if store.get(kind, config) is not None:
+        return False
+    first = store.get(kind, {**config, "round": 0}) if "round" in config else None
+    return first is None or "reason" not in first
 
 
-def figure_of(name: str, kind: str, config: dict[str, Any]) -> Figure:
-    """What a timed cell is one of several rounds of."""
-    return name, kind, config["tokens"], config["batch"], config.get("graph", False)
-
-
-def measure_round(
-    suite: Suite, names: Sequence[str], turn: int, out: Path, again: bool, only: set[Figure] | None = None
-) -> None:
-    """Fill the cells of one round."""
-    with threads(suite.threads):
-        probe = None
-        if suite.device == "cpu":
-            keep_freed_memory()
-            probe = Probe()
-        for name in names:
-            if left := to_measure(suite, name, turn, out, again, only, probe):
-                measure_model(suite, name, left, out)
-
-
-def measure_model(suite: Suite, name: str, left: Sequence[Cell], out: Path) -> None:
-    """Fill cells of one model."""
-    model = model_of(suite, name, out)
-    most = measure.positions(model)
+def measure_model(suite: Suite, name: str, left: Sequence[Planned], store: Store) -> None:
+    """Make some measurements of one model."""
+    model = model_of(suite, name, store)
+    most = latency.positions(model)
     for kind, config, call in left:
-        tokens = config.get("tokens", 0) + (measure.MOST_STEPS + 2 if kind == "decode" else 0)
+        tokens = config.get("tokens", 0) + (latency.MOST_STEPS + 2 if kind == "decode" else 0)
+        before = probe_seconds() if suite.device == "cpu" and kind in TIMED else None
         try:
             figures = {"reason": f"it has {most} positions"} if most is not None and tokens > most else call(model)
         except (RuntimeError, MemoryError) as error:
             if not memory.out_of_memory(error):
                 raise
             figures = {"reason": "out of memory"}
-        cells.write(out, kind, config, figures, device=device_name(suite))
+        if before is not None and "seconds" in figures:
+            figures["probe"] = [before, probe_seconds()]
+        store.add(kind, config, figures, device=device_name(suite))
 
 
-def is_settled(out: Path, kind: str, config: dict[str, Any]) -> bool:
-    """Whether a figure needs no more rounds: it has `ENOUGH` seconds of undisturbed samples, or cannot be measured."""
-    earlier = [cells.path_of(out, kind, {**config, "round": turn}) for turn in range(config.get("round", 0))]
-    taken = [json.loads(file.read_text(encoding="utf-8"))["figures"] for file in earlier if file.exists()]
-    if any("reason" in each for each in taken):
-        return True
-    probes = [x for each in taken for x in each["probe"]]
-    pairs = zip((x for each in taken for x in each["seconds"]), probes, strict=True)
-    calm = [seconds for seconds, probe in pairs if probe <= TOLERANCE * min(probes)]
-    return len(calm) >= LEAST and sum(calm) >= ENOUGH
-
-
-def forget(suite: Suite, names: Sequence[str], out: Path) -> None:
-    """Remove what was timed of the named models, in however many rounds."""
-    ours = [base(suite, name) for name in names]
-    for cell in cells.read(out) if (out / cells.CELLS).is_dir() else ():
-        config = cell["config"]
-        if "round" in config and {key: config[key] for key in BASE} in ours:
-            cells.path_of(out, cell["kind"], config).unlink()
-
-
-def plan(suite: Suite, name: str, turn: int, probe: Probe | None = None) -> Iterator[Cell]:
-    """A model's cells of one round; what is no time is measured in the first one only."""
+def plan(suite: Suite, name: str, turn: int) -> Iterator[Planned]:
+    """A model's measurements of one round; bytes, which do not vary, are measured in the first one only."""
     common = base(suite, name)
-    sampling = {"least": -(-suite.least // suite.rounds), "seconds": suite.seconds, "probe": probe}
     if turn == 0:
         yield "model", common, facts
         for tokens in suite.state:
             yield "state", {**common, "tokens": tokens}, partial(memory.cache_sizes, tokens=tokens)
     timed = {**common, "round": turn}
+    of_times = {"seconds": suite.seconds, "with_peak": turn == 0}
     for tokens in suite.prefill:
-        call = partial(timed_prefill, tokens=tokens, with_peak=turn == 0, **sampling)
-        yield "prefill", {**timed, "tokens": tokens, "batch": 1}, call
+        yield "prefill", {**timed, "tokens": tokens, "batch": 1}, partial(time_prefill, tokens=tokens, **of_times)
     for tokens, batch in suite.decode:
         for graph in (False, True) if suite.graphs else (False,):
-            call = partial(timed_decode, tokens=tokens, batch=batch, graph=graph, **sampling)
-            yield "decode", {**timed, "tokens": tokens, "batch": batch, "graph": graph}, call
+            setting = {"tokens": tokens, "batch": batch, "graph": graph}
+            yield "decode", {**timed, **setting}, partial(time_decode, seconds=suite.seconds, **setting)
     for tokens in suite.training:
-        call = partial(timed_training, tokens=tokens, with_peak=turn == 0, **sampling)
-        yield "training", {**timed, "tokens": tokens, "batch": 1}, call
+        yield "training", {**timed, "tokens": tokens, "batch": 1}, partial(time_training, tokens=tokens, **of_times)
     if turn == 0 and suite.memory is not None:
         yield "largest_batch", {**common, **suite.memory}, partial(memory.largest_batch, **suite.memory)
 
@@ -283,38 +240,43 @@ def facts(model: PreTrainedModel) -> dict[str, Any]:
         "mixers": list(config.mixers) if isinstance(config, HybridAttnConfig) else None,
         "reach": _reach(config) if isinstance(config, HybridAttnConfig) else None,
         "attn_implementation": config._attn_implementation,
-        "attention_operators": measure.attention_operators(model),
+        "attention_operators": latency.attention_operators(model),
         "parameters": model.num_parameters(),
         "weight_bytes": memory.weight_bytes(model),
     }
 
 
 def _reach(config: HybridAttnConfig) -> int | None:
-    """Tokens after which the cache of a model declares to grow no more; None if it always does."""
+    """Tokens after which the cache of a model is declared to grow no more; None if it always grows."""
     if "full" in config.mixers:
         return None
     options = config.mixer_options or {}
     return max([1, *(options.get(name, {}).get("window") or 1 for name in config.mixers)])
 
 
-def timed_prefill(model: PreTrainedModel, *, tokens: int, with_peak: bool, **sampling: Any) -> dict[str, Any]:
+def time_prefill(model: PreTrainedModel, *, tokens: int, seconds: float, with_peak: bool) -> dict[str, Any]:
     """Samples of prefill, and its peak memory."""
-    prompt = measure.random_prompt(model, 1, tokens)
+    prompt = latency.random_prompt(model, 1, tokens)
     with torch.inference_mode():
-        peak = memory.peak_bytes(lambda: measure.read(model, prompt), model.device) if with_peak else None
-    return {**measure.prefill(model, tokens=tokens, **sampling)._asdict(), "peak_bytes": peak}
+        peak = memory.peak_bytes(lambda: latency.read(model, prompt), model.device) if with_peak else None
+    return {"seconds": exact(latency.prefill(model, tokens=tokens, seconds=seconds)), "peak_bytes": peak}
 
 
-def timed_decode(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+def time_decode(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     """Samples of decoding steps."""
-    return measure.decode(model, **options)._asdict()
+    return {"seconds": exact(latency.decode(model, **options))}
 
 
-def timed_training(model: PreTrainedModel, *, tokens: int, with_peak: bool, **sampling: Any) -> dict[str, Any]:
+def time_training(model: PreTrainedModel, *, tokens: int, seconds: float, with_peak: bool) -> dict[str, Any]:
     """Samples of forward and backward, and their peak memory."""
-    once = partial(measure.training, model, tokens=tokens, least=1, seconds=0)
+    once = partial(latency.training, model, tokens=tokens, least=1, seconds=0)
     peak = memory.peak_bytes(once, model.device) if with_peak else None
-    return {**measure.training(model, tokens=tokens, **sampling)._asdict(), "peak_bytes": peak}
+    return {"seconds": exact(latency.training(model, tokens=tokens, seconds=seconds)), "peak_bytes": peak}
+
+
+def exact(seconds: Sequence[float]) -> list[float]:
+    """Samples to the nanosecond, which the clock counts in."""
+    return [round(each, 9) for each in seconds]
 
 
 @contextmanager

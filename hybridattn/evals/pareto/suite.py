@@ -1,8 +1,8 @@
-"""What a suite is: models, how they are trained, and what is measured, from a YAML file or from arguments."""
+"""Suites: models, how they are trained, and what is measured of them, from a YAML file or from arguments."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from hybridattn.evals.recall import mqar
-from hybridattn.evals.speed import subjects
+from hybridattn.evals.speed.models import definition
 
 SUITES = Path(__file__).parent / "suites"
 FORMS = ("mixers", "preset", "path", "config")  # of a model in a suite's file
@@ -22,17 +22,13 @@ class Suite:
     """Everything that determines a run.
 
     Attributes:
-        models: by name, ``model`` (see `subjects.definition`) and ``steps`` of training on MQAR, None for none.
+        models: by name, ``model`` (see `models.definition`) and ``steps`` of training on MQAR, None for none. The first
+            one is the baseline that speeds are compared with.
         device: "cpu" or "cuda".
         dtype: of the timed model; training is in fp32.
         threads: per operation, on a CPU, of everything that is timed.
-        rounds: times that everything is timed again, so that a drifting machine shows in the intervals; what has 10
-            undisturbed samples, and 10 seconds of them, is left out of further ones.
-        extra_rounds: so many more at most, in which only what has an interval wider than ``width`` is timed.
-        width: of an interval, as a share of its median.
-        apart: every round in a process of its own: where a process lies in memory, which is another place every time,
-            changes all of its times by some percent, and intervals of rounds in one process know nothing of that.
-        seconds: of samples per figure and round at least; 10 samples in all at least.
+        rounds: in each of which every model is timed once.
+        seconds: of samples per time and round at least.
         procedure: of `mqar.PROCEDURES`.
         seeds: models trained per rate.
         rates: learning rates; the best counts.
@@ -43,7 +39,9 @@ class Suite:
         graphs: decode with CUDA graphs as well.
         training: row lengths of forward and backward, one sequence.
         memory: ``tokens`` and ``budget``, bytes of the largest batch; None for not.
-        operators: time the operators too.
+
+    Raises:
+        ValueError: a wrong value; the message names the attribute, what was expected and what was given.
     """
 
     models: dict[str, dict[str, Any]]
@@ -51,9 +49,6 @@ class Suite:
     dtype: str = "float32"
     threads: int = 1
     rounds: int = 5
-    extra_rounds: int = 0
-    width: float = 0.12
-    apart: bool = False
     seconds: float = 0.2
     procedure: str = "recipe"
     seeds: Sequence[int] = (0,)
@@ -65,8 +60,6 @@ class Suite:
     graphs: bool = False
     training: Sequence[int] = ()
     memory: dict[str, int] | None = None
-    operators: bool = False
-    least: int = field(init=False, default=10)  # samples of a figure, over all rounds
 
     def __post_init__(self) -> None:
         _expect("models", bool(self.models), "at least one", self.models)
@@ -75,15 +68,11 @@ class Suite:
         _expect("procedure", self.procedure in mqar.PROCEDURES, f"one of {sorted(mqar.PROCEDURES)}", self.procedure)
         for name in ("threads", "rounds", "looks"):
             _expect(name, _is_positive(getattr(self, name)), "a positive integer", getattr(self, name))
-        extra = self.extra_rounds
-        _expect("extra_rounds", extra == 0 or _is_positive(extra), "an integer of at least 0", extra)
-        _expect("width", _is_number(self.width) and self.width > 0, "a number above 0", self.width)
         for name in ("state", "prefill", "training"):
             _expect(name, _are_positive(getattr(self, name)), "positive integers", getattr(self, name))
         pairs = _is_list(self.decode) and all(_are_positive(pair) and len(pair) == 2 for pair in self.decode)
         _expect("decode", pairs, "pairs (context, batch) of positive integers", self.decode)
         _expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a number of at least 0", self.seconds)
-        _expect("apart", isinstance(self.apart, bool), "true or false", self.apart)
         _expect("graphs", not self.graphs or self.device == "cuda", "false on a CPU", self.graphs)
         is_budget = self.memory is None or (
             isinstance(self.memory, dict)
@@ -120,8 +109,8 @@ def _expect(name: str, holds: bool, expected: str, value: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def load(name: str, *, rounds: int | None = None) -> Suite:
-    """A shipped suite, by name, or a YAML file; with exactly ``rounds`` rounds, if given, instead of what it says.
+def load(name: str) -> Suite:
+    """Read a shipped suite, by name, or a YAML file.
 
     Its fields are those of `Suite`, and ``shared``, a configuration that every model with ``mixers`` takes what it does
     not say itself from; ``mixer_options`` are merged, and those of mixers it does not have left out. A model has
@@ -143,12 +132,10 @@ def load(name: str, *, rounds: int | None = None) -> Suite:
         raise ValueError(f"{file}: expected a mapping with models, by name")
     shared = content.pop("shared", {})
     _expect("shared", isinstance(shared, dict), "a mapping", shared)
-    known = {each.name for each in fields(Suite) if each.init}
+    known = {each.name for each in fields(Suite)}
     if unknown := sorted(set(content) - known):
         raise ValueError(f"{file}: expected fields of {sorted(known)}, got {unknown}")
     models = {str(label): _model(str(label), entry, shared) for label, entry in content.pop("models").items()}
-    if rounds is not None:
-        content |= {"rounds": rounds, "extra_rounds": 0}
     return Suite(models=models, **content)
 
 
@@ -161,7 +148,7 @@ def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[st
         raise ValueError(f"models: expected {label!r} with one of {list(FORMS)}, got {sorted(entry)}")
     if forms != ["mixers"]:
         _expect("steps", steps is None, f"none where {forms[0]} is given ({label})", steps)
-        return {"model": subjects.definition(entry), "steps": None}
+        return {"model": definition(entry), "steps": None}
     options = shared.get("mixer_options", {}) | entry.get("mixer_options", {})
     wanted = entry["mixers"]
     _expect("mixers", isinstance(wanted, str | list), f"a list or a pattern ({label})", wanted)

@@ -1,6 +1,7 @@
 """Training many small models on MQAR: on a CPU one process and one thread per model being trained, on a GPU in turn."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -102,6 +103,7 @@ def train_all(
 
 def work(_rank: int, jobs: list[tuple[int, Job]], taken: Any, reports: Any) -> None:
     """One worker: take the next job until none is left; report (steps done since the last report, finished ones)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
     torch.set_num_threads(1)
     while True:
         with taken.get_lock():

@@ -1,6 +1,7 @@
-"""A report from a folder of cells: a page that opens without a network, Markdown, JSON and pictures."""
+"""Write a report from the measurements in a folder: a page that opens without a network, Markdown, JSON, pictures."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -8,67 +9,76 @@ from typing import Any
 
 import jinja2
 
-from hybridattn.evals.report import cells, document, figures, markdown
-from hybridattn.evals.report.rows import points, problems, rows
+from hybridattn.evals.report import document, plots, store
+from hybridattn.evals.report.fronts import points
+from hybridattn.evals.report.rows import problems, rows
+from hybridattn.measure import markdown
 from hybridattn.measure.output_folder import RESULTS
 
 PAGE = Path(__file__).with_name("page.html")
 
 
 def build(out: Path, *, title: str) -> dict[str, Any]:
-    """Write ``report.html``, ``report.md``, ``results.json`` and PNGs from the cells of a folder.
+    """Write ``report.html``, ``report.md``, ``results.json`` and PNGs from the measurements of a folder.
 
     Returns:
-        The content of ``results.json``: ``rows`` (see `rows.rows`), ``points`` of the fronts, ``kernels``,
-        ``problems`` and ``provenance``, one entry per device, versions and commit that figures come from.
+        The content of ``results.json``: ``rows`` (see `rows.rows`), ``points`` of the fronts, ``language_model``,
+        ``problems``, ``probes`` (seconds of the CPU probe by device), and ``provenance``, one entry per device,
+        versions and commit that measurements come from.
 
     Raises:
-        ValueError: there are no cells, or one does not say where it comes from.
+        ValueError: there are no measurements, or one does not say where it comes from.
     """
-    found = cells.read(out)
-    made = rows(found)
-    kernels = [json.loads(line) for line in cells.kernel_lines(out)]
-    results = {
-        "rows": made,
-        "points": points(made),
-        "kernels": kernels,
-        "problems": problems(made),
-        "provenance": sources(found),
-    }
-    parts = document.sections(made, results["points"], kernels, results["provenance"])
-    drawn = figures.figures(made, results["points"], [line for line in kernels if "reason" not in line])
+    results = summarize(store.read(out))
+    parts = document.sections(results)
+    drawn = plots.plots(results["rows"], results["points"])
     for name, figure in drawn.items():
-        figures.save(figure, out / f"{name}.png")
+        plots.save(figure, out / f"{name}.png")
     (out / "report.md").write_text(as_markdown(title, parts, results["problems"]), encoding="utf-8")
-    page = as_page(title, parts, {name: figures.svg(figure) for name, figure in drawn.items()}, results)
+    page = as_page(title, parts, {name: plots.svg(figure) for name, figure in drawn.items()}, results)
     (out / "report.html").write_text(page, encoding="utf-8")
     (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
-def sources(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where cells come from: device, machine, versions and commit, once each, with their number and dates."""
-    alike = ("device", "cpu", "cores", "platform", "versions", "commit")
+def summarize(found: Sequence[store.Measurement]) -> dict[str, Any]:
+    """The content of ``results.json`` (see `build`) from measurements."""
+    made = rows(found)
+    texts = [each["figures"] for each in found if each["kind"] == "language_model"]
+    probes = defaultdict(list)
+    for each in found:
+        probes[each["provenance"]["device"]] += each["figures"].get("probe", [])
+    return {
+        "rows": made,
+        "points": points(made),
+        "language_model": texts[-1] if texts else None,
+        "problems": problems(made),
+        "probes": {device: seconds for device, seconds in probes.items() if seconds},
+        "provenance": sources(found),
+    }
 
-    def origin(cell: dict[str, Any]) -> str:
-        return json.dumps([cell["provenance"][name] for name in alike], sort_keys=True)
+
+def sources(found: Sequence[store.Measurement]) -> list[dict[str, Any]]:
+    """Where measurements come from: device, machine, versions and commit, once each, with their number and dates."""
+
+    def source_of(measurement: store.Measurement) -> str:
+        return json.dumps(measurement["provenance"], sort_keys=True)
 
     told = []
-    for _, group in groupby(sorted(found, key=origin), key=origin):
+    for _, group in groupby(sorted(found, key=source_of), key=source_of):
         members = list(group)
-        dates = [cell["provenance"]["date"] for cell in members]
-        source = {name: members[0]["provenance"][name] for name in alike}
-        told.append({**source, "cells": len(members), "first": f"{min(dates)[:19]}Z", "last": f"{max(dates)[:19]}Z"})
+        dates = [f"{each['date'][:19]}Z" for each in members]
+        told.append({**members[0]["provenance"], "measurements": len(members), "first": min(dates), "last": max(dates)})
     return told
 
 
 def summary(results: dict[str, Any]) -> str:
-    """A line for the head of the page."""
+    """One line on the report: its configurations, measurements, devices and date."""
     devices = dict.fromkeys(source["device"] for source in results["provenance"])
     last = max(source["last"] for source in results["provenance"])
-    count = sum(source["cells"] for source in results["provenance"])
+    count = sum(source["measurements"] for source in results["provenance"])
     rows = len(results["rows"])
-    return f"{rows} configuration{'s' if rows != 1 else ''}, {count} figures, on {' and '.join(devices)}, {last[:10]}"
+    return f"{rows} configuration{'s' if rows != 1 else ''}, {count} measurements, {' and '.join(devices)}, {last[:10]}"
 
 
 def as_markdown(title: str, parts: Sequence[document.Section], contradictions: Sequence[str]) -> str:
@@ -80,10 +90,15 @@ def as_markdown(title: str, parts: Sequence[document.Section], contradictions: S
         text += [f"## {part.title}", *part.texts]
         if part.figure:
             text.append(f"![{part.title}]({part.figure}.png)")
-            text.append(part.caption)
-        for table in part.tables:
-            text.append(markdown.table(table.heads, [[entry.text for entry in row] for row in table.rows]))
+            text += [part.caption] if part.caption else []
+        text += map(as_table, part.tables)
+        text += [markdown.fenced(part.code)] if part.code else []
     return "\n\n".join(text) + "\n"
+
+
+def as_table(table: document.Table) -> str:
+    """A table as Markdown."""
+    return markdown.table(table.heads, [[entry.text for entry in row] for row in table.rows])
 
 
 def as_page(title: str, parts: Sequence[document.Section], drawn: dict[str, str], results: dict[str, Any]) -> str:
@@ -93,12 +108,10 @@ def as_page(title: str, parts: Sequence[document.Section], drawn: dict[str, str]
     )
     views = [
         {
+            **vars(part),
             "id": part.title.lower().replace(" ", "-").replace(",", ""),
-            "title": part.title,
-            "texts": part.texts,
-            "tables": part.tables,
             "figure": drawn.get(part.figure or ""),
-            "caption": part.caption,
+            "code": part.code and markdown.printable(part.code),
         }
         for part in parts
     ]

@@ -1,13 +1,74 @@
-"""Pareto fronts, and labels of points that do not cover each other."""
+"""Pareto fronts of recall against memory and speed; their points, budgets, and labels that do not overlap."""
 
 from collections.abc import Sequence
 from itertools import pairwise, product
 from math import cos, pi, sin
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox, BboxBase
+
+
+def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of the fronts, one dict for every row that has recall, bytes and a decoding speed.
+
+    Returns:
+        ``name``; ``recall`` of ``pairs`` pairs, the most telling number that all rows have; ``state_bytes`` after
+        ``state_tokens``, the fewest that were measured; ``step``, seconds of one sequence after ``context`` tokens, the
+        shortest; ``tokens_per_second`` of ``batch`` sequences, the most that were decoded there.
+    """
+    found, pairs = [], _telling(rows)
+    for row in rows:
+        steps = [each for each in row["decode"] if "median" in each and not each["graph"]]
+        sizes = [(tokens, each) for tokens, each in row["state"].items() if "reason" not in each]
+        if pairs is None or not (row["recall"] and steps and sizes):
+            continue
+        shortest = [each for each in steps if each["tokens"] == steps[0]["tokens"]]
+        found.append(
+            {
+                "name": row["label"],
+                "pairs": pairs,
+                "recall": row["recall"][str(pairs)]["median"],
+                "state_bytes": sizes[0][1]["allocated"],
+                "state_tokens": int(sizes[0][0]),
+                "step": shortest[0]["median"],
+                "context": shortest[0]["tokens"],
+                "batch": shortest[-1]["batch"],
+                "tokens_per_second": shortest[-1]["batch"] / shortest[-1]["median"],
+            }
+        )
+    return found
+
+
+def _telling(rows: Sequence[dict[str, Any]]) -> int | None:
+    """The number of pairs at which recall differs most between rows; None if no number is common to all rows."""
+    trained = [row for row in rows if row["recall"]]
+    common = set[str]().union(*(row["recall"] for row in trained)).intersection(*(row["recall"] for row in trained))
+
+    def spread(pairs: int) -> float:
+        shares = [row["recall"][str(pairs)]["median"] for row in trained]
+        return round(max(shares) - min(shares), 3)
+
+    return max(map(int, common), key=lambda pairs: (spread(pairs), pairs), default=None)
+
+
+def best_under(costs: Sequence[float], gains: Sequence[float], limits: Sequence[float]) -> list[int | None]:
+    """For every limit the index of the largest gain whose cost is within it, of equal ones the cheapest, or None."""
+    best: list[int | None] = []
+    for limit in limits:
+        within = [i for i, cost in enumerate(costs) if cost <= limit]
+        best.append(max(within, key=lambda i: (round(gains[i], 3), -costs[i])) if within else None)
+    return best
+
+
+def limits(costs: Sequence[float]) -> list[float]:
+    """Round limits over the range of some costs: 1, 2 and 5 times powers of ten."""
+    steps = [m * 10.0**e for e in range(-9, 15) for m in (1, 2, 5)]
+    low = max(i for i, step in enumerate(steps) if step <= min(costs))
+    high = min(i for i, step in enumerate(steps) if step >= max(costs))
+    return steps[low + 1 : high + 1] or steps[high : high + 1]
 
 
 def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hybridattn.evals.speed import measure
+from hybridattn.evals.speed import latency
 from hybridattn.models.decoder import HybridAttnConfig
 from hybridattn.models.decoder.accounting import cache_bytes
 from hybridattn.models.decoder.cache import MixerCacheLayer, allocated_bytes
@@ -26,7 +26,7 @@ def cache_sizes(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> dict[
     Returns:
         ``allocated``, and ``formula``, what a model of ours declares; None for others.
     """
-    cache, _ = measure.filled(model, tokens=tokens, batch=batch)
+    cache, _ = latency.filled(model, tokens=tokens, batch=batch)
     config, formula = model.config, None
     if isinstance(config, HybridAttnConfig):
         formula = cache_bytes(config, batch_size=batch, tokens=tokens, dtype=model.dtype)
@@ -118,7 +118,7 @@ def largest_batch(model: PreTrainedModel, *, tokens: int, budget: int, most: int
 
 @torch.inference_mode()
 def _one_step(model: PreTrainedModel, tokens: int, batch: int) -> None:
-    cache, last = measure.filled(model, tokens=tokens, batch=batch)
+    cache, last = latency.filled(model, tokens=tokens, batch=batch)
     model(input_ids=last, past_key_values=cache, use_cache=True)
 
 

@@ -14,7 +14,7 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.training import loop
 from hybridattn.training.text import PAD, SEPARATOR, VOCAB_SIZE, Corpus, byte_tokenizer, standard_library
 
-SECONDS = 110
+SECONDS = 60  # of training
 PROMPT = 'def read_file(path):\n    """'
 NEW_TOKENS = 256
 
@@ -58,16 +58,15 @@ json.dump({"text": tokenizer.decode(tokens), "tokens_per_second": new_tokens / s
 """
 
 
-def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> dict[str, Any]:
+def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
     """Train on the standard library's sources, score on held-out files beside n-gram models, save, reload and sample.
 
     Args:
         folder: where the model and its tokenizer are saved.
-        steps: training steps, instead of the time budget.
-        seconds: the time budget.
+        steps: training steps, instead of `SECONDS` of training.
 
     Returns:
-        JSON values: ``config``, ``parameters``, ``corpus`` (bytes and files), ``training`` (`loop.train`),
+        JSON values: ``mixers``, ``parameters``, ``corpus`` (bytes and files), ``training`` (`loop.train`),
         ``bits_per_byte`` of the model and of the orders 0 to 4, ``scored_bytes``, ``continuation`` (text, speed).
 
     Raises:
@@ -77,7 +76,7 @@ def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> 
     corpus = standard_library()
     torch.manual_seed(0)
     model = HybridAttnForCausalLM(HybridAttnConfig(**OPTIONS))
-    training = loop.train(model, corpus.train, steps=steps, seconds=seconds if steps is None else None)
+    training = loop.train(model, corpus.train, steps=steps, seconds=SECONDS if steps is None else None)
     windows = bits.scored_windows(corpus.held_out)
     scores = {"model": bits.model_bits_per_byte(model, windows)}
     baselines = bits.ngram_bits_per_byte(corpus.train, corpus.held_out, windows)
@@ -85,7 +84,7 @@ def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> 
     model.save_pretrained(folder)
     byte_tokenizer(max_length=model.config.max_position_embeddings).save_pretrained(folder)
     return {
-        "config": {"model": OPTIONS, "recipe": asdict(loop.Recipe()), "steps": steps, "seconds": seconds},
+        "mixers": OPTIONS["mixers"],
         "parameters": model.num_parameters(),
         "corpus": describe(corpus),
         "training": {**training, "threads": torch.get_num_threads(), "bf16": loop.has_native_bf16()},
@@ -93,6 +92,12 @@ def run(folder: Path, *, steps: int | None = None, seconds: float = SECONDS) -> 
         "scored_bytes": int(windows.scored.sum()),
         "continuation": continuation(folder),
     }
+
+
+def configuration(steps: int | None) -> dict[str, Any]:
+    """Everything that determines `measure`, as JSON values."""
+    budget = {"steps": steps, "seconds": SECONDS if steps is None else None}
+    return {"model": OPTIONS, "recipe": asdict(loop.Recipe()), **budget}
 
 
 def describe(corpus: Corpus) -> dict[str, int]:

@@ -1,12 +1,10 @@
-"""How long a Hugging Face causal language model takes to read, to write and to learn.
+"""How long a Hugging Face causal language model takes for prefill, decoding and training.
 
-Prefill, decode and training are timed apart, after a warm-up, on whatever device the model is and with as many threads
-as the caller set. Every sample is the seconds of one call; `statistics.summary` makes figures of them.
+Each is timed apart, after a warm-up, on the model's device and with as many threads as the caller set. A sample is the
+seconds of one call.
 """
 
-import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from hybridattn.evals.speed.calm import Probe
+from hybridattn.measure.timing import sample
 
 MOST_STEPS = 200  # calls of one decoding, whose context grows with each
-
-
-class Samples(NamedTuple):
-    """Seconds of every call.
-
-    Attributes:
-        seconds: of the calls.
-        probe: seconds of the probe's work beside each, the longer of before and after; 1 without a probe.
-        memory: seconds of the probe's reads before the first call, some times; none without a probe.
-    """
-
-    seconds: list[float]
-    probe: list[float]
-    memory: list[float]
 
 
 @torch.inference_mode()
@@ -39,20 +23,19 @@ def prefill(
     *,
     tokens: int,
     batch: int = 1,
-    least: int = 10,
+    least: int = 3,
     seconds: float = 0.2,
-    probe: Probe | None = None,
-) -> Samples:
+) -> list[float]:
     """Seconds from a whole prompt to its first new token, from an empty cache; logits of the last position only.
 
     Args:
         model: a causal language model in evaluation mode.
         tokens: prompt length.
         batch: sequences per call.
-        least, seconds, probe: as in `sample`.
+        least, seconds: as in `timing.sample`.
     """
     prompt = random_prompt(model, batch, tokens)
-    return sample(lambda: read(model, prompt), least=least, seconds=seconds, probe=probe)
+    return sample(lambda: read(model, prompt), least=least, seconds=seconds)
 
 
 @torch.inference_mode()
@@ -62,10 +45,9 @@ def decode(
     tokens: int,
     batch: int = 1,
     graph: bool = False,
-    least: int = 10,
+    least: int = 3,
     seconds: float = 0.2,
-    probe: Probe | None = None,
-) -> Samples:
+) -> list[float]:
     """Seconds of a greedy decoding step, one token per sequence, after a prompt.
 
     Args:
@@ -73,7 +55,7 @@ def decode(
         tokens: prompt length; the cache grows by one with every call.
         batch: sequences decoded together; they are the same one, which changes no time.
         graph: replay the step as a CUDA graph, on a static cache.
-        least, seconds, probe: as in `sample`, with at most `MOST_STEPS` calls.
+        least, seconds: as in `timing.sample`, with at most `MOST_STEPS` calls.
 
     Raises:
         ValueError: a graph without a GPU.
@@ -87,7 +69,7 @@ def decode(
             nonlocal last
             last = next_token(model(input_ids=last, past_key_values=cache, use_cache=True).logits)
 
-    return sample(step, least=least, seconds=seconds, most=MOST_STEPS, probe=probe)
+    return sample(step, least=least, seconds=seconds, most=MOST_STEPS)
 
 
 def training(
@@ -95,10 +77,9 @@ def training(
     *,
     tokens: int,
     batch: int = 1,
-    least: int = 10,
+    least: int = 3,
     seconds: float = 0.2,
-    probe: Probe | None = None,
-) -> Samples:
+) -> list[float]:
     """Seconds of forward and backward on rows of tokens, without an optimiser; arguments as in `prefill`."""
     rows = random_prompt(model, batch, tokens)
 
@@ -108,7 +89,7 @@ def training(
 
     model.train()
     try:
-        return sample(step, least=least, seconds=seconds, probe=probe)
+        return sample(step, least=least, seconds=seconds)
     finally:
         model.zero_grad(set_to_none=True)
         model.eval()
@@ -193,48 +174,3 @@ def attention_operators(model: PreTrainedModel) -> list[str]:
     with _Names() as seen:
         read(model, random_prompt(model, 1, 64))
     return sorted(name for name in seen.names if "attention" in name or name.startswith("hybridattn::"))
-
-
-def sample(
-    call: Callable[[], object],
-    *,
-    least: int = 10,
-    seconds: float = 0.2,
-    most: int = 1000,
-    probe: Probe | None = None,
-) -> Samples:
-    """Time single calls, after two that do not count, or one that takes longer than ten times ``seconds``.
-
-    Args:
-        call: what is timed, work queued on a GPU included.
-        least: samples that are wanted at least.
-        seconds: calls go on until the samples took so long together.
-        most: but no more than so many calls.
-        probe: waits before every call, up to five times ``seconds``, until the machine is undisturbed. Only undisturbed
-            samples are enough then, but this ends after ``least`` calls and ten times ``seconds``.
-    """
-    memory = probe.reads() if probe else []  # now: between calls they would drive what calls need out of the caches
-    if timed(call) < 10 * seconds:  # the second one may be slow as well, where a process has just begun
-        call()
-    start = time.perf_counter()
-    found, probes, kept = [], [], []
-    while len(found) < most:
-        before = probe.wait(5 * seconds) if probe else 1.0
-        found.append(timed(call))
-        probes.append(max(before, probe.seconds() if probe else 1.0))
-        kept += found[-1:] if probe is None or probe.is_calm(probes[-1]) else []
-        is_tried = len(found) >= least and time.perf_counter() - start >= 10 * seconds
-        if is_tried or (len(kept) >= least and sum(kept) >= seconds):
-            break
-    return Samples(found, probes, memory)
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds that one call takes, work queued on a GPU included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

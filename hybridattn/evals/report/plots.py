@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn once for files and for pages.
+"""The pictures of a report, drawn once for PNG files and for the page.
 
 Text and lines have one color, which a page replaces by its own (`svg`); series have colors that show on white and on
 black.
@@ -36,10 +36,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def figures(
-    rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]], kernels: Sequence[dict[str, Any]]
-) -> dict[str, Figure]:
-    """The pictures that there are figures for, by name: ``pareto``, ``scaling``, ``learnability``, ``roofline``."""
+def plots(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+    """The pictures that there are measurements for, by name: ``pareto``, ``scaling``, ``learnability``."""
     drawn: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
         if points:
@@ -48,8 +46,6 @@ def figures(
             drawn["scaling"] = scaling(rows)
         if any(len(curve) > 1 for row in rows for curve in row["curves"]):
             drawn["learnability"] = curves(rows)
-        if kernels:
-            drawn["roofline"] = roofline(kernels)
     return drawn
 
 
@@ -102,7 +98,7 @@ def pareto(points: Sequence[dict[str, Any]]) -> Figure:
     """Recall against state bytes, and against decoded tokens per second; the fronts are dashed."""
     figure, axes = _figure(2)
     recalls = [point["recall"] for point in points]
-    steps = [round(recall, 3) for recall in recalls]  # what a test of a few thousand answers can tell apart
+    steps = [round(recall, 3) for recall in recalls]  # recall is a share of a few thousand answers
     first = points[0]
     states = [point["state_bytes"] for point in points]
     rates = [point["tokens_per_second"] for point in points]
@@ -148,9 +144,10 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
             elif kind == "decode" and row["decode_growth"] is not None:
                 label += f": x {row['decode_growth']:.2f}"
             x, y = [m["tokens"] for m in measured], [m["median"] for m in measured]
-            spread = [[m["median"] - m["low"] for m in measured], [m["high"] - m["median"] for m in measured]]
+            below = [m["median"] - m["lower_quartile"] for m in measured]
+            above = [m["upper_quartile"] - m["median"] for m in measured]
             style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-            each.errorbar(x, y, yerr=spread, label=label, linewidth=1.2, capsize=2, **style)
+            each.errorbar(x, y, yerr=[below, above], label=label, linewidth=1.2, capsize=2, **style)
     for each, what in zip(axes, ("prompt, tokens", "context, tokens"), strict=True):
         each.set(xlabel=what)
         each.set_xscale("log", base=2)
@@ -173,30 +170,4 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
             axes.plot(steps, recall, color=COLORS[i % len(COLORS)], label=label, linewidth=1.3)
     axes.set(xlabel="training steps", ylabel="recall", ylim=(-0.03, 1.03))
     axes.legend(fontsize=7, framealpha=0)
-    return figure
-
-
-def roofline(kernels: Sequence[dict[str, Any]]) -> Figure:
-    """Rate against operations per byte, below the ceilings of each device, one point per operator and contestant."""
-    figure, (axes,) = _figure(1, width=8)
-    right = [line for line in kernels if "reason" not in line]
-    devices = {line["device"]: line for line in kernels}
-    ceilings = [(line["copy_bytes_per_second"], line["matmul_flop_per_second"]) for line in devices.values()]
-    ridges = [product / copy for copy, product in ceilings]
-    works, contestants = (list(dict.fromkeys(line[name] for line in right)) for name in ("work", "contestant"))
-    intensities = [line["flop_per_second"] / line["bytes_per_second"] for line in right]
-    low, high = min([*intensities, *ridges]) / 3, max([*intensities, *ridges]) * 3
-    for (copy, product), ridge in zip(ceilings, ridges, strict=True):
-        axes.plot([low, ridge, high], [low * copy, product, product], color=INK, linewidth=1.2)
-    for line, intensity in zip(right, intensities, strict=True):
-        work, contestant = works.index(line["work"]), contestants.index(line["contestant"])
-        style = {"color": COLORS[work % len(COLORS)], "marker": MARKERS[contestant % len(MARKERS)], "s": 30}
-        axes.scatter(intensity, line["flop_per_second"], **style)
-    for i, work in enumerate(works):
-        axes.plot([], [], linestyle="", markersize=4, marker="o", color=COLORS[i % len(COLORS)], label=work)
-    for i, contestant in enumerate(contestants):
-        axes.plot([], [], linestyle="", markersize=4, marker=MARKERS[i % len(MARKERS)], color=INK, label=contestant)
-    _log(axes, "x", "y")
-    axes.set(xlabel="useful operations per byte that must move", ylabel="useful operations per second")
-    axes.legend(fontsize=7, framealpha=0, loc="upper left", bbox_to_anchor=(1.02, 1))
     return figure
