@@ -20,7 +20,7 @@ from hybridattn.evals.pareto.suite import DTYPES, Suite
 from hybridattn.evals.recall.learnability import steps_to_threshold
 from hybridattn.evals.recall.training_pool import Job, Trained, train_all
 from hybridattn.evals.report.build import build
-from hybridattn.evals.report.document import overview
+from hybridattn.evals.report.document import one_line
 from hybridattn.evals.report.rows import BASE, TIMED, rows
 from hybridattn.evals.report.store import WEIGHTS, Store, key
 from hybridattn.evals.speed import latency, memory, models
@@ -174,15 +174,12 @@ def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> N
 
 
 def print_row(suite: Suite, name: str, store: Store) -> None:
-    """Print what has been measured of a model as a line: the overview's columns."""
+    """Print what has been measured of a model."""
     ours = [base(suite, each) for each in suite.models]
     mine = [each for each in store.found.values() if {key: each["config"].get(key) for key in BASE} in ours]
     made = rows(mine)
     (row,) = (each for each in made if each["config"] == base(suite, name))
-    table = overview(made, []).tables[0]
-    entries = table.rows[made.index(row)]
-    told = (f"{head}: {entry.text}" for head, entry in zip(table.heads[1:], entries[1:], strict=True) if entry.text)
-    tqdm.write(f"{row['label']}: {'; '.join(told)}")
+    tqdm.write(one_line(row))
 
 
 def is_wanted(store: Store, kind: str, config: dict[str, Any]) -> bool:
@@ -207,7 +204,7 @@ def measure_model(suite: Suite, name: str, left: Sequence[Planned], store: Store
                 raise
             figures = {"reason": "out of memory"}
         if before is not None and "seconds" in figures:
-            figures["probe"] = [before, probe_seconds()]
+            figures = {**figures, "probe": exact([before, probe_seconds()])}
         store.add(kind, config, figures, device=device_name(suite))
 
 

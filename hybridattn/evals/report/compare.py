@@ -55,9 +55,9 @@ def _figures(row: Row) -> Iterator[tuple[str, Figure]]:
         yield f"recall, {pairs} pairs", Figure(found["median"], found["low"], found["high"], "{:.3f}")
     for tokens, sizes in row["state"].items():
         if "reason" not in sizes:
-            yield f"state after {tokens} tokens, bytes", Figure(*[sizes["allocated"]] * 3, "{:,}")
+            yield f"state after {tokens} tokens, bytes", _certain(sizes["allocated"])
     if "parameters" in (row["facts"] or {}):
-        yield "parameters", Figure(*[row["facts"]["parameters"]] * 3, "{:,}")
+        yield "parameters", _certain(row["facts"]["parameters"])
     for kind in TIMED:
         for timed in row[kind]:
             if "median" not in timed:
@@ -71,7 +71,11 @@ def _figures(row: Row) -> Iterator[tuple[str, Figure]]:
                 medians = timed["rounds"].values()
                 yield f"{name}, s", Figure(timed["median"], min(medians), max(medians), "{:.3g}")
     if "batch" in (row["largest_batch"] or {}):
-        yield "largest batch", Figure(*[row["largest_batch"]["batch"]] * 3, "{:,}")
+        yield "largest batch", _certain(row["largest_batch"]["batch"])
+
+
+def _certain(value: float) -> Figure:
+    return Figure(value, value, value, "{:,}")
 
 
 def report(old: Path, new: Path) -> str:

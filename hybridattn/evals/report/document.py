@@ -148,8 +148,8 @@ def language_model(found: dict[str, Any] | None) -> Section | None:
         f"{training['seconds']:.0f} s ({training['steps']} steps, {training['tokens_per_second']:,.0f} tokens/s, "
         f"{training['threads']} threads{', bf16' if training['bf16'] else ''}) on the Python standard library: "
         f"{corpus['train_bytes']:,} bytes in {corpus['train_files']} files; {corpus['held_out_files']} others were "
-        "held out. Beside it interpolated Witten-Bell models of order 0 to 4, fitted to the same files, scored on the same "
-        f"{found['scored_bytes']:,} bytes: the last 256 of every 512-byte window.",
+        "held out. Beside it interpolated Witten-Bell models of order 0 to 4, fitted to the same files, scored on the "
+        f"same {found['scored_bytes']:,} bytes: the last 256 of every 512-byte window.",
         "The text below was sampled at temperature 0.8 from the saved model, reloaded in a new process with "
         f"`AutoModelForCausalLM` and `AutoTokenizer`: {sample['tokens_per_second']:,.0f} tokens/s "
         f"({sample['threads']} thread).",
