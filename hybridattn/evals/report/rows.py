@@ -46,7 +46,7 @@ def rows(measurements: Sequence[dict[str, Any]]) -> list[Row]:
     for row in made:
         baseline = baselines.setdefault(tuple(row["config"][name] for name in BASE[3:]), row)
         for kind in TIMED:
-            for timed in row[kind]:
+            for timed in (each for each in row[kind] if "median" in each):
                 timed["speedup"] = None if row is baseline else _speedup(timed, baseline[kind])
     return [{"label": _label(row, made), **row} for row in made]
 
@@ -57,7 +57,7 @@ def _speedup(timed: Timed, baselines: Sequence[Timed]) -> dict[str, float] | Non
     None where no round has both.
     """
     base = next((each for each in baselines if _setting(each) == _setting(timed)), {}).get("rounds", {})
-    ratios = [base[turn] / seconds for turn, seconds in timed.get("rounds", {}).items() if turn in base]
+    ratios = [base[turn] / seconds for turn, seconds in timed["rounds"].items() if turn in base]
     return {"median": median(ratios), "low": min(ratios), "high": max(ratios)} if ratios else None
 
 

@@ -40,6 +40,7 @@ class Store:
         self.file = out / FILE
         self.found: dict[str, Measurement] = {}
         self._origins: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, Any] = {}
         self._size = 0  # bytes of whole lines
         if self.file.is_file():
             self._read()
@@ -60,9 +61,11 @@ class Store:
                 if content["config_sha256"] != expected:
                     raise ValueError(f"config_sha256: expected {expected}, got {content['config_sha256']}")
                 content["provenance"] = self._origins[content.pop("origin")]
+                if missing := {"figures", "date"} - content.keys():
+                    raise ValueError(f"expected {sorted(missing)}")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{self.file}, line {number}: expected a measurement, got: {error}") from error
-            self.found[expected] = content
+            self._keep(expected, content)
 
     def get(self, kind: str, config: dict[str, Any]) -> dict[str, Any] | None:
         """The figures of a measurement; None if it has not been made."""
@@ -81,8 +84,8 @@ class Store:
         Raises:
             ValueError: device, versions or commit are not known.
         """
-        known = provenance({})
-        source = {"device": device, **{name: known.get(name) for name in ORIGIN[1:]}}
+        self._known = self._known or provenance({})  # once: of the code that runs, whatever is committed meanwhile
+        source = {"device": device, **{name: self._known.get(name) for name in ORIGIN[1:]}}
         date = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._append({"kind": kind, "config": config, "figures": figures, "date": date, "provenance": source})
 
@@ -95,12 +98,15 @@ class Store:
         name = key(measurement["kind"], measurement["config"])
         line = {each: measurement[each] for each in ("kind", "config", "figures", "date")}
         lines.append({**line, "config_sha256": name, "origin": origin})
-        self.found.pop(name, None)  # the newest is the last one
-        self.found[name] = {**line, "config_sha256": name, "provenance": measurement["provenance"]}
+        self._keep(name, {**line, "config_sha256": name, "provenance": measurement["provenance"]})
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab") as file:
             file.truncate(self._size)
             self._size += file.write("".join(f"{json.dumps(each)}\n" for each in lines).encode())
+
+    def _keep(self, name: str, measurement: Measurement) -> None:
+        self.found.pop(name, None)
+        self.found[name] = measurement  # the newest is the last one
 
     def remove(self, is_old: Callable[[Measurement], bool]) -> None:
         """Remove the measurements for which ``is_old`` holds."""

@@ -9,7 +9,7 @@ NAMES = ("softmax attention", "GLA")
 
 @pytest.fixture
 def tiny() -> Suite:
-    """Two models of the suite for CPUs, hardly trained, and a Llama: every kind of figure, as little as counts."""
+    """Two models of the suite for CPUs, hardly trained, and a Llama: every kind of measurement, as small as can be."""
     cpu = load("cpu")
     models = {name: {**cpu.models[name], "steps": 3} for name in NAMES}
     llama = {"model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 16}
@@ -18,8 +18,6 @@ def tiny() -> Suite:
         cpu,
         models=models | {"Llama": {"model": {"config": llama}, "steps": None}},
         rounds=2,
-        extra_rounds=0,
-        apart=False,
         seconds=0,
         looks=2,
         state=(16, 64),
@@ -27,5 +25,4 @@ def tiny() -> Suite:
         decode=((32, 1), (64, 1), (32, 2)),
         training=(32,),
         memory={"tokens": 1024, "budget": 20_000_000},
-        operators=False,
     )

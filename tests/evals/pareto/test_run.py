@@ -1,4 +1,3 @@
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,65 +9,81 @@ from safetensors.torch import save_file
 from hybridattn.evals.pareto import run
 from hybridattn.evals.pareto.suite import Suite
 from hybridattn.evals.recall import mqar
-from hybridattn.evals.report import cells, rows
-from hybridattn.evals.speed import measure
+from hybridattn.evals.report import store
+from hybridattn.evals.report.rows import TIMED, problems
+from hybridattn.evals.report.store import Store
+from hybridattn.evals.speed import latency
 
 # Per model: what it is, two caches, the largest batch; twice three prefills, three decodings and a training.
 MEASURED = 1 + 2 + 1 + 2 * (3 + 3 + 1)
 SEEDS = 2
 
 
-def dates(out: Path) -> dict[str, int]:
-    """When every cell was written, in nanoseconds."""
-    return {path.name: path.stat().st_mtime_ns for path in (out / cells.CELLS).iterdir()}
+def dates(out: Path) -> dict[str, str]:
+    """When every measurement was made."""
+    return {each["config_sha256"]: each["date"] for each in store.read(out)}
 
 
-def test_a_suite_fills_its_cells_and_a_killed_run_goes_on(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It is killed in the middle of the second round, and what was there is not measured again."""
+def only(suite: Suite, *names: str, **changes: Any) -> Suite:
+    """A suite of some of the models that times prefill alone."""
+    models = {name: suite.models[name] for name in names}
+    small = {"models": models, "state": (), "decode": (), "training": (), "memory": None, "seeds": (0,)}
+    return replace(suite, **{**small, **changes})
+
+
+def measure(suite: Suite, out: Path, **options: Any) -> list[dict[str, Any]]:
+    """The rows of a run."""
+    return run.run(suite, out, title="t", **options)["rows"]
+
+
+def test_a_killed_run_leaves_a_report_and_goes_on(
+    tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """It is interrupted in the middle of the second round; nothing that was there is measured again."""
     calls = 0
 
-    def killed(model: Any, **options: Any) -> measure.Samples:
+    def interrupted(model: Any, **options: Any) -> list[float]:
         nonlocal calls
         calls += 1
         if calls > 11:  # three models' three decodings, and two more
             raise KeyboardInterrupt
         return decode(model, **options)
 
-    decode = measure.decode
-    monkeypatch.setattr(measure, "decode", killed)
+    decode = latency.decode
+    monkeypatch.setattr(latency, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.run(tiny, tmp_path)
+        measure(tiny, tmp_path)
     monkeypatch.undo()
     before = dates(tmp_path)
     assert 2 * SEEDS + 3 * 10 < len(before) < 2 * SEEDS + 3 * MEASURED
-    assert "samples so far" in str(rows.rows(cells.read(tmp_path)))  # half a run has no figures of its own
+    assert "| Llama" in (tmp_path / "report.md").read_text()
+    told = capsys.readouterr().out
+    assert "A round takes" in told
+    printed = [line for line in told.splitlines() if "tokens/s" in line]
+    assert [line.partition(":")[0] for line in printed] == list(tiny.models)
 
-    run.run(tiny, tmp_path)
+    found = measure(tiny, tmp_path)
     after = dates(tmp_path)
     assert len(after) == 2 * SEEDS + 3 * MEASURED
     assert {name: after[name] for name in before} == before
-
-    run.run(tiny, tmp_path)
+    check_rows(tiny, found, tmp_path)
+    measure(tiny, tmp_path)
     assert dates(tmp_path) == after
 
-    check_rows(tiny, tmp_path)
 
-    changed = replace(tiny, models={"GLA": {**tiny.models["GLA"], "steps": 2}}, rounds=1)
-    run.run(changed, tmp_path)
-    assert {name: stamp for name, stamp in dates(tmp_path).items() if name in after} == after
-    assert [row["config"]["name"] for row in rows.rows(cells.read(tmp_path))] == [*tiny.models, "GLA"]
-
-
-def check_rows(tiny: Suite, out: Path) -> None:
+def check_rows(tiny: Suite, rows: list[dict[str, Any]], out: Path) -> None:
     """Every row has everything, and what is timed is what was trained."""
-    found = {row["config"]["name"]: row for row in rows.rows(cells.read(out))}
+    found = {row["config"]["name"]: row for row in rows}
     assert list(found) == list(tiny.models)
-    assert rows.problems(list(found.values())) == []
+    assert problems(rows) == []
     for name, row in found.items():
         assert list(row["state"]) == ["16", "64"]
         assert [each["tokens"] for each in row["prefill"]] == [64, 128, 256]
         assert [(each["tokens"], each["batch"]) for each in row["decode"]] == [(32, 1), (32, 2), (64, 1)]
-        assert all(each["samples"] >= 10 for kind in ("prefill", "decode", "training") for each in row[kind])
+        for each in (each for kind in TIMED for each in row[kind]):
+            assert each["samples"] == 6
+            assert list(each["rounds"]) == ["0", "1"]
+            assert (each["speedup"] is None) == (name == "softmax attention")
         assert row["prefill_exponent"] is not None
         assert row["decode_growth"] > 0
         assert row["largest_batch"]["batch"] >= 1
@@ -76,178 +91,93 @@ def check_rows(tiny: Suite, out: Path) -> None:
     assert found["Llama"]["facts"]["attention_operators"] == ["aten::_scaled_dot_product_flash_attention_for_cpu"]
     assert found["GLA"]["state"]["16"]["allocated"] == found["GLA"]["state"]["64"]["allocated"]
     for name in ("GLA", "softmax attention"):
-        model = run.model_of(tiny, name, out)
+        model = run.model_of(tiny, name, Store(out))
+        config, _ = next(run.trainings(tiny, name))
+        stored = Store(out).get("recall", config)
+        assert stored is not None
         with torch.inference_mode():
-            assert mqar.recall(model, 8) == stored_recall(tiny, name, out)["8"]
+            assert mqar.recall(model, 8) == stored["recall"]["8"]
 
 
-def stored_recall(tiny: Suite, name: str, out: Path) -> dict[str, float]:
-    """Recall of the model that was trained first."""
-    config, _ = next(run.trainings(tiny, name))
-    (cell,) = [cell for cell in cells.read(out) if cell["kind"] == "recall" and cell["config"] == config]
-    return cell["figures"]["recall"]
-
-
-def test_parts_are_the_whole(tiny: Suite, tmp_path: Path):
-    small = replace(tiny, seeds=(0,), rounds=1, prefill=(32,), decode=((16, 1),), training=(), memory=None)
+def test_parts_train_and_the_whole_is_measured_in_one_run(tiny: Suite, tmp_path: Path):
+    small = only(tiny, "softmax attention", "GLA", rounds=1, prefill=(32,))
     for part in (1, 2):
-        run.run(small, tmp_path / f"{part}", shard=(part, 2))
-    run.run(small, tmp_path / "whole")
-    one, two, whole = (set(dates(tmp_path / name)) for name in ("1", "2", "whole"))
-    assert not one & two
-    assert one | two == whole
-    cells.merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
-    assert set(dates(tmp_path / "merged")) == whole
+        (row,) = measure(small, tmp_path / f"{part}", shard=(part, 2))
+        assert (row["label"], row["prefill"]) == (list(small.models)[part - 1], [])
+    store.merge([tmp_path / "1", tmp_path / "2"], tmp_path / "both")
+    trained = dates(tmp_path / "both")
+    assert [row["label"] for row in measure(small, tmp_path / "both")] == ["softmax attention", "GLA"]
+    assert {name: date for name, date in dates(tmp_path / "both").items() if name in trained} == trained
 
 
-def test_again_measures_again(tiny: Suite, tmp_path: Path):
-    small = replace(tiny, models={"Llama": tiny.models["Llama"]}, prefill=(32,), decode=(), training=(), memory=None)
-    run.run(small, tmp_path)
+def test_again_times_again(tiny: Suite, tmp_path: Path):
+    small = only(tiny, "GLA", "Llama", prefill=(32,), rounds=3)
+    measure(small, tmp_path)
     before = dates(tmp_path)
-    run.run(small, tmp_path, again=True)
+    measure(replace(small, rounds=2), tmp_path, again=True)  # nothing of the earlier rounds is left
     after = dates(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(after[name] > before[name] for name in before)
+    again = {name for name in after if after[name] > before[name]}
+    assert len(again) == 2 * (1 + 2)
+    assert len(after) == len(again) + 1  # the training
 
 
-def test_what_takes_long_is_left_out_of_late_rounds(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ten undisturbed samples, and ten seconds of them, are enough; the other rounds go through what lacks them."""
-    seconds = {64: 3.0, 128: 0.9, 256: 0.1}
-    calls: Counter[int] = Counter()
-
-    def prefill(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
-        calls[tokens] += 1
-        is_disturbed = tokens == 64 and calls[tokens] % 2 == 0
-        return measure.Samples([seconds[tokens] * (1 + is_disturbed)], [1.0 + is_disturbed], [1.0])
-
-    monkeypatch.setattr(measure, "prefill", prefill)
-    models = {"Llama": tiny.models["Llama"]}
-    small = replace(tiny, models=models, rounds=25, state=(), decode=(), training=(), memory=None)
-    run.run(small, tmp_path)
-    (row,) = rows.rows(cells.read(tmp_path))
-    assert calls == {64: 19, 128: 12, 256: 25}
-    assert [(each["samples"], each["median"]) for each in row["prefill"]] == [(10, 3), (12, 0.9), (25, 0.1)]
-    run.run(replace(small, rounds=10), tmp_path, again=True)  # nothing of the earlier rounds is left
-    (row,) = rows.rows(cells.read(tmp_path))
-    assert calls == {64: 29, 128: 22, 256: 35}
-    assert [each["samples"] + each["set_aside"] for each in row["prefill"]] == [10, 10, 10]
-
-
-def test_what_varies_is_timed_in_more_rounds(
-    tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """Until a look after every ten finds that it is known well enough, or the rounds are up."""
-    seconds = {
-        64: lambda turn: 0.01,
-        128: lambda turn: 0.01 if turn >= 3 else 0.01 + turn / 500,
-        256: lambda turn: 0.01 if turn % 2 else 0.03,
-    }
-    calls: Counter[int] = Counter()
-
-    def prefill(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
-        taken = seconds[tokens](calls[tokens])
-        calls[tokens] += 1
-        return measure.Samples([taken] * 2, [1.0] * 2, [])
-
-    monkeypatch.setattr(measure, "prefill", prefill)
-    models = {"Llama": tiny.models["Llama"]}
-    small = replace(tiny, models=models, rounds=5, extra_rounds=25, state=(), decode=(), training=(), memory=None)
-    run.run(small, tmp_path)
-    assert calls == {64: 5, 128: 15, 256: 30}
-    told = [line.split() for line in capsys.readouterr().out.splitlines() if "intervals wider" in line]
-    assert [(line[1], line[-1]) for line in told] == [("5", "2"), ("15", "1"), ("25", "1")]
-    run.run(small, tmp_path)
-    assert calls == {64: 5, 128: 15, 256: 30}
-    capsys.readouterr()
-    run.run(replace(small, prefill=(64,)), tmp_path / "other")
-    assert calls[64] == 10
-    assert capsys.readouterr().out.strip() == "after 5 rounds, intervals wider than 12% of their medians: 0"
-
-
-def test_rounds_in_processes_of_their_own_fill_the_same_cells(
-    tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    models = {name: tiny.models[name] for name in ("GLA", "Llama")}
-    small = replace(tiny, models=models, seeds=(0,), prefill=(64,), decode=(), training=(), memory=None)
-    run.run(small, tmp_path / "one")
-
-    def here(*_: Any, **__: Any) -> None:
-        raise AssertionError("this process measures nothing")
-
-    monkeypatch.setattr(measure, "prefill", here)
-    run.run(replace(small, apart=True), tmp_path / "many")
-    assert dates(tmp_path / "one").keys() == dates(tmp_path / "many").keys()
-    monkeypatch.setattr(run, "ProcessPoolExecutor", here)  # nothing is left
-    run.run(replace(small, apart=True), tmp_path / "many")
-
-
-def test_what_goes_wrong_in_another_process_is_told(tiny: Suite, tmp_path: Path):
-    models = {"GLA": tiny.models["GLA"]}
-    small = replace(tiny, models=models, seeds=(0,), rounds=1, prefill=(64,), decode=(), training=(), memory=None)
-    run.run(replace(small, prefill=()), tmp_path)
+def test_weights_of_another_model_are_refused(tiny: Suite, tmp_path: Path):
+    small = only(tiny, "GLA", rounds=1, prefill=())
+    measure(small, tmp_path)
     (weights,) = (tmp_path / "weights").iterdir()
     save_file({"nonsense": torch.zeros(1)}, weights)
     with pytest.raises(ValueError, match="GLA: expected the model's weights, missing"):
-        run.run(replace(small, apart=True), tmp_path)
+        measure(replace(small, prefill=(32,)), tmp_path)
 
 
-def test_running_out_of_memory_is_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def large(model: Any, *, tokens: int, **options: Any) -> measure.Samples:
+def test_running_out_of_memory_is_a_result(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def large(model: Any, *, tokens: int, **options: Any) -> list[float]:
         if tokens > 100:
             raise torch.OutOfMemoryError("too long")
-        return measure.Samples([0.1] * 10, [1.0] * 10, [1.0] * 10)
+        return [0.1]
 
-    monkeypatch.setattr(measure, "prefill", large)
-    small = replace(tiny, models={"Llama": tiny.models["Llama"]}, decode=(), training=(), memory=None)
-    run.run(small, tmp_path)
-    (row,) = rows.rows(cells.read(tmp_path))
+    monkeypatch.setattr(latency, "prefill", large)
+    (row,) = measure(only(tiny, "Llama"), tmp_path)
     assert [each.get("reason") for each in row["prefill"]] == [None, "out of memory", "out of memory"]
-    assert len(list((tmp_path / "cells").glob("prefill-*.json"))) == small.rounds + 2  # once is enough
+    assert [each["kind"] for each in store.read(tmp_path)].count("prefill") == tiny.rounds + 2  # once is enough
     assert row["prefill_exponent"] is None
 
 
-def test_more_tokens_than_positions_is_a_figure(tiny: Suite, tmp_path: Path):
+def test_more_tokens_than_positions_is_a_result(tiny: Suite, tmp_path: Path):
     """Of learned positions only; those that a configuration just names are no limit."""
     gpt2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 300}
     ours = {"vocab_size": 32, "hidden_size": 8, "mixers": ["window"], "max_position_embeddings": 300}
     models = {name: {"model": {"config": config}, "steps": None} for name, config in (("GPT-2", gpt2), ("ours", ours))}
-    alone = replace(tiny, models=models, state=(), prefill=(32, 301), decode=((98, 1), (99, 1)), training=())
-    run.run(replace(alone, memory=None), tmp_path)
-    learned, free = rows.rows(cells.read(tmp_path))
+    learned, free = measure(only(tiny, models=models, prefill=(32, 301), decode=((98, 1), (99, 1))), tmp_path)
     for kind in ("prefill", "decode"):
         assert [each.get("reason") for each in learned[kind]] == [None, "it has 300 positions"]
         assert [each.get("reason") for each in free[kind]] == [None, None]
 
 
-def test_what_is_wrong_is_not_a_figure(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def broken(model: Any, **options: Any) -> measure.Samples:
+def test_what_is_wrong_is_not_a_result(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(model: Any, **options: Any) -> list[float]:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(measure, "prefill", broken)
-    small = replace(tiny, models={"Llama": tiny.models["Llama"]})
+    monkeypatch.setattr(latency, "prefill", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        run.run(small, tmp_path)
+        measure(only(tiny, "Llama"), tmp_path)
 
 
-def test_a_report_of_another_kind_is_not_overwritten(tiny: Suite, tmp_path: Path):
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="out: expected a new path or a folder with cells"):
-        run.run(tiny, tmp_path)
-
-
-@pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
-def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int]):
-    with pytest.raises(ValueError, match="shard: expected i/n with 1 <= i <= n"):
-        run.run(tiny, tmp_path, shard=shard)
-
-
-def test_parts_without_a_model(tiny: Suite, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"shard: expected a part with a model, there are \d, got 9/9"):
-        run.run(tiny, tmp_path, shard=(9, 9))
+@pytest.mark.parametrize(
+    ("shard", "named"),
+    [
+        ((0, 2), "shard: expected i/n with 1 <= i <= n, got 0/2"),
+        ((3, 2), "shard: expected i/n with 1 <= i <= n, got 3/2"),
+        ((9, 9), "shard: expected a part with a model, there are 3, got 9/9"),
+    ],
+)
+def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int], named: str):
+    with pytest.raises(ValueError, match=named):
+        measure(tiny, tmp_path, shard=shard)
 
 
 def test_a_gpu_that_there_is_not(tiny: Suite, tmp_path: Path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="device: expected 'cpu' without a GPU, got 'cuda'"):
-        run.run(replace(tiny, device="cuda"), tmp_path)
+        measure(replace(tiny, device="cuda"), tmp_path)

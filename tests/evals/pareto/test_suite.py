@@ -1,11 +1,10 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hybridattn.evals.pareto.suite import Suite, load
-from hybridattn.evals.speed import subjects
+from hybridattn.evals.speed.models import build
 
 MODEL = {"model": {"preset": "gla_340m"}, "steps": None}
 
@@ -16,7 +15,7 @@ def test_the_shipped_suites_hold_models_that_can_be_built(name: str):
     assert len(suite.models) >= 8
     for entry in suite.models.values():
         with torch.device("meta"):
-            model = subjects.build(entry["model"], dtype=torch.float32, device="meta")
+            model = build(entry["model"], dtype=torch.float32, device="meta")
         assert model.config.vocab_size == entry["model"]["config"]["vocab_size"]
         assert set(entry["model"]["config"]["mixer_options"]) == set(entry["model"]["config"]["mixers"])
 
@@ -45,8 +44,6 @@ models:
     assert suite.models["published"] == {"model": {"preset": "based_360m"}, "steps": None}
     assert suite.models["other"]["model"] == {"config": {"model_type": "llama", "vocab_size": 64}}
     assert suite.decode == [[128, 1], [128, 4]]
-    assert load(str(file), rounds=suite.rounds + 1) == replace(suite, rounds=suite.rounds + 1)
-    assert load("cpu").extra_rounds > load("cpu", rounds=7).extra_rounds == 0
 
 
 @pytest.mark.parametrize(
@@ -87,9 +84,6 @@ def test_an_unknown_suite_is_named():
         ({"dtype": "int8"}, "dtype: expected one of"),
         ({"procedure": "mine"}, r"procedure: expected one of \['published', 'recipe'\], got 'mine'"),
         ({"rounds": 0}, "rounds: expected a positive integer, got 0"),
-        ({"extra_rounds": -1}, "extra_rounds: expected an integer of at least 0, got -1"),
-        ({"extra_rounds": 1.5}, "extra_rounds: expected an integer of at least 0, got 1.5"),
-        ({"width": 0}, "width: expected a number above 0, got 0"),
         ({"prefill": [0]}, r"prefill: expected positive integers, got \[0\]"),
         ({"decode": [[1, 2, 3]]}, r"decode: expected pairs \(context, batch\)"),
         ({"decode": [[1, True]]}, r"decode: expected pairs \(context, batch\)"),

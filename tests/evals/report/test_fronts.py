@@ -5,7 +5,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybridattn.evals.report.fronts import front, holds, place_labels
+from hybridattn.evals.report.fronts import best_under, front, holds, limits, place_labels
 
 LABELS = ["softmax attention", "sliding window 16", "linear attention", "GLA", "attention-first hybrid"]
 
@@ -46,3 +46,15 @@ def test_labels_cover_neither_each_other_nor_points(case: int):
         box.contains(*mark) for box in boxes for mark in axes.transData.transform(list(zip(x, y, strict=True)))
     )
     assert all(holds(axes.bbox, box) for box in boxes)
+
+
+def test_the_best_within_a_budget():
+    costs, gains = [10, 20, 40, 5], [0.5, 0.9, 0.90004, 0.4]
+    assert best_under(costs, gains, [1, 5, 10, 30, 100]) == [None, 3, 0, 1, 1]
+
+
+def test_budgets_are_round_and_cover_the_costs():
+    assert limits([8704, 49672]) == [10e3, 20e3, 50e3]
+    assert limits([0.0004, 0.0011]) == pytest.approx([0.0005, 0.001, 0.002])
+    assert limits([3.0]) == [5]
+    assert limits([5.0]) == [5]

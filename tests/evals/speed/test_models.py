@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hybridattn.evals.speed import subjects
+from hybridattn.evals.speed import models
 from hybridattn.models.decoder import HybridAttnForCausalLM
 
 LLAMA = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -13,29 +13,29 @@ PLACE = {"dtype": torch.float32, "device": "cpu"}
 
 
 def test_a_name_is_a_preset_or_else_a_path():
-    assert subjects.named("gla_340m") == {"preset": "gla_340m"}
-    assert subjects.named("folder/gla_340m") == {"path": "folder/gla_340m"}
+    assert models.named("gla_340m") == {"preset": "gla_340m"}
+    assert models.named("folder/gla_340m") == {"path": "folder/gla_340m"}
 
 
 def test_a_folder_is_known_by_what_it_holds(tmp_path: Path):
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
     given = {"path": str(tmp_path)}
-    first = subjects.definition(given)
-    assert first == subjects.definition(given) != given
+    first = models.definition(given)
+    assert first == models.definition(given) != given
     (tmp_path / "model.safetensors").write_bytes(b"other")
-    second = subjects.definition(given)
+    second = models.definition(given)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    assert len({each["files"] for each in (first, second, subjects.definition(given))}) == 3
+    assert len({each["files"] for each in (first, second, models.definition(given))}) == 3
 
 
 def test_a_path_without_a_model_is_named(monkeypatch: pytest.MonkeyPatch):
     def nothing(path: str, **options: object) -> None:
         raise OSError(f"{path} is not there")
 
-    monkeypatch.setattr(subjects.AutoModelForCausalLM, "from_pretrained", nothing)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", nothing)
     with pytest.raises(ValueError, match="model: expected a preset, a folder or a name on the Hub, got 'none/such'"):
-        subjects.build({"path": "none/such"}, **PLACE)
+        models.build({"path": "none/such"}, **PLACE)
 
 
 @pytest.mark.parametrize(
@@ -49,28 +49,28 @@ def test_a_path_without_a_model_is_named(monkeypatch: pytest.MonkeyPatch):
 )
 def test_wrong_definitions_are_named(given: dict, named: str):
     with pytest.raises(ValueError, match=named):
-        subjects.definition(given)
+        models.definition(given)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"path: expected a folder with config\.json"):
-        subjects.definition({"path": str(tmp_path)})
+        models.definition({"path": str(tmp_path)})
 
 
 def test_any_model_can_be_measured(tmp_path: Path):
     stored = LlamaForCausalLM(LlamaConfig(**LLAMA))
     stored.save_pretrained(tmp_path)
-    loaded = subjects.build({"path": str(tmp_path)}, **PLACE)
+    loaded = models.build({"path": str(tmp_path)}, **PLACE)
     torch.testing.assert_close(dict(loaded.state_dict()), dict(stored.state_dict()))
     assert not loaded.training
     (tmp_path / "model.safetensors").unlink()
-    first, second = (subjects.build({"path": str(tmp_path)}, **PLACE, seed=n) for n in (0, 1))
+    first, second = (models.build({"path": str(tmp_path)}, **PLACE, seed=n) for n in (0, 1))
     assert type(first) is LlamaForCausalLM
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
-    assert type(subjects.build({"config": {"model_type": "llama", **LLAMA}}, **PLACE)) is LlamaForCausalLM
+    assert type(models.build({"config": {"model_type": "llama", **LLAMA}}, **PLACE)) is LlamaForCausalLM
 
 
 def test_configurations_of_ours_need_no_type():
     fields = {"vocab_size": 32, "hidden_size": 16, "mixers": ["gla"], "mixer_options": {"gla": {"num_heads": 1}}}
-    assert type(subjects.build({"config": fields}, dtype=torch.bfloat16, device="cpu")) is HybridAttnForCausalLM
-    assert subjects.configuration({"preset": "gla_340m"}).model_type == "gla"
+    assert type(models.build({"config": fields}, dtype=torch.bfloat16, device="cpu")) is HybridAttnForCausalLM
+    assert models.configuration({"preset": "gla_340m"}).model_type == "gla"
