@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybridattn.evals import demo
 from hybridattn.evals.report import store
 from hybridattn.evals.text import language_model
+from hybridattn.training.text import standard_library
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,9 @@ def test_a_short_run_writes_everything_and_goes_on(
     small = {"prefill": (64, 128), "decode": ((32, 1), (32, 2)), "state": (16,), "rounds": 2, "seconds": 0}
     suite = replace(full, models={name: full.models[name] for name in names}, **small)
     monkeypatch.setattr(demo, "suite", lambda steps: suite)
+    corpus = standard_library()
+    few = replace(corpus, train=corpus.train[:500_000], held_out=corpus.held_out[:30_000])
+    monkeypatch.setattr(language_model, "standard_library", lambda: few)
     out = tmp_path / "demo"
 
     def interrupted(*_: object, **__: object) -> None:

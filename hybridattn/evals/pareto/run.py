@@ -149,7 +149,7 @@ def model_of(suite: Suite, name: str, store: Store) -> PreTrainedModel:
 # ---------------------------------------------------------------------------------------------------------- measurement
 def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> None:
     """Measure every model once per round; the first round prints a row as soon as a model has been measured."""
-    first_seconds = None
+    is_told = False
     with tqdm(total=suite.rounds * len(suite.models), desc="measuring", unit="model") as bar, threads(suite.threads):
         for turn in range(suite.rounds):
             start = time.perf_counter()
@@ -163,14 +163,13 @@ def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> N
                 if turn == 0:
                     print_row(suite, name, store)
                 bar.update()
-            if is_new:
+            more = suite.rounds - turn - 1
+            if is_new and more:
+                if not is_told:
+                    took = time.perf_counter() - start
+                    tqdm.write(f"A round takes {took:,.0f} s; {more} more take about {more * took / 60:.0f} min.")
+                    is_told = True
                 write_report()
-                if first_seconds is None and turn + 1 < suite.rounds:
-                    first_seconds = time.perf_counter() - start
-                    more = suite.rounds - turn - 1
-                    tqdm.write(
-                        f"A round takes {first_seconds:,.0f} s; {more} more: about {more * first_seconds / 60:.0f} min."
-                    )
 
 
 def print_row(suite: Suite, name: str, store: Store) -> None:

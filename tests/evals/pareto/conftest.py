@@ -24,5 +24,5 @@ def tiny() -> Suite:
         prefill=(64, 128, 256),
         decode=((32, 1), (64, 1), (32, 2)),
         training=(32,),
-        memory={"tokens": 1024, "budget": 20_000_000},
+        memory={"tokens": 64, "budget": 1_000_000},
     )

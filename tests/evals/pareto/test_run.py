@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from safetensors.torch import save_file
 from hybridattn.evals.pareto import run
 from hybridattn.evals.pareto.suite import Suite
 from hybridattn.evals.recall import mqar
+from hybridattn.evals.recall.training_pool import Job, Trained, train_one
 from hybridattn.evals.report import store
+from hybridattn.evals.report.build import summarize
 from hybridattn.evals.report.rows import TIMED, problems
 from hybridattn.evals.report.store import Store
 from hybridattn.evals.speed import latency
@@ -29,6 +32,20 @@ def only(suite: Suite, *names: str, **changes: Any) -> Suite:
     models = {name: suite.models[name] for name in names}
     small = {"models": models, "state": (), "decode": (), "training": (), "memory": None, "seeds": (0,)}
     return replace(suite, **{**small, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn, and models trained in processes of their own, in the first test only."""
+    if "killed" not in request.node.name:
+        monkeypatch.setattr(run, "train_all", train_here)
+        monkeypatch.setattr(run, "build", lambda out, title: summarize(store.read(out)))
+
+
+def train_here(jobs: list[Job], on_done: Callable[[int, Trained], None]) -> None:
+    """What `train_all` does, in this process."""
+    for i, job in enumerate(jobs):
+        on_done(i, train_one(job, lambda: None))
 
 
 def measure(suite: Suite, out: Path, **options: Any) -> list[dict[str, Any]]:
