@@ -214,16 +214,17 @@ def plan(suite: Suite, name: str, turn: int) -> Iterator[Planned]:
         yield "model", common, facts
         for tokens in suite.state:
             yield "state", {**common, "tokens": tokens}, partial(memory.cache_sizes, tokens=tokens)
-    timed = {**common, "round": turn}
-    of_times = {"seconds": suite.seconds, "with_peak": turn == 0}
+    timed, options = {**common, "round": turn}, {"seconds": suite.seconds, "with_peak": turn == 0}
     for tokens in suite.prefill:
-        yield "prefill", {**timed, "tokens": tokens, "batch": 1}, partial(time_prefill, tokens=tokens, **of_times)
+        call = partial(time_pass, latency.prefill, tokens=tokens, **options)
+        yield "prefill", {**timed, "tokens": tokens, "batch": 1}, call
     for tokens, batch in suite.decode:
         for graph in (False, True) if suite.graphs else (False,):
             setting = {"tokens": tokens, "batch": batch, "graph": graph}
-            yield "decode", {**timed, **setting}, partial(time_decode, seconds=suite.seconds, **setting)
+            yield "decode", {**timed, **setting}, partial(time_pass, latency.decode, seconds=suite.seconds, **setting)
     for tokens in suite.training:
-        yield "training", {**timed, "tokens": tokens, "batch": 1}, partial(time_training, tokens=tokens, **of_times)
+        call = partial(time_pass, latency.training, tokens=tokens, **options)
+        yield "training", {**timed, "tokens": tokens, "batch": 1}, call
     if turn == 0 and suite.memory is not None:
         yield "largest_batch", {**common, **suite.memory}, partial(memory.largest_batch, **suite.memory)
 
@@ -250,24 +251,13 @@ def _reach(config: HybridAttnConfig) -> int | None:
     return max([1, *(options.get(name, {}).get("window") or 1 for name in config.mixers)])
 
 
-def time_prefill(model: PreTrainedModel, *, tokens: int, seconds: float, with_peak: bool) -> dict[str, Any]:
-    """Samples of prefill, and its peak memory."""
-    prompt = latency.random_prompt(model, 1, tokens)
-    with torch.inference_mode():
-        peak = memory.peak_bytes(lambda: latency.read(model, prompt), model.device) if with_peak else None
-    return {"seconds": exact(latency.prefill(model, tokens=tokens, seconds=seconds)), "peak_bytes": peak}
-
-
-def time_decode(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
-    """Samples of decoding steps."""
-    return {"seconds": exact(latency.decode(model, **options))}
-
-
-def time_training(model: PreTrainedModel, *, tokens: int, seconds: float, with_peak: bool) -> dict[str, Any]:
-    """Samples of forward and backward, and their peak memory."""
-    once = partial(latency.training, model, tokens=tokens, least=1, seconds=0)
+def time_pass(
+    run_pass: Callable[..., list[float]], model: PreTrainedModel, *, with_peak: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Samples of a function of `latency`, and its peak memory."""
+    once = partial(run_pass, model, least=1, **{**options, "seconds": 0})
     peak = memory.peak_bytes(once, model.device) if with_peak else None
-    return {"seconds": exact(latency.training(model, tokens=tokens, seconds=seconds)), "peak_bytes": peak}
+    return {"seconds": exact(run_pass(model, **options)), "peak_bytes": peak}
 
 
 def exact(seconds: Sequence[float]) -> list[float]:

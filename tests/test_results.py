@@ -1,0 +1,74 @@
+"""The figures in the repository are those of the stored samples."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from hybridattn.evals.demo import TITLE
+from hybridattn.evals.report import build, document, store
+from hybridattn.evals.report.rows import TIMED
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "results" / "demo"
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict[str, Any]:
+    """What the stored measurements of the demo say."""
+    return build.summarize(store.read(DEMO))
+
+
+def test_the_report_is_made_of_the_stored_samples(demo: dict[str, Any]):
+    report = (DEMO / "report.md").read_text(encoding="utf-8")
+    assert report == build.as_markdown(TITLE, document.sections(demo), demo["problems"])
+
+
+def test_printed_times_are_medians_of_the_stored_samples(demo: dict[str, Any]):
+    """Counted here anew, from the lines of the file."""
+    report = (DEMO / "report.md").read_text(encoding="utf-8")
+    samples: dict[tuple[Any, ...], list[float]] = {}
+    for each in store.read(DEMO):
+        if each["kind"] in TIMED:
+            config = each["config"]
+            setting = (each["kind"], config["name"], config["tokens"], config["batch"])
+            samples.setdefault(setting, []).extend(each["figures"]["seconds"])
+    assert len(samples) == 8 * 5
+    for (kind, name, tokens, batch), seconds in samples.items():
+        (line,) = (line for line in _table(report, kind) if line.startswith(f"| {name} "))
+        settings = sorted(key[2:] for key in samples if key[:2] == (kind, name))
+        entry = line.split("|")[2 + settings.index((tokens, batch))]
+        assert entry.strip().startswith(f"{median(seconds) * 1e3:,.3g} ("), (kind, name, tokens, batch)
+
+
+def _table(report: str, kind: str) -> list[str]:
+    """The lines of the table of times of one kind."""
+    head = {"prefill": "| prefill, ms", "decode": "| decoding step, ms"}[kind]
+    return report[report.index(head) :].split("\n\n")[0].splitlines()
+
+
+def test_readme_has_the_figures_of_the_demo(demo: dict[str, Any]):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in readme_table(demo["rows"]):
+        assert line in readme
+    scores = demo["language_model"]["bits_per_byte"]
+    assert f"**{scores['model']:.3f} bits per byte**" in readme
+    assert all(f"{scores[f'order {order}']:.3f}" in readme for order in (2, 3, 4))
+
+
+def readme_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows of README's table, from the report's."""
+
+    def rate(row: dict[str, Any], kind: str, tokens: int, batch: int) -> str:
+        (timed,) = (each for each in row[kind] if (each["tokens"], each["batch"]) == (tokens, batch))
+        faster = f" ({timed['speedup']['median']:.2f}x)" if timed["speedup"] else ""
+        return f"{batch * (tokens if kind == 'prefill' else 1) / timed['median']:,.0f}{faster}"
+
+    recall = {row["label"]: [f"{each['median']:.3f}" for each in row["recall"].values()] for row in rows}
+    return [
+        f"| {row['label']} | {' / '.join(recall[row['label']])} | "
+        f"{row['state']['96']['allocated']:,} | {rate(row, 'prefill', 2048, 1)} | {rate(row, 'prefill', 8192, 1)} | "
+        f"{rate(row, 'decode', 1024, 1)} | {rate(row, 'decode', 1024, 32)} |"
+        for row in rows
+    ]
