@@ -13,8 +13,6 @@ import typer
 import hybridattn
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hybridattn.evals.pareto.suite import Suite
     from hybridattn.layers.mixer import CacheSpec
     from hybridattn.models.decoder import HybridAttnConfig
@@ -280,19 +278,19 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from hybridattn.models.decoder import HybridAttnForCausalLM
-    from hybridattn.models.decoder.accounting import cache_spec
+    from hybridattn.models.decoder.accounting import cache_spec, parameters_of
+    from hybridattn.models.decoder.configuration import without_models
     from hybridattn.models.presets import PUBLISHED
 
-    config = _load_config(model)
-    with torch.device("meta"):
-        net = HybridAttnForCausalLM(config)
+    with without_models():
+        config = _load_config(model)
+    parameters = parameters_of(config)
     specs = [
         cache_spec(config, batch_size=1, tokens=tokens, dtype=getattr(torch, dtype))
         for tokens in CONTEXT_LENGTHS.values()
     ]
     rows = [
-        (mixer, _parameters(net.model.layers[i]), *(_state([spec[i]]) for spec in specs))
+        (mixer, f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs))
         for i, mixer in enumerate(config.mixers)
     ]
 
@@ -306,14 +304,10 @@ def info(
         table.add_row(f"{start}-{end}" if end > start else f"{start}", *row)
         start = end + 1
     table.add_section()
-    table.add_row("model", "", _parameters(net), *map(_state, specs))
+    table.add_row("model", "", f"{sum(parameters):,}", *map(_state, specs))
     if model in PUBLISHED:
         table.add_row("published", "", *PUBLISHED[model])
     Console().print(table)
-
-
-def _parameters(module: "nn.Module") -> str:
-    return f"{sum(p.numel() for p in module.parameters()):,}"
 
 
 def _state(layers: "list[CacheSpec]") -> str:
@@ -324,13 +318,13 @@ def _state(layers: "list[CacheSpec]") -> str:
 
 
 def _load_config(model: str) -> "HybridAttnConfig":
-    from transformers import AutoConfig
-
     from hybridattn.models.decoder import HybridAttnConfig
     from hybridattn.models.presets import PRESETS
 
     if model in PRESETS:
         return PRESETS[model]()
+    from transformers import AutoConfig
+
     if not Path(model, "config.json").is_file():
         raise ValueError(f"expected a folder with config.json or one of the presets {sorted(PRESETS)}, got {model!r}")
     config = AutoConfig.from_pretrained(model)
