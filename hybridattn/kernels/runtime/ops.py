@@ -6,21 +6,21 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef, custom_op, impl
+from torch.library import custom_op, impl
 
 
-def opaque_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register the decorated function as ``torch.library.custom_op`` does, for every device.
+def opaque_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Make a ``torch.library.CustomOpDef`` of the decorated function, for every device.
 
-    custom_op's own kernels import torch._dynamo when they are first called, which takes seconds. These leave it alone
-    until something else has imported it; from then on torch.compile is kept from tracing them, as custom_op's are.
+    What custom_op registers imports torch._dynamo when it is first called, which takes seconds. This kernel uses it
+    only once something else has imported it, to keep torch.compile from tracing the function, as custom_op does.
 
     Args:
         name: "namespace::operator".
         mutates_args: names of the arguments that the function updates in place.
     """
 
-    def register(function: Callable[..., Any]) -> CustomOpDef:
+    def register(function: Callable[..., Any]) -> Any:
         @cache
         def untraced() -> Callable[..., Any]:
             return torch.compiler.disable(function)
