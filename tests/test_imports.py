@@ -49,7 +49,7 @@ print(*(name for name in sys.modules if sys.modules[name]))
 
 
 def test_a_preset_is_described_without_anything_slow(run_python: Callable[..., str]) -> None:
-    """And AutoModel knows it afterwards; and transformers imports at the repository root, where there is ``kernels``."""
+    """And AutoModel knows it later; transformers imports at the repository root, where there is a link ``kernels``."""
     code = """
 from hybridattn.cli import main
 try:

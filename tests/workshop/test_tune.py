@@ -6,8 +6,8 @@ import pytest
 
 from hybridattn import cli
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY
-from hybridattn.workshop.workloads import WORKLOADS
 from hybridattn.workshop.tune import describe, forget, run, search, searches
+from hybridattn.workshop.workloads import WORKLOADS
 
 TIMES = {(1, 4): 3.0, (2, 4): 1.0, (3, 4): 2.0}
 
