@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hybridattn.measure.provenance import PACKAGE
 from hybridattn.workshop.cases import DTYPES, OPERATORS, Sizes, make_inputs, sizes_of
-from hybridattn.workshop.records import appending, origin, read, reason_of
+from hybridattn.workshop.records import appending, check_names, origin, read, reason_of
 
 EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # relative L2 of fp32
 ROUNDING, ROUNDING_GRADIENT = 1.5, 2.0  # times the error of the fp64 formula with operands rounded once, for 16 bits
@@ -49,12 +49,8 @@ def cases(device: torch.device, kernels: Sequence[str] = (), backends: Sequence[
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     known = sorted({name.partition(" ")[0] for name in OPERATORS})
-    for name in kernels:
-        if name not in known:
-            raise ValueError(f"kernel: expected one of {known}, got {name!r}")
-    for name in backends:
-        if name not in ("torch", "triton"):
-            raise ValueError(f"backend: expected 'torch' or 'triton', got {name!r}")
+    check_names("kernel", kernels, known)
+    check_names("backend", backends, ("torch", "triton"))
     if "triton" in backends and device.type == "cpu" and not interpreted:
         raise ValueError("backend: expected TRITON_INTERPRET=1 for 'triton' on a CPU, which is not set")
     wanted = backends or (["torch", "triton"] if device.type != "cpu" or interpreted else ["torch"])

@@ -1,7 +1,7 @@
 """JSON lines that a measurement appends to, so that a run that was cut off goes on where it was."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,13 @@ def appending(file: Path, source: Record) -> Iterator[Callable[[Record], Record]
             return record
 
         yield write
+
+
+def check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a ValueError for a name that is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{argument}: expected one of {list(known)}, got {name!r}")
 
 
 def reason_of(error: Exception) -> str:
