@@ -232,10 +232,8 @@ def run(
     known = {(line["workload"], line["implementation"], *line["shape"]): line for line in read(out, source)}
     groups = list(plan(place, lengths, with_peers))
     todo = [group for group in groups if not known.keys() >= set(group.keys)]
-    print(
-        f"{source['device']}, {facts['threads']} threads, {str(dtype)[6:]}, torch {source['torch']}, {samples} rounds"
-    )
-    print(f"{len(groups) - len(todo)} of {len(groups)} workloads were in {out} already")
+    print(f"{source['device']}, {facts['threads']} threads, {str(dtype)[6:]}, torch {source['torch']}")
+    print(f"{samples} rounds; {len(groups) - len(todo)} of {len(groups)} workloads were in {out} already")
     most = ceilings(place, dtype, samples) if todo else {}
     if most:
         copy, matmul = (value / 1e9 for value in most.values())
@@ -271,7 +269,6 @@ def describe(record: Record) -> str:
     text += f", {record['share_of_copy']:4.0%} of copy, {record['share_of_matmul']:4.0%} of matmul"
     if "forward_backward" in record:
         text += f"; with backward {_milliseconds(record['forward_backward'])}"
-    text += f"; {_range(forward['over_ours'])} times ours" if "over_ours" in forward else ""
     text += f"; peak {record['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in record else ""
     is_single = record["architecture"] != "cpu" and not forward["in_graph"]
     return title + text + ("; not in a CUDA graph" if is_single else "")
@@ -279,7 +276,8 @@ def describe(record: Record) -> str:
 
 def _milliseconds(timed: dict[str, Any]) -> str:
     middle, low, high = (1e3 * timed[name] for name in ("median", "lower_quartile", "upper_quartile"))
-    return f"{middle:9.3f} ms ({low:.3f} to {high:.3f})"
+    text = f"{middle:9.3f} ms ({low:.3f} to {high:.3f})"
+    return text + (f", {_range(timed['over_ours'])} times ours" if "over_ours" in timed else "")
 
 
 def _range(ratio: dict[str, float]) -> str:
