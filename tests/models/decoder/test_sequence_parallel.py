@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybridattn.models.scaling import memory, parameters, sharded_traffic, traffic
+from hybridattn.models.decoder.accounting import parameters_of
+from hybridattn.models.scaling import memory, sharded_traffic, traffic
 
 FILE = Path(__file__).with_name("sequence_parallel.py")
 WORKER = runpy.run_path(str(FILE))
