@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import hybridattn
+from hybridattn.workshop.cli import chosen_device as _device
+from hybridattn.workshop.cli import integers as _integers
+from hybridattn.workshop.cli import kernels
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hybridattn.evals.pareto.suite import Suite
     from hybridattn.layers.mixer import CacheSpec
     from hybridattn.models.decoder import HybridAttnConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+app.add_typer(kernels, name="kernels")
 
 CONTEXT_LENGTHS = {"2k": 2**11, "32k": 2**15, "1M": 2**20}
 
@@ -96,13 +99,6 @@ def evaluate(
     wanted = None if lengths is None else _integers("lengths", lengths)
     if not run(model, context.args, lengths=wanted, **options):
         raise typer.Exit(1)
-
-
-def _integers(name: str, wanted: str) -> list[int]:
-    parts = wanted.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{name}: expected positive integers with commas between them, got {wanted!r}")
-    return [int(part) for part in parts]
 
 
 @app.command()
@@ -285,20 +281,19 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from hybridattn.models.decoder import HybridAttnForCausalLM
-    from hybridattn.models.decoder.accounting import cache_spec
+    from hybridattn.models.decoder.accounting import cache_spec, parameters_of
+    from hybridattn.models.decoder.configuration import without_models
     from hybridattn.models.presets import PUBLISHED
 
-    config = _load_config(model)
-    with torch.device("meta"):
-        net = HybridAttnForCausalLM(config)
+    with without_models():
+        config = _load_config(model)
+    parameters = parameters_of(config)
     specs = [
         cache_spec(config, batch_size=1, tokens=tokens, dtype=getattr(torch, dtype))
         for tokens in CONTEXT_LENGTHS.values()
     ]
     rows = [
-        (mixer, _parameters(net.model.layers[i]), *(_state([spec[i]]) for spec in specs))
-        for i, mixer in enumerate(config.mixers)
+        (mixer, f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs)) for i, mixer in enumerate(config.mixers)
     ]
 
     title = f"{model}: elements and bytes of state per sequence, {dtype}"
@@ -311,14 +306,10 @@ def info(
         table.add_row(f"{start}-{end}" if end > start else f"{start}", *row)
         start = end + 1
     table.add_section()
-    table.add_row("model", "", _parameters(net), *map(_state, specs))
+    table.add_row("model", "", f"{sum(parameters):,}", *map(_state, specs))
     if model in PUBLISHED:
         table.add_row("published", "", *PUBLISHED[model])
     Console().print(table)
-
-
-def _parameters(module: "nn.Module") -> str:
-    return f"{sum(p.numel() for p in module.parameters()):,}"
 
 
 def _state(layers: "list[CacheSpec]") -> str:
@@ -329,13 +320,13 @@ def _state(layers: "list[CacheSpec]") -> str:
 
 
 def _load_config(model: str) -> "HybridAttnConfig":
-    from transformers import AutoConfig
-
     from hybridattn.models.decoder import HybridAttnConfig
     from hybridattn.models.presets import PRESETS
 
     if model in PRESETS:
         return PRESETS[model]()
+    from transformers import AutoConfig
+
     if not Path(model, "config.json").is_file():
         raise ValueError(f"expected a folder with config.json or one of the presets {sorted(PRESETS)}, got {model!r}")
     config = AutoConfig.from_pretrained(model)
@@ -384,82 +375,6 @@ def env() -> None:
     }
     for name, value in facts.items():
         print(f"{name:<13}{value}")
-
-
-def _device(wanted: str | None) -> str:
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-kernels = typer.Typer(help="Judge the operators.")
-app.add_typer(kernels, name="kernels")
-
-
-@kernels.command()
-def bench(
-    tokens: Annotated[int, typer.Option(help="Sequence length T; twice that beside SDPA. Not with --peers.")] = 4096,
-    samples: Annotated[int, typer.Option(help="Timed calls per figure.")] = 15,
-    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    peers: Annotated[bool, typer.Option(help="Beside other implementations that are installed.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON lines of a GPU or of --peers.")] = None,
-) -> None:
-    """Time the operators: on a CPU beside the reference and SDPA, on a GPU against its ceilings."""
-    from hybridattn.workshop import bench, contest
-
-    place = _device(device)
-    if place == "cpu" and not peers:
-        bench.run(tokens=tokens, samples=samples)
-    else:
-        print(contest.run(place, peers, samples, out))
-
-
-@kernels.command()
-def check(
-    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="Operator; may be repeated.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="torch or triton; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option(help="JSON lines; what is there already is not run again.")] = Path(
-        "reports/check.jsonl"
-    ),
-    record: Annotated[bool, typer.Option(help="Mark launch rows that passed as verified on this GPU.")] = False,
-) -> None:
-    """Compare every operator and launch row with the fp64 reference on this machine."""
-    from hybridattn.workshop.check import run
-
-    if not run(_device(device), out, kernel or (), backend or (), record):
-        raise typer.Exit(1)
-
-
-@kernels.command()
-def tune(
-    kernel: Annotated[list[str] | None, typer.Option(help="Kernel; may be repeated.")] = None,
-    dim: Annotated[list[int] | None, typer.Option(help="Of the launch table's rows; may be repeated.")] = None,
-    samples: Annotated[int, typer.Option(help="Timed calls per row.")] = 15,
-    out: Annotated[Path, typer.Option(help="JSON lines.")] = Path("reports/tune.jsonl"),
-) -> None:
-    """Search faster launch rows on this machine's GPU; prints them, ships nothing."""
-    from hybridattn.workshop.tune import run
-
-    run(_device(None), kernel or [], dim or [], samples, out)
-
-
-@kernels.command()
-def compile(
-    arch: Annotated[list[str] | None, typer.Option(help="Architecture, such as sm_90; may be repeated.")] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="Kernel; may be repeated.")] = None,
-    record: Annotated[
-        bool, typer.Option(help="Lower the ceilings to these figures, and set those of new rows.")
-    ] = False,
-    may_rise: Annotated[bool, typer.Option(help="With --record, raise ceilings too.")] = False,
-) -> None:
-    """Compile every launch row for every architecture, without a GPU, and hold it to its recorded ceilings."""
-    from hybridattn.workshop.compile import run
-
-    if not run(arch or (), kernel or (), record=record, may_rise=may_rise):
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,12 @@ import hybridattn
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridattn"
 WINGS = ("kernels", "layers", "models", "training", "evals")  # each may import those before it
+MAY_IMPORT = {wing: {*WINGS[: n + 1]} for n, wing in enumerate(WINGS)} | {
+    "measure": {"measure"},
+    "workshop": {"workshop", "kernels", "measure"},
+}
+MAY_IMPORT["evals"].add("measure")
+APART = [("report", "speed"), ("speed", "report")]  # of evals: neither imports the other
 
 
 def package_files() -> list[str]:
@@ -47,12 +53,25 @@ def imported_modules(file: Path) -> set[str]:
     return modules
 
 
-@pytest.mark.parametrize("wing", WINGS)
+def imports_within(folder: Path) -> dict[str, str]:
+    """Every module of hybridattn that files of a folder import, with a file that does."""
+    found = ((module, file) for file in folder.rglob("*.py") for module in imported_modules(file))
+    return {module: str(file.relative_to(ROOT)) for module, file in found if module.startswith("hybridattn.")}
+
+
+@pytest.mark.parametrize("wing", MAY_IMPORT)
 def test_imports_run_one_way(wing: str) -> None:
-    later = {f"hybridattn.{name}" for name in WINGS[WINGS.index(wing) + 1 :]} | {"hybridattn.cli"}
-    for file in (PACKAGE / wing).rglob("*.py"):
-        wrong = {module for module in imported_modules(file) if ".".join(module.split(".")[:2]) in later}
-        assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
+    found = imports_within(PACKAGE / wing)
+    assert found or wing == "measure"
+    assert not {module: file for module, file in found.items() if module.split(".")[1] not in MAY_IMPORT[wing]}
+
+
+@pytest.mark.parametrize(("part", "other"), APART)
+def test_parts_of_evals_that_do_not_know_each_other(part: str, other: str) -> None:
+    found = imports_within(PACKAGE / "evals" / part)
+    assert found
+    name = f"hybridattn.evals.{other}"
+    assert not {module: file for module, file in found.items() if f"{module}.".startswith(f"{name}.")}
 
 
 def build(target: str, folder: Path) -> Path:

@@ -13,9 +13,9 @@ from torch import nn
 from ..layers import GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
 from ..layers.decayed_linear_attention import DecayedLinearAttention
 from ..layers.parallel.states import TOKENS_AT_ONCE
-from .decoder import HybridAttnConfig, HybridAttnForCausalLM
+from .decoder import HybridAttnConfig
+from .decoder.accounting import blocks, parameters_of
 from .decoder.loss import LOGITS_PER_CHUNK
-from .decoder.modeling import DecoderLayer
 
 FP32 = torch.float32.itemsize
 
@@ -49,12 +49,6 @@ class Memory(NamedTuple):
     layer: int
     exchange: int
     loss: int
-
-
-def layers_of(config: HybridAttnConfig) -> list[DecoderLayer]:
-    """Without memory."""
-    with torch.device("meta"):
-        return [DecoderLayer(config, i) for i in range(len(config.mixers))]
 
 
 class State(NamedTuple):
@@ -105,7 +99,7 @@ def traffic(
     borders = 0 if ranks == 1 else 1 if layout == "contiguous" or ranks == 2 else 2
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()
-    for module in (module for layer in layers_of(config) for module in layer.modules()):
+    for module in (module for layer in blocks(config) for module in layer.modules()):
         if state := state_of(module):
             both = {"states": segments * (ranks - 1) * batch_size * state.elements * FP32}
             forward.update(both)
@@ -136,15 +130,9 @@ def sharded_traffic(config: HybridAttnConfig, *, gpus: int, dtype: torch.dtype =
 
     Parameters in ``dtype`` are gathered, those of layers again in the backward pass; gradients are scattered in fp32.
     """
-    layers = sum(p.numel() for layer in layers_of(config) for p in layer.parameters())
-    total = parameters(config)
-    return (gpus - 1) * ((layers + total) * dtype.itemsize + total * FP32) // gpus
-
-
-def parameters(config: HybridAttnConfig) -> int:
-    """Their number."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in HybridAttnForCausalLM(config).parameters())
+    *layers, rest = parameters_of(config)
+    total = sum(layers) + rest
+    return (gpus - 1) * ((sum(layers) + total) * dtype.itemsize + total * FP32) // gpus
 
 
 def memory(
@@ -163,9 +151,8 @@ def memory(
         gpus: that share the parameters (FSDP2); ``ranks`` by default.
         tokens, ranks, batch_size, layout, dtype: as in ``traffic``.
     """
-    layers, total, here = layers_of(config), parameters(config), batch_size * tokens // ranks
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    rest = total - sum(sizes)
+    layers, here = blocks(config), batch_size * tokens // ranks
+    *sizes, rest = parameters_of(config)
     maps = [sum(m.out_features for m in layer.modules() if isinstance(m, nn.Linear)) for layer in layers]
     segments = ranks * (1 if layout == "contiguous" else 2)
     exchange = [0]
@@ -176,10 +163,10 @@ def memory(
             exchange.append(4 * segments * batch_size * state.elements * FP32 + summing)
         elif isinstance(module, SoftmaxAttention) and module.window is None:
             pair = 2 * module.num_key_value_heads * module.head_dim
-            blocks = 2 * dtype.itemsize + 3 * FP32
-            exchange.append(here * (pair * blocks + module.num_heads * module.head_dim * FP32))
+            of_blocks = 2 * dtype.itemsize + 3 * FP32
+            exchange.append(here * (pair * of_blocks + module.num_heads * module.head_dim * FP32))
     return Memory(
-        weights=16 * total // (gpus or ranks),
+        weights=16 * (sum(sizes) + rest) // (gpus or ranks),
         gathered=max(
             (3 * dtype.itemsize + FP32) * max(sizes) + 2 * dtype.itemsize * rest, (2 * dtype.itemsize + FP32) * rest
         ),
@@ -230,7 +217,7 @@ def tables() -> str:
                 step = {kind: 2 * x.forward + x.backward for kind, x in sent.items()}  # every layer twice forward
                 row = [
                     name,
-                    f"{parameters(config) / 1e9:.2f}B",
+                    f"{sum(parameters_of(config)) / 1e9:.2f}B",
                     str(ranks),
                     f"{tokens // ranks:,}",
                     *(f"{x / 1e9:.1f}" for x in (*parts, sum(parts))),

@@ -1,108 +1,284 @@
-"""Speed of the linear-attention operators on a CPU, beside the token-by-token reference and PyTorch's SDPA.
+"""The benchmark of the operators, ``hybridattn kernels bench``: seconds, and shares of what the machine can do.
 
-Every result is compared with the reference before it is timed: a wrong result has no speed.
+Two ceilings are measured first: bytes per second of a copy, FLOP per second of a matrix product. Then the
+implementations of each workload take turns in rounds. Each is compared with the fp64 reference before: a wrong result
+has no speed.
 """
 
-import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from hybridattn.kernels.linear_attention import gated_linear_attention, linear_attention
 from hybridattn.kernels.linear_attention.chunked import CHUNK
 from hybridattn.measure.provenance import provenance
-from hybridattn.measure.timing import timed
+from hybridattn.measure.timing import summary
+from hybridattn.workshop.peers import peers
+from hybridattn.workshop.records import Record, appending, origin, read, reason_of
+from hybridattn.workshop.timing import interleaved
+from hybridattn.workshop.workloads import COMPARED, WORKLOADS, Call, Inputs, Shape, error_of, make_inputs, work_of
 
-SHAPE = {"batch": 1, "heads": 4, "key_dim": 64, "value_dim": 64}
-TOLERANCE = 1e-5  # relative L2 against the reference, both fp32
-
-
-def flop_per_token_and_head(key_dim: int, value_dim: int) -> int:
-    """Useful operations: 2KV into the state, 2KV out of it, and the causal half of a chunk's products."""
-    return 4 * key_dim * value_dim + CHUNK * (key_dim + value_dim)
-
-
-def median_seconds(call: Callable[[], object], samples: int, warmup: int = 3) -> float:
-    for _ in range(warmup):
-        call()
-    return statistics.median(timed(call) for _ in range(samples))
+OURS, GOALS = "hybridattn", "goals of a CPU"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative L2 of operands rounded once
+SOFTMAX = [name for name in WORKLOADS if name.startswith("softmax")]
+LINEAR = [name for name in WORKLOADS if name not in (*SOFTMAX, "gated step")]
+CPU_LENGTHS, CPU_SOFTMAX_LENGTHS = (4096,), (1024,)
+GPU_LENGTHS, GPU_SOFTMAX_LENGTHS = (4096, 16384, 1024, 65536), (16384, 4096, 32768, 1024)
+GPU_CACHES = ((32768, 16), (524288, 1), (4096, 128), (4096, 16), (131072, 4), (32768, 1))  # tokens, batch
 
 
-def matmul_rate(samples: int, size: int = 2048) -> float:
-    """FLOP/s of one large fp32 matrix product, the ceiling of this machine."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / median_seconds(lambda: a @ b, samples)
+class Group(NamedTuple):
+    """Implementations of one workload that are timed in the same rounds."""
+
+    workload: str
+    shape: Shape
+    implementations: tuple[str, ...] = (OURS,)
+
+    @property
+    def keys(self) -> list[tuple[Any, ...]]:
+        """What tells the records of its implementations from others."""
+        return [(self.workload, name, *self.shape) for name in self.implementations]
 
 
-def make_inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and GLA's default gates, logsigmoid(N(0, 1)) / 16 per channel."""
-    generator = torch.Generator().manual_seed(0)
-    batch, heads, key_dim, value_dim = SHAPE.values()
-    dims = (key_dim, key_dim, value_dim, key_dim)
-    q, k, v, gate = (torch.randn(batch, tokens, heads, dim, generator=generator) for dim in dims)
-    return q, k, v, F.logsigmoid(gate) / 16
+def plan(device: torch.device, lengths: Sequence[int] = (), with_peers: bool = False) -> Iterator[Group]:
+    """What is timed on a device, at the lengths given or at its usual ones."""
+    for name, shape in (_gpu_shapes if device.type == "cuda" else _cpu_shapes)(lengths):
+        yield Group(name, shape, (OURS, *(peers(name, device) if with_peers else ())))
+    if device.type != "cuda":
+        yield Group(GOALS, Shape(1, min(lengths or CPU_LENGTHS), 4, 64, 64))
 
 
-def check(inputs: tuple[Tensor, ...]) -> None:
-    """Raise a RuntimeError if the torch backend is not the reference."""
-    result, expected = (gated_linear_attention(*inputs, backend=backend)[0] for backend in ("torch", "reference"))
-    error = ((result - expected).norm() / expected.norm()).item()
-    if not error <= TOLERANCE:
-        raise RuntimeError(f"gated_linear_attention: error {error:.1e} against the reference, expected {TOLERANCE:.0e}")
+def _cpu_shapes(lengths: Sequence[int]) -> Iterator[tuple[str, Shape]]:
+    for usual, names in ((CPU_LENGTHS, LINEAR), (CPU_SOFTMAX_LENGTHS, SOFTMAX)):
+        for tokens, name in product(lengths or usual, names):
+            yield name, Shape(1, tokens, 4, WORKLOADS[name].key_dim or 64, 64)
+    yield "gated step", Shape(8, 1, 4, 64, 64)
 
 
-def backward(inputs: tuple[Tensor, ...]) -> None:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    gated_linear_attention(*leaves)[0].sum().backward()
+def _gpu_shapes(lengths: Sequence[int]) -> Iterator[tuple[str, Shape]]:
+    """About as many tokens at every length; the most telling first."""
+    for tokens, name in product(lengths or GPU_LENGTHS, LINEAR):
+        yield name, Shape(max(1, 32768 // tokens), tokens, 16, WORKLOADS[name].key_dim or 128, 128)
+    for batch in (64, 256, 1):
+        yield "gated step", Shape(batch, 1, 16, 128, 128)
+    for heads, dim in ((16, 128), (32, 64)):
+        for tokens, name in product(lengths or GPU_SOFTMAX_LENGTHS, ("softmax, causal", "softmax, full")):
+            yield name, Shape(max(1, 32768 // tokens), tokens, heads, dim, dim)
+        for name in ("softmax, window 512", "softmax, window 4096"):
+            yield name, Shape(1, max(lengths or (32768,)), heads, dim, dim)
+    for tokens, batch in [(tokens, max(1, 524288 // tokens)) for tokens in lengths] or GPU_CACHES:
+        yield "softmax, one token", Shape(batch, tokens, 16, 128, 128)
 
 
-def run(tokens: int = 4096, samples: int = 15) -> dict[str, Any]:
-    """Measure and print.
+def ceilings(device: torch.device, dtype: torch.dtype, samples: int) -> dict[str, float]:
+    """Bytes per second, read and written, of a large copy, and FLOP per second of a large matrix product."""
+    elements, size = (1 << 29, 8192) if device.type == "cuda" else (1 << 25, 2048)
+    # Random: zeros may be moved faster than data are.
+    a = torch.randint(256, (elements,), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timed = interleaved({"copy": lambda: b.copy_(a), "matmul": lambda: x @ y}, device, samples)
+    copy, matmul = (median(each.seconds) for each in timed.values())
+    return {"copy_bytes_per_second": 2 * elements / copy, "matmul_flop_per_second": 2 * size**3 / matmul}
+
+
+def measure(
+    group: Group, dtype: torch.dtype, device: torch.device, most: dict[str, float], samples: int
+) -> list[Record]:
+    """The record of every implementation: its figures, or the ``reason`` why there are none."""
+    workload = WORKLOADS[group.workload]
+    x = make_inputs(workload, group.shape, dtype, device)
+    known = {OURS: workload.operator, **(peers(group.workload, device) if len(group.implementations) > 1 else {})}
+    records: dict[str, Record] = {name: {} for name in group.implementations}
+    for name, record in records.items():
+        try:
+            record["error"] = error_of(workload, known[name], x)
+        except Exception as reason:  # an implementation may lack a case; the others still run
+            record["reason"] = reason_of(reason)
+            continue
+        if not record["error"] <= TOLERANCE[dtype]:  # NaN is not
+            record["reason"] = f"error {record['error']:.1e} against the reference, at most {TOLERANCE[dtype]:.0e}"
+    right = {name: known[name] for name, record in records.items() if "reason" not in record}
+    try:
+        for name, found in _figures(group, right, x, device, samples).items():
+            records[name] |= found
+            for unit, ceiling in (("bytes", "copy"), ("flop", "matmul")):
+                share = found[f"{unit}_per_second"] / most[f"{ceiling}_{unit}_per_second"]
+                records[name][f"share_of_{ceiling}"] = share
+    except Exception as reason:
+        for name in right:
+            records[name]["reason"] = reason_of(reason)
+    return list(records.values())
+
+
+def _figures(
+    group: Group, calls: dict[str, Call], x: Inputs, device: torch.device, samples: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds, forward and with backward, rates of the forward pass, and peak memory on a GPU, by implementation."""
+    workload = WORKLOADS[group.workload]
+    with torch.inference_mode():
+        runs = {name: partial(call, *x.values()) for name, call in calls.items()}
+        found = _timed("forward", runs, device, samples, replay=True)
+    flop, moved = work_of(workload, group.shape, x)
+    for each in found.values():
+        seconds = each["forward"]["median"]
+        each |= {"bytes_per_second": moved / seconds, "flop_per_second": flop / seconds}
+    if workload.kind != "sequence":
+        return found
+    leaves = [value.detach().requires_grad_() for value in x.values()]
+    do = torch.randn_like(x["v"])
+
+    def both(call: Call) -> None:
+        torch.autograd.grad(call(*leaves), leaves, do)
+
+    runs = {name: partial(both, call) for name, call in calls.items()}
+    for name, each in _timed("forward_backward", runs, device, samples).items():
+        found[name] |= each
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            runs[name]()
+            found[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
+def _timed(what: str, runs: dict[str, Any], device: torch.device, samples: int, **options: bool) -> dict[str, Any]:
+    """Under ``what`` median and quartiles of the seconds, and of others the ratio to ours in the same round."""
+    timed = interleaved(runs, device, samples, **options)
+    found = {}
+    for name, (seconds, in_graph) in timed.items():
+        found[name] = {what: {**summary([[each] for each in seconds]), "in_graph": in_graph}}
+        if name != OURS and OURS in timed:
+            found[name][what]["over_ours"] = _ratio(seconds, timed[OURS].seconds)
+    return found
+
+
+def _ratio(over: list[float], under: list[float], times: float = 1.0) -> dict[str, float]:
+    """Median and range over the rounds."""
+    ratios = [times * a / b for a, b in zip(over, under, strict=True)]
+    return {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def measure_goals(shape: Shape, samples: int) -> Record:
+    """The ratios that DESIGN.md has goals for on a CPU, of gated linear attention at T = shape.tokens and at 2T."""
+    workload, cpu, size = WORKLOADS["gated, per channel"], torch.device("cpu"), 2048
+    sizes = (shape, shape._replace(tokens=2 * shape.tokens))
+    short, long = (make_inputs(workload, each, torch.float32, cpu) for each in sizes)
+    wrong = error_of(workload, workload.operator, short)
+    if not wrong <= TOLERANCE[torch.float32]:
+        return {"reason": f"error {wrong:.1e} against the reference"}
+    q, k, v = (long[name].transpose(1, 2).contiguous() for name in "qkv")
+    a = torch.randn(size, size)
+    runs = {
+        "torch": partial(workload.operator, *short.values()),
+        "torch at 2T": partial(workload.operator, *long.values()),
+        "reference": partial(workload.operator, *short.values(), backend="reference"),
+        "SDPA at 2T": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True),
+        "matrix product": lambda: a @ a,
+    }
+    with torch.inference_mode():
+        seconds = {name: each.seconds for name, each in interleaved(runs, cpu, samples).items()}
+    flop, _ = work_of(workload, shape, short)
+    ours, twice = seconds["torch"], seconds["torch at 2T"]
+    ratios = {
+        "reference over torch (goal: at least 20)": _ratio(seconds["reference"], ours),
+        "2T over T (goal: at most 2.3)": _ratio(twice, ours),
+        "share of the matmul rate (goal: 0.30)": _ratio(seconds["matrix product"], ours, flop / (2 * size**3)),
+        "SDPA over torch at 2T (goal: above 1)": _ratio(seconds["SDPA at 2T"], twice),
+    }
+    return {"ratios": ratios, "seconds": {name: summary([[x] for x in each]) for name, each in seconds.items()}}
+
+
+def run(
+    device: str,
+    with_peers: bool = False,
+    samples: int = 15,
+    lengths: Sequence[int] = (),
+    out: Path = Path("reports/bench.jsonl"),
+    plot: Path | None = None,
+) -> list[Record]:
+    """Measure and print, and append the records to ``out``.
 
     Args:
-        tokens: T of the comparison with the reference; twice as many for the comparison with SDPA.
-        samples: timed calls per figure; medians are reported.
+        device: "cuda" or "cpu".
+        with_peers: also time what PyTorch and, where it is installed, flash-linear-attention have.
+        samples: rounds, at least 3.
+        lengths: tokens of sequences and caches, at least 64 each; those of the goals and some more if empty.
+        out: JSON lines. Workloads whose implementations are all there, of the same code, versions, device and
+            configuration, are not measured again.
+        plot: where to draw a roofline of these records.
 
     Returns:
-        JSON values: seconds by operator, the ratios that the goals are about, and where they come from.
+        The records of all that was to be measured.
+
+    Raises:
+        ValueError: an argument is not as above, or matplotlib, which draws, is not installed.
     """
-    if tokens < CHUNK or samples < 3:
-        raise ValueError(f"expected tokens >= {CHUNK} and samples >= 3, got tokens={tokens}, samples={samples}")
-    short, long = make_inputs(tokens), make_inputs(2 * tokens)
-    seconds: dict[str, float] = {}
-    with torch.inference_mode():
-        check(short)
-        ceiling = matmul_rate(samples)
-        seconds["gated, per channel"] = median_seconds(lambda: gated_linear_attention(*short), samples)
-        per_head = (*short[:3], short[3][..., 0].contiguous())
-        seconds["gated, per head"] = median_seconds(lambda: gated_linear_attention(*per_head), samples)
-        seconds["no gate"] = median_seconds(lambda: linear_attention(*short[:3]), samples)
-        seconds["gated, per channel, 2T"] = median_seconds(lambda: gated_linear_attention(*long), samples)
-        q, k, v = (x.transpose(1, 2).contiguous() for x in long[:3])
-        seconds["SDPA, causal, 2T"] = median_seconds(
-            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), samples
-        )
-        seconds["reference"] = median_seconds(
-            lambda: gated_linear_attention(*short, backend="reference"), samples=3, warmup=1
-        )
-    seconds["gated, per channel, forward and backward"] = median_seconds(lambda: backward(short), samples)
-    ours, twice = seconds["gated, per channel"], seconds["gated, per channel, 2T"]
-    flop = SHAPE["batch"] * SHAPE["heads"] * tokens * flop_per_token_and_head(SHAPE["key_dim"], SHAPE["value_dim"])
-    ratios = {
-        "reference over torch (at least 20)": seconds["reference"] / ours,
-        "2T over T (at most 2.3)": twice / ours,
-        "share of the matmul rate (goal 0.30)": flop / ours / ceiling,
-        "SDPA over torch at 2T (goal above 1)": seconds["SDPA, causal, 2T"] / twice,
-    }
-    source = provenance({**SHAPE, "tokens": tokens, "samples": samples, "dtype": "float32"})
-    shape = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in {**SHAPE, "tokens": tokens}.items())
-    print(f"{shape}; fp32, {source['threads']} threads, {source['cpu']}, torch {torch.__version__}")
-    print(f"a matrix product of 2048: {ceiling / 1e9:.0f} GFLOP/s; medians of {samples} calls, of the reference 3")
-    for name, value in seconds.items():
-        print(f"  {name:<42}{value * 1e3:10.2f} ms")
-    for name, value in ratios.items():
-        print(f"  {name:<42}{value:10.2f}")
-    return {"seconds": seconds, "ratios": ratios, "matmul_flop_per_second": ceiling, "provenance": source}
+    if samples < 3 or min(lengths, default=CHUNK) < CHUNK:
+        raise ValueError(f"expected samples >= 3 and tokens >= {CHUNK}, got samples={samples}, tokens={list(lengths)}")
+    if plot is not None and not find_spec("matplotlib"):
+        raise ValueError("plot: expected matplotlib (pip install hybridattn[demo]), which is not installed")
+    place = torch.device(device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    facts = provenance({"dtype": str(dtype), "samples": samples, "compared": COMPARED, "tolerance": TOLERANCE[dtype]})
+    source = {**origin(place), **{name: facts[name] for name in ("versions", "threads", "config_sha256")}}
+    known = {(line["workload"], line["implementation"], *line["shape"]): line for line in read(out, source)}
+    groups = list(plan(place, lengths, with_peers))
+    todo = [group for group in groups if not known.keys() >= set(group.keys)]
+    print(f"{source['device']}, {facts['threads']} threads, {str(dtype)[6:]}, torch {source['torch']}")
+    print(f"{samples} rounds; {len(groups) - len(todo)} of {len(groups)} workloads were in {out} already")
+    most = ceilings(place, dtype, samples) if todo else {}
+    if most:
+        copy, matmul = (value / 1e9 for value in most.values())
+        print(f"copy {copy:.0f} GB/s, matrix product {matmul:.0f} GFLOP/s")
+    with appending(out, {**source, "date": facts["date"], **most}) as write:
+        for group in groups:
+            if group in todo and group.workload == GOALS:
+                found = [measure_goals(group.shape, samples)]
+            else:
+                found = measure(group, dtype, place, most, samples) if group in todo else []
+            for key, name, record in zip(group.keys, group.implementations, found, strict=bool(found)):
+                known[key] = write({"workload": group.workload, "implementation": name, "shape": group.shape, **record})
+            for key in group.keys:
+                print(describe(known[key]), flush=True)
+    records = [known[key] for group in groups for key in group.keys]
+    if plot is not None:
+        from hybridattn.workshop.roofline import roofline
+
+        roofline(records, plot)
+    return records
+
+
+def describe(record: Record) -> str:
+    """Lines of print: milliseconds with quartiles, shares of the ceilings, and ratios with their range."""
+    title = f"  {record['workload']:<21}{'x'.join(map(str, record['shape'])):<18}{record['implementation']:<16}"
+    if "reason" in record:
+        return title + record["reason"]
+    if record["workload"] == GOALS:
+        seconds = [f"    {name:<42}{_milliseconds(each)}" for name, each in record["seconds"].items()]
+        return "\n".join([title, *seconds, *(f"    {name:<42}{_range(x)}" for name, x in record["ratios"].items())])
+    forward = record["forward"]
+    text = _milliseconds(forward)
+    text += f", {record['share_of_copy']:4.0%} of copy, {record['share_of_matmul']:4.0%} of matmul"
+    if "forward_backward" in record:
+        text += f"; with backward {_milliseconds(record['forward_backward'])}"
+    text += f"; peak {record['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in record else ""
+    is_single = record["architecture"] != "cpu" and not forward["in_graph"]
+    return title + text + ("; not in a CUDA graph" if is_single else "")
+
+
+def _milliseconds(timed: dict[str, Any]) -> str:
+    middle, low, high = (1e3 * timed[name] for name in ("median", "lower_quartile", "upper_quartile"))
+    text = f"{middle:9.3f} ms ({low:.3f} to {high:.3f})"
+    return text + (f", {_range(timed['over_ours'])} times ours" if "over_ours" in timed else "")
+
+
+def _range(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"

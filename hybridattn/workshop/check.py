@@ -11,16 +11,16 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hybridattn.kernels.runtime.launch import architecture
-from hybridattn.measure.provenance import PACKAGE, commit, cpu_name, installed_version, source_sha256
+from hybridattn.measure.provenance import PACKAGE
 from hybridattn.workshop.cases import DTYPES, OPERATORS, Sizes, make_inputs, sizes_of
+from hybridattn.workshop.records import appending, check_names, origin, read, reason_of
 
 EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # relative L2 of fp32
 ROUNDING, ROUNDING_GRADIENT = 1.5, 2.0  # times the error of the fp64 formula with operands rounded once, for 16 bits
@@ -49,12 +49,8 @@ def cases(device: torch.device, kernels: Sequence[str] = (), backends: Sequence[
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     known = sorted({name.partition(" ")[0] for name in OPERATORS})
-    for name in kernels:
-        if name not in known:
-            raise ValueError(f"kernel: expected one of {known}, got {name!r}")
-    for name in backends:
-        if name not in ("torch", "triton"):
-            raise ValueError(f"backend: expected 'torch' or 'triton', got {name!r}")
+    check_names("kernel", kernels, known)
+    check_names("backend", backends, ("torch", "triton"))
     if "triton" in backends and device.type == "cpu" and not interpreted:
         raise ValueError("backend: expected TRITON_INTERPRET=1 for 'triton' on a CPU, which is not set")
     wanted = backends or (["torch", "triton"] if device.type != "cpu" or interpreted else ["torch"])
@@ -88,6 +84,12 @@ def poisoned() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _opposite_order() -> AbstractContextManager[None]:
+    from hybridattn.workshop.interpreter import reversed_programs
+
+    return reversed_programs()
 
 
 def far_apart(x: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def run_case(case: Case, device: torch.device) -> dict[str, Any]:
     exact = evaluate(case, inputs, "reference", torch.float64)
     with poisoned():
         first = evaluate(case, inputs, case.backend, case.dtype)
-        with _other_order() if case.backend == "triton" and device.type == "cpu" else nullcontext():
+        with _opposite_order() if case.backend == "triton" and device.type == "cpu" else nullcontext():
             again = evaluate(case, inputs, case.backend, case.dtype)
     same_bits = all(torch.equal(y, again[name]) for name, y in first.items())
     if case.dtype == torch.float32:
@@ -185,24 +187,6 @@ def _draws_of_constant_gates(
         yield exact["dg"], actual["dg"], evaluate(case, x, "reference", torch.float64, rounded=True)["dg"]
 
 
-def _other_order():
-    from hybridattn.workshop.interpreter import reversed_programs
-
-    return reversed_programs()
-
-
-def origin(device: torch.device) -> dict[str, Any]:
-    """What the lines of one run have in common."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "architecture": architecture(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "triton": installed_version("triton"),
-        "source_sha256": source_sha256(),
-        "commit": commit(Path(__file__)),
-    }
-
-
 def run(
     device: str,
     out: Path,
@@ -225,29 +209,18 @@ def run(
     if record and place.type == "cpu":
         raise ValueError("record: expected a GPU to verify launch rows on, got the CPU")
     source = origin(place)
-    known = {
-        line["case"]: line
-        for line in (map(json.loads, out.read_text().splitlines()) if out.exists() else ())
-        if all(line[key] == value for key, value in source.items() if key != "commit")
-    }
+    known = {line["case"]: line for line in read(out, source)}
     todo = [case for case in cases(place, kernels, backends) if has_row(case, source["architecture"])]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file, ExitStack() as stack:
+    with appending(out, source) as write, ExitStack() as stack:
         if place.type == "cpu" and any(case.backend == "triton" for case in todo):
             from hybridattn.workshop.interpreter import exact_bf16
 
             stack.enter_context(exact_bf16())
         for case in todo:
             if case.name not in known:
-                known[case.name] = {"case": case.name, **_attempt(case, place), **source}
-                file.write(json.dumps(known[case.name]) + "\n")
-                file.flush()
+                known[case.name] = write({"case": case.name, **_attempt(case, place)})
             if not known[case.name]["passed"]:
                 print(_failure(known[case.name]))
-            if "CUDA error" in known[case.name].get("reason", ""):
-                raise ValueError(
-                    f"{case.name}: the GPU is lost to this process; run again to go on with the other cases"
-                )
     failed = [case for case in todo if not known[case.name]["passed"]]
     print(f"{len(todo) - len(failed)} of {len(todo)} cases passed on {source['device']}")
     if record:
@@ -260,7 +233,7 @@ def _attempt(case: Case, device: torch.device) -> dict[str, Any]:
     try:
         return run_case(case, device)
     except Exception as reason:  # a kernel may fail in any way; the other cases are still of interest
-        return {"passed": False, "reason": f"{type(reason).__name__}: {reason}"[:500]}
+        return {"passed": False, "reason": reason_of(reason)}
 
 
 def _failure(line: dict[str, Any]) -> str:

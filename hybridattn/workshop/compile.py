@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY, CompileRow
+from hybridattn.workshop.records import check_names
 
 FAMILIES = ("linear_attention", "flash_attention")  # whose triton folder has a module ``rows`` with ``compile_rows``
 CEILINGS = Path(__file__).with_name("ceilings.json")
@@ -39,18 +40,14 @@ def shipped_rows(architectures: Sequence[str] = (), kernels: Sequence[str] = ())
     Raises:
         ValueError: an architecture or a kernel is unknown.
     """
-    for name in architectures:
-        if name not in SHARED_MEMORY:
-            raise ValueError(f"arch: expected one of {list(SHARED_MEMORY)}, got {name!r}")
+    check_names("arch", architectures, SHARED_MEMORY)
     modules = [import_module(f"hybridattn.kernels.{family}.triton.rows") for family in FAMILIES]
     rows = {
         name: [row for module in modules for row in module.compile_rows(name)]
         for name in architectures or SHARED_MEMORY
     }
     known = sorted({kernel_name(row.name) for each in rows.values() for row in each})
-    for name in kernels:
-        if name not in known:
-            raise ValueError(f"kernel: expected one of {known}, got {name!r}")
+    check_names("kernel", kernels, known)
     chosen = kernels or known
     return {name: [row for row in each if kernel_name(row.name) in chosen] for name, each in rows.items()}
 

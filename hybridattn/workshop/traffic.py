@@ -9,7 +9,7 @@ descriptors (TMA) too. Only lanes that are not masked count. An address is looke
 launch's tensors, so that a gap of a strided view is outside, and it is looked up before it is used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -72,28 +72,27 @@ class _Elements:
         self.kernel = kernel
         tensors = [(name, x) for name, value in arguments.items() for x in _tensors(value)]
         self.names = list(dict(tensors))
-        addresses = [_addresses(x) for _, x in tensors]
-        owners = [np.full(len(a), self.names.index(name)) for a, (name, _) in zip(addresses, tensors, strict=True)]
-        sizes = [np.full(len(a), x.element_size()) for a, (_, x) in zip(addresses, tensors, strict=True)]
-        joined = np.concatenate([np.empty(0, np.uint64), *addresses])
-        self.starts, first = np.unique(joined, return_index=True)  # the first of several owners
-        self.owners = np.concatenate([np.empty(0, int), *owners])[first]
-        self.ends = self.starts + np.concatenate([np.empty(0, int), *sizes])[first].astype(np.uint64)
+        kind = [("start", np.uint64), ("end", np.uint64), ("owner", int)]
+        elements = [np.empty(0, kind)]
+        for name, x in tensors:
+            starts = _addresses(x)
+            elements.append(np.empty(len(starts), kind))
+            elements[-1]["start"], elements[-1]["end"] = starts, starts + np.uint64(x.element_size())
+            elements[-1]["owner"] = self.names.index(name)
+        joined = np.concatenate(elements)
+        _, first = np.unique(joined["start"], return_index=True)  # the first of several owners
+        self.starts, self.ends, self.owners = (joined[name][first] for name in ("start", "end", "owner"))
         self.accesses: list[tuple[str, np.ndarray, int]] = []
 
-    def record(self, kind: str, addresses: np.ndarray, mask: np.ndarray, width: int) -> None:
-        """Note an access of ``width`` bytes per lane.
+    def record(self, kind: str, at: np.ndarray, width: int) -> None:
+        """Note an access of ``width`` bytes at each of the addresses.
 
         Raises:
-            OutOfBounds: a lane that is not masked is outside the tensors.
+            OutOfBounds: one is outside the tensors.
         """
-        at = np.broadcast_to(addresses, mask.shape)[mask]
-        if not at.size:
-            return
         places = np.searchsorted(self.starts, at, side="right") - 1
-        inside = (places >= 0) & (len(self.ends) > 0)
-        if len(self.ends):
-            inside &= at + np.uint64(width) <= self.ends[places]
+        inside = places >= 0
+        inside[inside] = at[inside] + np.uint64(width) <= self.ends[places[inside]]
         if not inside.all():
             raise OutOfBounds(
                 f"{self.kernel}: {(~inside).sum()} of {at.size} lanes {kind} outside {', '.join(self.names)}"
@@ -140,53 +139,43 @@ def count_traffic() -> Iterator[list[Launch]]:
     """
     launches: list[Launch] = []
     running: list[_Elements] = []
-    call, load, store = (
-        GridExecutor.__call__,
-        InterpreterBuilder.create_masked_load,
-        InterpreterBuilder.create_masked_store,
-    )
-    atomic_rmw, atomic_cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
 
-    def counted_call(self: GridExecutor, *arguments: Any, **named: Any) -> None:
-        values = dict(zip(self.arg_names, arguments, strict=False)) | named
-        running.append(_Elements(self.fn.__name__, {name: x for name, x in values.items() if name in self.arg_names}))
-        try:
-            call(self, *arguments, **named)
-            launches.append(running[-1].launch())
-        finally:
-            running.pop()
+    def counted_launch(launch: Callable[..., None]) -> Callable[..., None]:
+        def counted(self: GridExecutor, *arguments: Any, **named: Any) -> None:
+            values = dict(zip(self.arg_names, arguments, strict=False)) | named
+            tensors = {name: x for name, x in values.items() if name in self.arg_names}
+            running.append(_Elements(self.fn.__name__, tensors))
+            try:
+                launch(self, *arguments, **named)
+                launches.append(running[-1].launch())
+            finally:
+                running.pop()
 
-    def note(kind: str, pointers: Any, mask: np.ndarray) -> None:
-        width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        running[-1].record(kind, pointers.data, np.asarray(mask, dtype=bool), width)
+        return counted
 
-    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        note("load", pointers, _data(mask))
-        return load(self, pointers, mask, *rest, **named)
+    def counted_access(access: Callable[..., Any], kinds: tuple[str, ...], at: int, mask_at: int | None) -> Any:
+        """The interpreter's method; its pointers and mask, if it has one, are the arguments ``at`` and ``mask_at``."""
 
-    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        note("store", pointers, _data(mask))
-        return store(self, pointers, value, mask, *rest, **named)
+        def counted(self: InterpreterBuilder, *arguments: Any, **named: Any) -> Any:
+            pointers = arguments[at]
+            mask = True if mask_at is None else _data(arguments[mask_at])
+            width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            addresses, lanes = np.broadcast_arrays(pointers.data, np.asarray(mask, dtype=bool))
+            for kind in kinds:
+                running[-1].record(kind, addresses[lanes], width)
+            return access(self, *arguments, **named)
 
-    def counted_rmw(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        note("load", pointers, _data(mask))
-        note("store", pointers, _data(mask))
-        return atomic_rmw(self, operation, pointers, value, mask, *rest)
-
-    def counted_cas(self: Any, pointers: Any, *rest: Any) -> Any:
-        everywhere = np.ones_like(pointers.data, dtype=bool)
-        note("load", pointers, everywhere)
-        note("store", pointers, everywhere)
-        return atomic_cas(self, pointers, *rest)
+        return counted
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(GridExecutor, "__call__", counted_call))
-        for name, counted in (
-            ("create_masked_load", counted_load),
-            ("create_masked_store", counted_store),
-            ("create_atomic_rmw", counted_rmw),
-            ("create_atomic_cas", counted_cas),
+        stack.enter_context(patch.object(GridExecutor, "__call__", counted_launch(GridExecutor.__call__)))
+        for name, kinds, at, mask_at in (
+            ("create_masked_load", ("load",), 0, 1),
+            ("create_masked_store", ("store",), 0, 2),
+            ("create_atomic_rmw", ("load", "store"), 1, 3),
+            ("create_atomic_cas", ("load", "store"), 0, None),
         ):
+            counted = counted_access(getattr(InterpreterBuilder, name), kinds, at, mask_at)
             stack.enter_context(patch.object(InterpreterBuilder, name, counted))
         yield launches
 

@@ -1,14 +1,15 @@
-"""Search of launch rows on the GPU at hand: what ``hybridattn kernels tune`` runs.
+"""The search for faster launch rows on the GPU at hand: what ``hybridattn kernels tune`` runs.
 
-A row of a launch table is replaced by one candidate after the other; a work that launches it is compared with the fp64
-reference and timed. Nothing is changed for good: the best are printed and written as JSON. Who ships one puts it into
-the table, then ``hybridattn kernels compile --record`` and ``hybridattn kernels check --record``.
+A row of a launch table is replaced by one candidate after the other. A workload that launches it is compared with the
+fp64 reference and timed. The table is as before afterwards: the fastest are printed, and all are written as JSON. To
+ship one, put it into the table, then run ``hybridattn kernels compile --record`` and ``hybridattn kernels check
+--record``.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -16,66 +17,55 @@ import torch
 from hybridattn.kernels.flash_attention.triton.launch import DECODE, KERNELS
 from hybridattn.kernels.linear_attention.triton.launch import KEYS, STEP, VALUES
 from hybridattn.kernels.runtime.launch import architecture, nearest_architecture
-from hybridattn.workshop.check import origin
-from hybridattn.workshop.contest import TOLERANCE, WORKS, Shape, contestants, make_inputs, seconds_of, wrong_by
+from hybridattn.workshop.bench import TOLERANCE
+from hybridattn.workshop.records import appending, check_names, origin, reason_of
+from hybridattn.workshop.timing import interleaved
+from hybridattn.workshop.workloads import WORKLOADS, Shape, error_of, make_inputs
 
 Row = tuple[int, ...]
-WARPS, STAGES, COLUMNS = (4, 8), (1, 2, 3), (16, 32, 64)
+WARPS, STAGES = (4, 8), (1, 2, 3)
 
 
 class Search(NamedTuple):
-    """Rows to be searched: those of one kernel on one architecture.
+    """The rows of one kernel on one architecture, and how they are tried.
 
     Attributes:
         rows: the part of a launch table, by the dim that decides.
-        work: of ``contest.WORKS``, which launches the kernel.
         candidates: what a row may be.
+        workload: of ``WORKLOADS``, which launches the kernel.
+        batch, tokens: of the workload.
         backward: whether it is the backward pass that launches it.
-        shape: of the work, from the dim.
+        key_dim: K; None is the row's dim. V is the row's dim, at most 256.
     """
 
     rows: dict[int, Any]
-    work: str
     candidates: list[Row]
-    backward: bool
-    shape: Callable[[int], Shape]
+    workload: str
+    batch: int
+    tokens: int
+    backward: bool = False
+    key_dim: int | None = None
+
+    def shape(self, dim: int) -> Shape:
+        return Shape(self.batch, self.tokens, 16, self.key_dim or dim, min(dim, 256))
 
 
 def searches(name: str) -> dict[str, Search]:
     """By kernel, for an architecture that has rows; operands are bf16."""
-    tiles = [(m, n, w, s) for m, n, w, s in product((64, 128), (32, 64, 128), WARPS, STAGES)]
-    linear = partial_shape(8, 4096)
-    found = {
-        "linear_attention_sweep_values": Search(
-            VALUES[name]["bf16"], "gated, per channel", list(product(COLUMNS, WARPS, STAGES)), False, linear
-        ),
-        "linear_attention_sweep_keys": Search(
-            KEYS[name]["bf16"],
-            "gated, per channel",
-            list(product(COLUMNS, WARPS, STAGES)),
-            True,
-            lambda dim: Shape(8, 4096, 16, 128, dim),
-        ),
-        "linear_attention_step": Search(
-            STEP[name], "gated step", list(product((16, 32, 64, 128), WARPS)), False, partial_shape(64, 1)
-        ),
-        "flash_attention_decode": Search(
-            DECODE[name],
-            "softmax, one token",
-            list(product((16, 32, 64, 128), WARPS, STAGES, (1, 2, 3, 4))),
-            False,
-            partial_shape(16, 16384),
-        ),
+    sweep = list(product((16, 32, 64), WARPS, STAGES))
+    step = list(product((16, 32, 64, 128), WARPS))
+    decode = list(product((16, 32, 64, 128), WARPS, STAGES, (1, 2, 3, 4)))
+    tiles = list(product((64, 128), (32, 64, 128), WARPS, STAGES))
+    return {
+        "linear_attention_sweep_values": Search(VALUES[name]["bf16"], sweep, "gated, per channel", 8, 4096),
+        "linear_attention_sweep_keys": Search(KEYS[name]["bf16"], sweep, "gated, per channel", 8, 4096, True, 128),
+        "linear_attention_step": Search(STEP[name], step, "gated step", 64, 1),
+        "flash_attention_decode": Search(DECODE[name], decode, "softmax, one token", 16, 16384),
+        **{
+            f"flash_attention_{kernel}": Search(table[name], tiles, "softmax, causal", 8, 4096, kernel != "forward")
+            for kernel, table in KERNELS.items()
+        },
     }
-    for kernel, table in KERNELS.items():
-        found[f"flash_attention_{kernel}"] = Search(
-            table[name], "softmax, causal", tiles, kernel != "forward", partial_shape(8, 4096)
-        )
-    return found
-
-
-def partial_shape(batch: int, tokens: int) -> Callable[[int], Shape]:
-    return lambda dim: Shape(batch, tokens, 16, dim, min(dim, 256))
 
 
 def search(
@@ -85,8 +75,8 @@ def search(
 
     Args:
         rows: has the row at ``dim``, and has it again afterwards.
-        error: of the work with the row in place.
-        seconds: the work takes with it.
+        error: of the workload with the row in place.
+        seconds: that the workload takes with it.
     """
     shipped = rows[dim]
     try:
@@ -98,9 +88,7 @@ def search(
                 right = wrong <= TOLERANCE[torch.bfloat16]  # NaN is not
                 line |= {"seconds": seconds()} if right else {"reason": f"error {wrong:.1e}"}
             except Exception as reason:  # no room in shared memory, or a compiler that fails: on with the next
-                line["reason"] = f"{type(reason).__name__}: {reason}"[:200]
-                if "CUDA error" in line["reason"]:
-                    raise ValueError(f"{row}: the GPU is lost to this process: {line['reason']}") from reason
+                line["reason"] = reason_of(reason)
             yield line
     finally:
         rows[dim] = shipped
@@ -116,39 +104,31 @@ def run(device: str, kernels: list[str], dims: list[int], samples: int, out: Pat
     if place.type == "cpu":
         raise ValueError("device: expected a GPU to tune on, got 'cpu'")
     known = searches(nearest_architecture(architecture(place)))
-    for kernel in kernels:
-        if kernel not in known:
-            raise ValueError(f"kernel: expected one of {sorted(known)}, got {kernel!r}")
-    source = origin(place)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
+    check_names("kernel", kernels, known)
+    with appending(out, origin(place)) as write:
         for kernel in kernels or known:
             for dim in sorted(known[kernel].rows.keys() & set(dims) if dims else known[kernel].rows):
-                lines = []
-                for line in _search(known[kernel], dim, place, samples):
-                    lines.append({"kernel": kernel, "dim": dim, **line})
-                    file.write(json.dumps({**lines[-1], **source}) + "\n")
-                    file.flush()
-                print(describe(kernel, dim, lines))
+                found = _search(known[kernel], dim, place, samples)
+                print(describe(kernel, dim, [write({"kernel": kernel, "dim": dim, **line}) for line in found]))
 
 
 def _search(of: Search, dim: int, device: torch.device, samples: int) -> Iterator[dict[str, Any]]:
-    _, call = next(contestants(of.work, device, False))
-    x = make_inputs(WORKS[of.work], of.shape(dim), torch.bfloat16, device)
-    leaves = [value.detach().requires_grad_() for value in x.values()] if of.backward else list(x.values())
+    workload = WORKLOADS[of.workload]
+    x = make_inputs(workload, of.shape(dim), torch.bfloat16, device)
+    leaves = [value.detach().requires_grad_(of.backward) for value in x.values()]
     do = torch.randn_like(x["v"])
 
-    def both() -> None:
-        torch.autograd.grad(call(*leaves), leaves, do)
+    def call() -> None:
+        o = workload.operator(*leaves)
+        if of.backward:
+            torch.autograd.grad(o, leaves, do)
 
     def error() -> float:
         forget()
-        return wrong_by(of.work, call, x)
+        return error_of(workload, workload.operator, x)
 
     def seconds() -> float:
-        if of.backward:
-            return seconds_of(both, device, samples)["median"]
-        return seconds_of(lambda: call(*leaves), device, samples, replay=True)["median"]
+        return median(interleaved({"": call}, device, samples, replay=not of.backward)[""].seconds)
 
     yield from search(of.rows, dim, of.candidates, error, seconds)
     forget()

@@ -5,7 +5,7 @@ import torch
 
 from hybridattn import HybridAttnForCausalLM
 from hybridattn.layers import BaseConv, SoftmaxAttention, TaylorLinearAttention
-from hybridattn.models.decoder.accounting import cache_elements, cache_spec
+from hybridattn.models.decoder.accounting import cache_elements, cache_spec, parameters_of
 from hybridattn.models.decoder.configuration import expand_pattern
 from hybridattn.models.presets import PRESETS
 
@@ -31,6 +31,16 @@ def on_meta(name: str) -> HybridAttnForCausalLM:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_within_one_percent(name: str):
     assert on_meta(name).num_parameters() == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_parameters_that_are_counted_without_the_model_are_the_models(is_tied: bool):
+    config = PRESETS["hybrid_340m"](tie_word_embeddings=is_tied, input_conv_size=4)
+    with torch.device("meta"):
+        model = HybridAttnForCausalLM(config)
+    *layers, _ = counted = parameters_of(config)
+    assert layers == [sum(x.numel() for x in layer.parameters()) for layer in model.model.layers]
+    assert sum(counted) == model.num_parameters()
 
 
 @pytest.mark.parametrize(

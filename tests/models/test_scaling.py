@@ -12,8 +12,9 @@ from hybridattn import HybridAttnConfig
 from hybridattn.evals.speed.memory import peak_bytes
 from hybridattn.models import scaling
 from hybridattn.models.decoder import loss
+from hybridattn.models.decoder.accounting import blocks
 from hybridattn.models.decoder.modeling import DecoderLayer
-from hybridattn.models.scaling import layers_of, memory, sharded_traffic, tables, traffic
+from hybridattn.models.scaling import memory, sharded_traffic, tables, traffic
 
 DOC = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -88,7 +89,7 @@ def test_the_loss_takes_three_times_the_logits_of_a_chunk(vocab_size: int, monke
 
 
 def test_nothing_is_allocated():
-    assert all(p.is_meta for layer in layers_of(config("gla", "full")) for p in layer.parameters())
+    assert all(p.is_meta for layer in blocks(config("gla", "full")) for p in layer.parameters())
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_code():

@@ -16,7 +16,7 @@ from hybridattn.kernels.flash_attention.triton.launch import (
 )
 from hybridattn.kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY
-from hybridattn.workshop import check
+from hybridattn.workshop import check, records
 from hybridattn.workshop.cases import DTYPES, OPERATORS, make_inputs, sizes_of
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))  # as if it had been cut off
     assert check.run("cpu", out, ["flash_attention"])
     assert ran == first + first[-2:]
-    monkeypatch.setattr(check, "source_sha256", lambda: "other code")
+    monkeypatch.setattr(records, "source_sha256", lambda: "other code")
     assert check.run("cpu", out, ["flash_attention"])
     assert len(ran) == 2 * len(first) + 2
 

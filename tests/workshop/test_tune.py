@@ -6,8 +6,8 @@ import pytest
 
 from hybridattn import cli
 from hybridattn.kernels.runtime.launch import SHARED_MEMORY
-from hybridattn.workshop.contest import WORKS
 from hybridattn.workshop.tune import describe, forget, run, search, searches
+from hybridattn.workshop.workloads import WORKLOADS
 
 TIMES = {(1, 4): 3.0, (2, 4): 1.0, (3, 4): 2.0}
 
@@ -48,7 +48,7 @@ def test_a_search_that_is_left_puts_the_row_back():
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_rows_are_searched_among_their_like(architecture: str):
     for kernel, found in searches(architecture).items():
-        assert found.work in WORKS
+        assert found.workload in WORKLOADS
         for dim, row in found.rows.items():
             assert {len(each) for each in found.candidates} == {len(row)}, kernel
             assert found.shape(dim).key_dim >= 16

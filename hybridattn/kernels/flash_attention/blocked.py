@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 
 from ..runtime.backend import compute_dtype, no_autocast
+from ..runtime.ops import opaque_op
 from ..runtime.sequences import sequence_slices
 from .options import BlockMask, Options, by_sequence, positions, visible
 
@@ -282,7 +282,7 @@ def _parts(q: Tensor, k: Tensor, t: Tensor | None, s: Tensor | None, options: Op
     return parts
 
 
-@custom_op("hybridattn::flash_attention_blocked", mutates_args=())
+@opaque_op("hybridattn::flash_attention_blocked")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -347,7 +347,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, part: _Part, o: Tensor, lse: Tenso
         of_q.join(total.log_().add_(top), lse[:, t, :, None])
 
 
-@custom_op("hybridattn::flash_attention_blocked_backward", mutates_args=())
+@opaque_op("hybridattn::flash_attention_blocked_backward")
 def backward(
     q: Tensor,
     k: Tensor,

@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 
 from ..runtime.backend import compute_dtype, no_autocast
+from ..runtime.ops import opaque_op
 from ..runtime.sequences import sequence_slices
 from . import features
 
@@ -350,7 +350,7 @@ def _each(rows: Tensor, group: int) -> Tensor:
     return rows.view(rows.shape[0], group, rows.shape[1] // group, rows.shape[2])
 
 
-@custom_op("hybridattn::linear_attention_chunked", mutates_args=())
+@opaque_op("hybridattn::linear_attention_chunked")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -388,7 +388,7 @@ def _(q, k, v, g, scale, taylor, state, cu_seqlens):
     return v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(state), starts
 
 
-@custom_op("hybridattn::linear_attention_chunked_backward", mutates_args=())
+@opaque_op("hybridattn::linear_attention_chunked_backward")
 def backward(
     q: Tensor,
     k: Tensor,

@@ -1,5 +1,6 @@
 """Which implementation serves a call."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -39,11 +40,13 @@ def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | No
     return backend
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it
 def _interpreting() -> bool:
-    from triton import knobs  # only who asks for it by name needs it on a CPU
+    """Whether Triton interprets kernels: what ``triton.knobs.runtime.interpret`` reads, and writes when it is set.
 
-    return knobs.runtime.interpret
+    The variable itself, since torch.compile cannot trace the knob, and torch.compiler's decorators for such functions
+    import torch._dynamo, two seconds of the first call of any operator.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

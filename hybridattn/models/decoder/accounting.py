@@ -5,15 +5,26 @@ import math
 import torch
 
 from ...layers.mixer import CacheSpec
+from .block import Block
 from .configuration import HybridAttnConfig
-from .modeling import DecoderLayer
+
+
+def blocks(config: HybridAttnConfig) -> list[Block]:
+    """The model's blocks without memory, on the meta device."""
+    with torch.device("meta"):
+        return [Block(config, i) for i in range(len(config.mixers))]
+
+
+def parameters_of(config: HybridAttnConfig) -> list[int]:
+    """Parameters of each block, then of the causal language model around them: embeddings, norm, and head if untied."""
+    tables = 1 if config.tie_word_embeddings else 2
+    rest = tables * config.vocab_size * config.hidden_size + config.hidden_size
+    return [*(sum(p.numel() for p in block.parameters()) for block in blocks(config)), rest]
 
 
 def cache_spec(config: HybridAttnConfig, *, batch_size: int, tokens: int, dtype: torch.dtype) -> list[CacheSpec]:
     """Per layer, name -> (shape, dtype) of what it keeps after a prompt of ``tokens``, activations in ``dtype``."""
-    with torch.device("meta"):
-        layers = [DecoderLayer(config, i) for i in range(len(config.mixers))]
-    return [layer.cache_spec(batch_size, tokens, dtype) for layer in layers]
+    return [block.cache_spec(batch_size, tokens, dtype) for block in blocks(config)]
 
 
 def cache_elements(spec: CacheSpec) -> int:

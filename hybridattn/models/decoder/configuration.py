@@ -1,7 +1,9 @@
 """Configuration of the decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import field
 from importlib import import_module
 from typing import Any, ClassVar
@@ -13,6 +15,20 @@ from .. import remote_code
 
 CACHE_LAYER_TYPE = "hybridattn"
 STATE_DTYPES = ("float32", "bfloat16", "float16")
+_wants_models = ContextVar("_wants_models", default=True)
+
+
+@contextmanager
+def without_models() -> Iterator[None]:
+    """Let configurations be made without their model classes, which take seconds to import.
+
+    AutoModel learns of the classes from the first configuration that is made outside the block.
+    """
+    token = _wants_models.set(False)
+    try:
+        yield
+    finally:
+        _wants_models.reset(token)
 
 
 @strict
@@ -71,7 +87,8 @@ class HybridAttnConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        import_module(self.model_classes)  # AutoModel has no other hook
+        if _wants_models.get():
+            import_module(self.model_classes)  # AutoModel has no other hook
         from .mixers import MIXERS, tensor_parallel_plan
 
         for name in ("vocab_size", "hidden_size", "intermediate_size"):

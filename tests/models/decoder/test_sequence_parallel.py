@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybridattn.models.scaling import memory, parameters, sharded_traffic, traffic
+from hybridattn.models.decoder.accounting import parameters_of
+from hybridattn.models.scaling import memory, sharded_traffic, traffic
 
 FILE = Path(__file__).with_name("sequence_parallel.py")
 WORKER = runpy.run_path(str(FILE))
@@ -59,7 +60,7 @@ def check_alibi(ranks: list[dict[str, Any]]) -> None:
 
 def check_memory(ranks: list[dict[str, Any]]) -> None:
     expected = memory(CONFIG, tokens=WORKER["TOKENS"], ranks=4, batch_size=2)
-    assert expected.weights == 16 * parameters(CONFIG) // 4
+    assert expected.weights == 16 * sum(parameters_of(CONFIG)) // 4
     assert [4 * results["memory"]["kept"] for results in ranks] == [expected.weights] * 4
     assert [results["memory"]["checkpoints"] for results in ranks] == [expected.checkpoints] * 4
 

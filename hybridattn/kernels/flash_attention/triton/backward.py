@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from ...runtime.launch import launching
+from ...runtime.ops import opaque_op
 from ..options import BlockMask, Options
 from .operands import aligned, arguments, dense, launch_of, tiles_of
 from .primitives import LOG2E, load_rows, reached_tile, sequence_of, tile_scores, tile_span, tiles_in_reach, visible
@@ -296,7 +296,7 @@ def key_gradients_kernel(
     )
 
 
-@custom_op("hybridattn::flash_attention_triton_backward", mutates_args=())
+@opaque_op("hybridattn::flash_attention_triton_backward")
 def backward(
     q: Tensor,
     k: Tensor,

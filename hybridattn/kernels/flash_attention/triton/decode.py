@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from ...runtime.launch import architecture, launching, warn_of_launch
+from ...runtime.ops import opaque_op
 from ..options import Options
 from .launch import DecodeLaunch, decode_launch
 from .operands import dense, score_numbers
@@ -290,7 +290,7 @@ def merge_kernel(
     store_rows(o, lse, sinks, acc, top, total, batch, segment // ROW_TILES, rows, HEADS, GROUP, NEW, V, BLOCK_V)
 
 
-@custom_op("hybridattn::flash_decode_triton", mutates_args=())
+@opaque_op("hybridattn::flash_decode_triton")
 def attend(
     q: Tensor,
     k: Tensor,

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from ...runtime.launch import launching
+from ...runtime.ops import opaque_op
 from ..options import Options
 from .backward import backward
 from .operands import aligned, arguments, dense, launch_of, tiles_of
@@ -149,7 +149,7 @@ def forward_kernel(
     tl.store(lse + place, tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf")), mask=inside)
 
 
-@custom_op("hybridattn::flash_attention_triton", mutates_args=())
+@opaque_op("hybridattn::flash_attention_triton")
 def forward(
     q: Tensor,
     k: Tensor,

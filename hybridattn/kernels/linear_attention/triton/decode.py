@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from ...runtime.launch import architecture, launching, warn_of_launch
+from ...runtime.ops import opaque_op
 from .launch import StepLaunch, step_launch
 
 
@@ -93,7 +93,7 @@ def step_kernel(
     tl.store(state, s, mask=in_state)
 
 
-@custom_op("hybridattn::linear_attention_step_triton", mutates_args=("state",))
+@opaque_op("hybridattn::linear_attention_step_triton", mutates_args=("state",))
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
     """Outputs [B,T,max(Hq,Hs),V] in v's dtype; the state is overwritten with that after the last token."""
     batch, tokens, queries, key_dim = q.shape

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.library import custom_op
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...runtime.launch import architecture, launching, warn_of_launch
+from ...runtime.ops import opaque_op
 from .. import features
 from .backward import sweep_keys
 from .forward import sweep_values
@@ -29,7 +29,7 @@ SCAN = 1024  # elements of a state that a program scans
 FAR = 1 << 24  # elements from a token to the next, of which 32 bits still reach 64
 
 
-@custom_op("hybridattn::linear_attention_triton", mutates_args=())
+@opaque_op("hybridattn::linear_attention_triton")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -69,7 +69,7 @@ def _(q, k, v, g, scale, taylor, wide, state, cu_seqlens):
     return _outputs(q, k, v, taylor, wide, cu_seqlens)
 
 
-@custom_op("hybridattn::linear_attention_triton_backward", mutates_args=())
+@opaque_op("hybridattn::linear_attention_triton_backward")
 def backward(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,42 @@
+"""The roofline picture of ``hybridattn kernels bench --plot``: rates below what the machine can do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from hybridattn.workshop.records import Record
+
+COLORS = ("#3b82d0", "#d9772b", "#2f9e58", "#d6455d", "#9467bd", "#a0785a", "#d664b4", "#8a8a8a", "#a3a022", "#20a8b8")
+MARKERS = "osD^vP*Xph"
+
+
+def roofline(records: Sequence[Record], file: Path) -> None:
+    """Draw FLOP per second over FLOP per byte, a point for every forward pass, below copy and matrix product.
+
+    Args:
+        records: those of the benchmark, of one device; ones without figures have no point.
+        file: the picture; its suffix is the format.
+    """
+    right = [record for record in records if "flop_per_second" in record and "reason" not in record]
+    workloads, implementations = (
+        list(dict.fromkeys(r[name] for r in right)) for name in ("workload", "implementation")
+    )
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    copy, product = (records[-1][name] for name in ("copy_bytes_per_second", "matmul_flop_per_second"))
+    intensities = [record["flop_per_second"] / record["bytes_per_second"] for record in right]
+    low, high = min([*intensities, product / copy]) / 3, max([*intensities, product / copy]) * 3
+    axes.plot([low, product / copy, high], [low * copy, product, product], color="black", linewidth=1.2)
+    for record, intensity in zip(right, intensities, strict=True):
+        color = COLORS[workloads.index(record["workload"]) % len(COLORS)]
+        marker = MARKERS[implementations.index(record["implementation"]) % len(MARKERS)]
+        axes.scatter(intensity, record["flop_per_second"], color=color, marker=marker, s=30)
+    for i, name in enumerate(workloads):
+        axes.scatter([], [], color=COLORS[i % len(COLORS)], label=name)
+    for i, name in enumerate(implementations):
+        axes.scatter([], [], color="black", marker=MARKERS[i % len(MARKERS)], label=name)
+    axes.set(xscale="log", yscale="log", xlabel="useful FLOP per byte that must move", ylabel="useful FLOP per second")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
