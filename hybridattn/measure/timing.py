@@ -39,6 +39,12 @@ def sample(call: Callable[[], object], *, least: int = 3, seconds: float = 0.2, 
     return found
 
 
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """``median``, ``low`` and ``high`` of the ratios of two times that were taken in the same rounds, one or more."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
 def summary(rounds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Median and quartiles of all samples, and the median of each round.
 

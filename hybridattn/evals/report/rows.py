@@ -14,7 +14,7 @@ import numpy as np
 
 from hybridattn.evals.recall.learnability import learnability
 from hybridattn.measure.provenance import json_sha256
-from hybridattn.measure.timing import summary
+from hybridattn.measure.timing import ratio, summary
 
 BASE = ("name", "model", "train", "device", "dtype", "threads")  # the fields of a configuration that make a row
 TIMED = ("prefill", "decode", "training")
@@ -57,8 +57,8 @@ def _speedup(timed: Timed, baselines: Sequence[Timed]) -> dict[str, float] | Non
     None where no round has both.
     """
     base = next((each for each in baselines if _setting(each) == _setting(timed)), {}).get("rounds", {})
-    ratios = [base[turn] / seconds for turn, seconds in timed["rounds"].items() if turn in base]
-    return {"median": median(ratios), "low": min(ratios), "high": max(ratios)} if ratios else None
+    both = [turn for turn in timed["rounds"] if turn in base]
+    return ratio([base[turn] for turn in both], [timed["rounds"][turn] for turn in both]) if both else None
 
 
 def _setting(timed: Timed) -> tuple[int, int, bool]:
