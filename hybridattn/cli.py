@@ -54,7 +54,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Linear, softmax and hybrid attention for long contexts."""
@@ -111,7 +111,7 @@ def throughput(
     budget: Annotated[float | None, typer.Option(help="Find the largest batch within so many GB.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: by device.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads per operation, on a CPU.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is timed again.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; every model is timed once in each.")] = 5,
     graphs: Annotated[bool, typer.Option(help="Decode with CUDA graphs as well.")] = False,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     again: Annotated[bool, typer.Option(help="Time again what has been timed.")] = False,
@@ -128,7 +128,8 @@ def throughput(
     place = _device(device)
     on_gpu = place == "cuda"
     first, *further = _integers("contexts", contexts)
-    together = _integers("batches", batches or ("1,8,32,128,512" if on_gpu else "1,8"))
+    usual = f"1024,2048,4096,8192{',32768,131072' if on_gpu else ''}"
+    together = _integers("batches", batches if batches is not None else ("1,8,32,128,512" if on_gpu else "1,8"))
     suite = Suite(
         models={name: {"model": models.definition(models.named(name)), "steps": None} for name in model},
         device=place,
@@ -136,10 +137,10 @@ def throughput(
         threads=threads,
         rounds=rounds,
         state=[first, *further],
-        prefill=_integers("lengths", lengths or f"1024,2048,4096,8192{',32768,131072' if on_gpu else ''}"),
+        prefill=_integers("lengths", usual if lengths is None else lengths),
         decode=[*((first, batch) for batch in together), *((context, 1) for context in further)],
         graphs=graphs,
-        training=_integers("training", training) if training else (),
+        training=() if training is None else _integers("training", training),
         memory=None if budget is None else {"tokens": first, "budget": int(budget * 1e9)},
     )
     _measure(suite, out, None, again, "Throughput")
@@ -192,9 +193,9 @@ def _show(out: Path, results: dict[str, Any]) -> None:
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Reports: one to write again, two to compare, or to merge.")],
     merge: Annotated[Path | None, typer.Option(help="Write one report of all folders here.")] = None,
-    title: Annotated[str, typer.Option(help="Of the report that is written.")] = "Recall and throughput",
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "Recall and throughput",
 ) -> None:
-    """List what changed from the first report to the second; or merge reports into one."""
+    """List what changed from the first report to the second, write one report again, or merge reports into one."""
     from hybridattn.evals.report import build, compare, store
 
     if merge is not None:
@@ -205,7 +206,7 @@ def report(
     elif len(folders) == 2:
         print(compare.report(*folders))
     else:
-        raise ValueError(f"folders: expected two to compare, or --merge OUT, got {len(folders)}")
+        raise ValueError(f"folders: expected one to write again, two to compare, or --merge OUT, got {len(folders)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

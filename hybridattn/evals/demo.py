@@ -30,7 +30,7 @@ def run(
     Raises:
         ValueError: a bad argument; the message names it, what was expected and what was given.
     """
-    wanted = [only] if isinstance(only, str) else list(only or PARTS)
+    wanted = [only] if isinstance(only, str) else [*(only or PARTS)]
     if unknown := [part for part in wanted if part not in PARTS]:
         raise ValueError(f"only: expected parts of {list(PARTS)}, got {unknown[0]!r}")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
@@ -56,8 +56,9 @@ def measure_text(store: "Store", steps: int | None) -> None:
     from hybridattn.measure import markdown
     from hybridattn.measure.provenance import cpu_name
 
-    config, folder = language_model.configuration(steps), store.file.parent / "model"
-    found = store.get("language_model", config)
+    config, folder = language_model.configuration(steps), store.out / "model"
+    newest = [each for each in store.found.values() if each["kind"] == "language_model"][-1:]
+    found = newest[0]["figures"] if newest and newest[0]["config"] == config else None  # whose model is in the folder
     if found is None or not (folder / "config.json").is_file():
         found = language_model.measure(folder, steps=steps)
         store.add("language_model", config, found, device=cpu_name())

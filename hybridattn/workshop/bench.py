@@ -20,7 +20,7 @@ from hybridattn.kernels.linear_attention.chunked import CHUNK
 from hybridattn.measure.provenance import provenance
 from hybridattn.measure.timing import ratio, summary
 from hybridattn.workshop.peers import peers
-from hybridattn.workshop.records import Record, appending, origin, read, reason_of
+from hybridattn.workshop.records import Record, origin, read, reason_of, writer
 from hybridattn.workshop.timing import interleaved
 from hybridattn.workshop.workloads import COMPARED, WORKLOADS, Call, Inputs, Shape, error_of, make_inputs, work_of
 
@@ -104,26 +104,25 @@ def measure(
             continue
         if not record["error"] <= TOLERANCE[dtype]:  # NaN is not
             record["reason"] = f"error {record['error']:.1e} against the reference, at most {TOLERANCE[dtype]:.0e}"
-    right = {name: known[name] for name, record in records.items() if "reason" not in record}
-    try:
-        for name, found in _figures(group, right, x, device, samples).items():
-            records[name] |= found
-            for unit, ceiling in (("bytes", "copy"), ("flop", "matmul")):
-                share = found[f"{unit}_per_second"] / most[f"{ceiling}_{unit}_per_second"]
-                records[name][f"share_of_{ceiling}"] = share
-    except Exception as reason:
-        for name in right:
-            records[name]["reason"] = reason_of(reason)
+    calls = {name: known[name] for name, record in records.items() if "reason" not in record}
+    for name, found in _figures(group, calls, x, device, samples, records).items():
+        records[name] |= found
+        for unit, ceiling in (("bytes", "copy"), ("flop", "matmul")):
+            share = found[f"{unit}_per_second"] / most[f"{ceiling}_{unit}_per_second"]
+            records[name][f"share_of_{ceiling}"] = share
     return list(records.values())
 
 
 def _figures(
-    group: Group, calls: dict[str, Call], x: Inputs, device: torch.device, samples: int
+    group: Group, calls: dict[str, Call], x: Inputs, device: torch.device, samples: int, records: dict[str, Record]
 ) -> dict[str, dict[str, Any]]:
-    """Seconds, forward and with backward, rates of the forward pass, and peak memory on a GPU, by implementation."""
+    """Seconds, forward and with backward, rates of the forward pass, and peak memory on a GPU, by implementation.
+
+    An implementation that fails has the ``reason`` in its record, and what it has been timed for before.
+    """
     workload = WORKLOADS[group.workload]
     with torch.inference_mode():
-        runs = {name: partial(call, *x.values()) for name, call in calls.items()}
+        runs = _that_run({name: partial(call, *x.values()) for name, call in calls.items()}, records)
         found = _timed("forward", runs, device, samples, replay=True)
     flop, moved = work_of(workload, group.shape, x)
     for each in found.values():
@@ -137,7 +136,7 @@ def _figures(
     def both(call: Call) -> None:
         torch.autograd.grad(call(*leaves), leaves, do)
 
-    runs = {name: partial(both, call) for name, call in calls.items()}
+    runs = _that_run({name: partial(both, calls[name]) for name in found}, records)
     for name, each in _timed("forward_backward", runs, device, samples).items():
         found[name] |= each
         if device.type == "cuda":
@@ -147,6 +146,19 @@ def _figures(
             runs[name]()
             found[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     return found
+
+
+def _that_run(runs: dict[str, Any], records: dict[str, Record]) -> dict[str, Any]:
+    """Those that run once without an error; the others have the ``reason`` in their records."""
+    fine = {}
+    for name, run in runs.items():
+        try:
+            run()
+        except Exception as reason:
+            records[name]["reason"] = reason_of(reason)
+        else:
+            fine[name] = run
+    return fine
 
 
 def _timed(what: str, runs: dict[str, Any], device: torch.device, samples: int, **options: bool) -> dict[str, Any]:
@@ -238,16 +250,16 @@ def run(
     if most:
         copy, matmul = (value / 1e9 for value in most.values())
         print(f"copy {copy:.0f} GB/s, matrix product {matmul:.0f} GFLOP/s")
-    with appending(out, {**source, "date": facts["date"], **most}) as write:
-        for group in groups:
-            if group in todo and group.workload == GOALS:
-                found = [measure_goals(group.shape, samples)]
-            else:
-                found = measure(group, dtype, place, most, samples) if group in todo else []
-            for key, name, record in zip(group.keys, group.implementations, found, strict=bool(found)):
-                known[key] = write({"workload": group.workload, "implementation": name, "shape": group.shape, **record})
-            for key in group.keys:
-                print(describe(known[key]), flush=True)
+    write = writer(out, {**source, "date": facts["date"], **most})
+    for group in groups:
+        if group in todo and group.workload == GOALS:
+            found = [measure_goals(group.shape, samples)]
+        else:
+            found = measure(group, dtype, place, most, samples) if group in todo else []
+        for key, name, record in zip(group.keys, group.implementations, found, strict=bool(found)):
+            known[key] = write({"workload": group.workload, "implementation": name, "shape": group.shape, **record})
+        for key in group.keys:
+            print(describe(known[key]), flush=True)
     records = [known[key] for group in groups for key in group.keys]
     if plot is not None:
         from hybridattn.workshop.roofline import roofline

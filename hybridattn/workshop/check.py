@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hybridattn.measure.provenance import PACKAGE
 from hybridattn.workshop.cases import DTYPES, OPERATORS, Sizes, make_inputs, sizes_of
-from hybridattn.workshop.records import appending, check_names, origin, read, reason_of
+from hybridattn.workshop.records import check_names, origin, read, reason_of, writer
 
 EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # relative L2 of fp32
 ROUNDING, ROUNDING_GRADIENT = 1.5, 2.0  # times the error of the fp64 formula with operands rounded once, for 16 bits
@@ -211,7 +211,8 @@ def run(
     source = origin(place)
     known = {line["case"]: line for line in read(out, source)}
     todo = [case for case in cases(place, kernels, backends) if has_row(case, source["architecture"])]
-    with appending(out, source) as write, ExitStack() as stack:
+    write = writer(out, source)
+    with ExitStack() as stack:
         if place.type == "cpu" and any(case.backend == "triton" for case in todo):
             from hybridattn.workshop.interpreter import exact_bf16
 

@@ -1,14 +1,13 @@
 """JSON lines that a measurement appends to, so that a run that was cut off goes on where it was."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridattn.kernels.runtime.launch import architecture
+from hybridattn.measure.json_lines import JsonLines
 from hybridattn.measure.provenance import commit, cpu_name, installed_version, source_sha256
 
 Record = dict[str, Any]
@@ -28,30 +27,27 @@ def origin(device: torch.device) -> Record:
 
 def read(file: Path, source: Record) -> list[Record]:
     """The records of a file, if there is one, that agree with all of ``source`` but the commit."""
-    lines = map(json.loads, file.read_text().splitlines() if file.exists() else ())
+    lines = JsonLines(file).objects
     return [line for line in lines if all(line.get(name) == source[name] for name in source if name != "commit")]
 
 
-@contextmanager
-def appending(file: Path, source: Record) -> Iterator[Callable[[Record], Record]]:
-    """Give a function that writes a record and ``source`` at once, and returns both together.
+def writer(file: Path, source: Record) -> Callable[[Record], Record]:
+    """A function that appends a record and ``source`` to a file as one object, and returns it.
 
     Raises:
         ValueError: from that function, after writing: the record's ``reason`` is a CUDA error, after which nothing else
             runs in this process.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
+    lines = JsonLines(file)
 
-        def write(record: Record) -> Record:
-            record = {**record, **source}
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-            if "CUDA error" in record.get("reason", ""):
-                raise ValueError(f"the GPU is lost to this process ({record['reason']}); run again to go on")
-            return record
+    def write(record: Record) -> Record:
+        record = {**record, **source}
+        lines.append(record)
+        if "CUDA error" in record.get("reason", ""):
+            raise ValueError(f"the GPU is lost to this process ({record['reason']}); run again to go on")
+        return record
 
-        yield write
+    return write
 
 
 def check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> None:

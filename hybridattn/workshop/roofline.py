@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from matplotlib.figure import Figure
 
@@ -24,7 +25,8 @@ def roofline(records: Sequence[Record], file: Path) -> None:
     )
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    copy, product = (records[-1][name] for name in ("copy_bytes_per_second", "matmul_flop_per_second"))
+    # A run that was continued has measured them more than once.
+    copy, product = (median(r[name] for r in right) for name in ("copy_bytes_per_second", "matmul_flop_per_second"))
     intensities = [record["flop_per_second"] / record["bytes_per_second"] for record in right]
     low, high = min([*intensities, product / copy]) / 3, max([*intensities, product / copy]) * 3
     axes.plot([low, product / copy, high], [low * copy, product, product], color="black", linewidth=1.2)

@@ -18,7 +18,7 @@ from hybridattn.kernels.flash_attention.triton.launch import DECODE, KERNELS
 from hybridattn.kernels.linear_attention.triton.launch import KEYS, STEP, VALUES
 from hybridattn.kernels.runtime.launch import architecture, nearest_architecture
 from hybridattn.workshop.bench import TOLERANCE
-from hybridattn.workshop.records import appending, check_names, origin, reason_of
+from hybridattn.workshop.records import check_names, origin, reason_of, writer
 from hybridattn.workshop.timing import interleaved
 from hybridattn.workshop.workloads import WORKLOADS, Shape, error_of, make_inputs
 
@@ -105,11 +105,11 @@ def run(device: str, kernels: list[str], dims: list[int], samples: int, out: Pat
         raise ValueError("device: expected a GPU to tune on, got 'cpu'")
     known = searches(nearest_architecture(architecture(place)))
     check_names("kernel", kernels, known)
-    with appending(out, origin(place)) as write:
-        for kernel in kernels or known:
-            for dim in sorted(known[kernel].rows.keys() & set(dims) if dims else known[kernel].rows):
-                found = _search(known[kernel], dim, place, samples)
-                print(describe(kernel, dim, [write({"kernel": kernel, "dim": dim, **line}) for line in found]))
+    write = writer(out, origin(place))
+    for kernel in kernels or known:
+        for dim in sorted(known[kernel].rows.keys() & set(dims) if dims else known[kernel].rows):
+            found = _search(known[kernel], dim, place, samples)
+            print(describe(kernel, dim, [write({"kernel": kernel, "dim": dim, **line}) for line in found]))
 
 
 def _search(of: Search, dim: int, device: torch.device, samples: int) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.numpy import load_file, save_file
@@ -17,12 +18,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hybridattn.evals.pareto.suite import DTYPES, Suite
-from hybridattn.evals.recall.learnability import steps_to_threshold
+from hybridattn.evals.recall.learnability import learnability, steps_to_threshold
 from hybridattn.evals.recall.training_pool import Job, Trained, train_all
 from hybridattn.evals.report.build import build
 from hybridattn.evals.report.document import one_line
-from hybridattn.evals.report.rows import BASE, TIMED, rows
-from hybridattn.evals.report.store import WEIGHTS, Store, key
+from hybridattn.evals.report.rows import TIMED, row_key, rows, run_of
+from hybridattn.evals.report.store import Store
 from hybridattn.evals.speed import latency, memory, models
 from hybridattn.measure.cpu_probe import probe_seconds
 from hybridattn.measure.provenance import cpu_name
@@ -57,12 +58,14 @@ def run(
         raise ValueError(f"shard: expected i/n with 1 <= i <= n, got {part}/{parts}")
     if part > len(suite.models):
         raise ValueError(f"shard: expected a part with a model, there are {len(suite.models)}, got {part}/{parts}")
+    if shard and (again or not any(entry["steps"] for entry in suite.models.values())):
+        raise ValueError("shard: expected models to train, which is all that a part does; and not --again, which times")
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
     if again:
-        ours = [base(suite, name) for name in suite.models]
+        ours = {row_key(base(suite, name)) for name in suite.models}
         timed = ("model", "state", "largest_batch", *TIMED)
-        store.remove(lambda each: each["kind"] in timed and {name: each["config"][name] for name in BASE} in ours)
+        store.remove(lambda each: each["kind"] in timed and row_key(each["config"]) in ours)
     try:
         train(suite, list(suite.models)[part - 1 :: parts], store)
         if shard is None:
@@ -70,6 +73,7 @@ def run(
     except BaseException:
         if store.found:  # interrupted: what there is makes a report
             build(out, title=title)
+            print(f"Not all was measured; what there is: {out / 'report.html'}. The same command goes on.")
         raise
     return build(out, title=title)
 
@@ -80,7 +84,7 @@ def device_name(suite: Suite) -> str:
 
 
 def base(suite: Suite, name: str) -> dict[str, Any]:
-    """What all measurements of a row have in common; its hash is the row's."""
+    """What all measurements of a row have in common; its hash identifies the row."""
     entry = suite.models[name]
     trained = {"procedure": suite.procedure, "steps": entry["steps"]} if entry["steps"] else None
     common = {"name": name, "model": entry["model"], "train": trained, "device": device_name(suite)}
@@ -89,7 +93,7 @@ def base(suite: Suite, name: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------- training
 def trainings(suite: Suite, name: str) -> Iterator[tuple[dict[str, Any], Job]]:
-    """The configurations of a model's recall measurements and the jobs that make them; the first one is timed."""
+    """The configurations of a model's recall measurements, and the jobs that make them."""
     entry = suite.models[name]
     for rate in suite.rates if entry["steps"] else ():
         for seed in suite.seeds:
@@ -104,12 +108,12 @@ def train(suite: Suite, names: Sequence[str], store: Store) -> None:
         each
         for name in names
         for each in trainings(suite, name)
-        if store.get("recall", each[0]) is None or not weights_of(store, each[0]).exists()
+        if store.get("recall", each[0]) is None or not store.weights_of(each[0]).exists()
     ]
 
     def keep(index: int, trained: Trained) -> None:
         config, job = wanted[index]
-        file = weights_of(store, config)
+        file = store.weights_of(config)
         file.parent.mkdir(parents=True, exist_ok=True)
         # A tied weight is one array under two names, which the format refuses: the model ties it again.
         written = {each: values for each, values in trained.weights.items() if each != "lm_head.weight"}
@@ -128,18 +132,14 @@ def train(suite: Suite, names: Sequence[str], store: Store) -> None:
     train_all([job for _, job in wanted], keep)
 
 
-def weights_of(store: Store, config: dict[str, Any]) -> Path:
-    """The file of a trained model's weights."""
-    return store.file.parent / WEIGHTS / f"{key('recall', config)[:24]}.safetensors"
-
-
 def model_of(suite: Suite, name: str, store: Store) -> PreTrainedModel:
-    """The model that is timed: the one that was trained first, or else as its definition says."""
+    """The model that is timed: of the trained ones the first at the best rate, or else as its definition says."""
     where = {"dtype": DTYPES[suite.dtype], "device": suite.device}
     model = models.build(suite.models[name]["model"], **where)
-    first = next(trainings(suite, name), None)
-    if first is not None:
-        stored = {each: torch.from_numpy(values) for each, values in load_file(weights_of(store, first[0])).items()}
+    if configs := [config for config, _ in trainings(suite, name)]:
+        rate = learnability([run_of(config, store.get("recall", config) or {}) for config in configs])["rate"]
+        best = next(config for config in configs if config["rate"] == rate)
+        stored = {each: torch.from_numpy(values) for each, values in load_file(store.weights_of(best)).items()}
         missing, unexpected = model.load_state_dict(stored, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise ValueError(f"{name}: expected the model's weights, missing {missing}, unexpected {unexpected}")
@@ -151,20 +151,18 @@ def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> N
     """Measure every model once per round; the first round prints a row as soon as a model has been measured."""
     is_told = False
     with tqdm(total=suite.rounds * len(suite.models), desc="measuring", unit="model") as bar, threads(suite.threads):
+        write_report()
         for turn in range(suite.rounds):
-            start = time.perf_counter()
-            is_new = False
+            start, in_round, missing = time.perf_counter(), uuid4().hex[:8], missing_in(suite, store, turn)
             for name in suite.models:
                 bar.set_postfix_str(f"round {turn + 1} of {suite.rounds}, {name}")
-                left = [each for each in plan(suite, name, turn) if is_wanted(store, *each[:2])]
-                if left:
-                    is_new = True
-                    measure_model(suite, name, left, store)
+                if missing[name]:
+                    measure_model(suite, name, missing[name], store, in_round)
                 if turn == 0:
-                    print_row(suite, name, store)
+                    tqdm.write(one_line(next(row for row in rows_of(suite, store) if row["config"]["name"] == name)))
                 bar.update()
             more = suite.rounds - turn - 1
-            if is_new and more:
+            if any(missing.values()) and more:
                 if not is_told:
                     took = time.perf_counter() - start
                     tqdm.write(f"A round takes {took:,.0f} s; {more} more take about {more * took / 60:.0f} min.")
@@ -172,38 +170,53 @@ def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> N
                 write_report()
 
 
-def print_row(suite: Suite, name: str, store: Store) -> None:
-    """Print what has been measured of a model."""
-    ours = [base(suite, each) for each in suite.models]
-    mine = [each for each in store.found.values() if {key: each["config"].get(key) for key in BASE} in ours]
-    made = rows(mine)
-    (row,) = (each for each in made if each["config"] == base(suite, name))
-    tqdm.write(one_line(row))
+def rows_of(suite: Suite, store: Store) -> list[dict[str, Any]]:
+    """The rows of the suite's models."""
+    ours = {row_key(base(suite, name)) for name in suite.models}
+    known = (each for each in store.found.values() if "name" in each["config"])
+    return rows([each for each in known if row_key(each["config"]) in ours])
 
 
-def is_wanted(store: Store, kind: str, config: dict[str, Any]) -> bool:
-    """Whether a measurement has not been made, nor found impossible in the first round."""
-    if store.get(kind, config) is not None:
-        return False
+def missing_in(suite: Suite, store: Store, turn: int) -> dict[str, list[Planned]]:
+    """What is left to measure in a round, by model.
+
+    Rows are compared within a round. So a round whose times were not all taken by one run, as of a run that was killed
+    or of a suite that has got another model, is timed anew as a whole.
+    """
+    planned = {
+        name: [each for each in plan(suite, name, turn) if is_possible(store, *each[:2])] for name in suite.models
+    }
+    taken = [store.get(kind, config) for each in planned.values() for kind, config, _ in each if kind in TIMED]
+    is_whole = None not in taken and len({each["in_round"] for each in taken if each and "in_round" in each}) <= 1
+    return {
+        name: [each for each in all_of if store.get(*each[:2]) is None or (each[0] in TIMED and not is_whole)]
+        for name, all_of in planned.items()
+    }
+
+
+def is_possible(store: Store, kind: str, config: dict[str, Any]) -> bool:
+    """Whether a measurement has not been found impossible in the first round."""
     first = store.get(kind, {**config, "round": 0}) if "round" in config else None
     return first is None or "reason" not in first
 
 
-def measure_model(suite: Suite, name: str, left: Sequence[Planned], store: Store) -> None:
+def measure_model(suite: Suite, name: str, missing: Sequence[Planned], store: Store, in_round: str) -> None:
     """Make some measurements of one model."""
     model = model_of(suite, name, store)
     most = latency.positions(model)
-    for kind, config, call in left:
+    baseline = row_key(base(suite, next(iter(suite.models))))
+    for kind, config, call in missing:
         tokens = config.get("tokens", 0) + (latency.MOST_STEPS + 2 if kind == "decode" else 0)
-        before = probe_seconds() if suite.device == "cpu" and kind in TIMED else None
+        before = probe_seconds() if suite.device == "cpu" else 0
         try:
             figures = {"reason": f"it has {most} positions"} if most is not None and tokens > most else call(model)
         except (RuntimeError, MemoryError) as error:
             if not memory.out_of_memory(error):
                 raise
             figures = {"reason": "out of memory"}
-        if before is not None and "seconds" in figures:
-            figures = {**figures, "probe": exact([before, probe_seconds()])}
+        if "seconds" in figures:
+            figures = {**figures, "in_round": in_round, "baseline": baseline}
+            figures |= {"probe": exact([before, probe_seconds()])} if suite.device == "cpu" else {}
         store.add(kind, config, figures, device=device_name(suite))
 
 
@@ -214,7 +227,8 @@ def plan(suite: Suite, name: str, turn: int) -> Iterator[Planned]:
         yield "model", common, facts
         for tokens in suite.state:
             yield "state", {**common, "tokens": tokens}, partial(memory.cache_sizes, tokens=tokens)
-    timed, options = {**common, "round": turn}, {"seconds": suite.seconds, "with_peak": turn == 0}
+    timed = {**common, "round": turn, "seconds": suite.seconds}
+    options = {"seconds": suite.seconds, "with_peak": turn == 0}
     for tokens in suite.prefill:
         call = partial(time_pass, latency.prefill, tokens=tokens, **options)
         yield "prefill", {**timed, "tokens": tokens, "batch": 1}, call

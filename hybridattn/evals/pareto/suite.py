@@ -1,5 +1,6 @@
 """Suites: models, how they are trained, and what is measured of them, from a YAML file or from arguments."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +11,8 @@ import torch
 import yaml
 
 from hybridattn.evals.recall import mqar
-from hybridattn.evals.speed.models import definition
+from hybridattn.evals.speed.models import configuration, definition
+from hybridattn.models.decoder.configuration import without_models
 
 SUITES = Path(__file__).parent / "suites"
 FORMS = ("mixers", "preset", "path", "config")  # of a model in a suite's file
@@ -27,18 +29,18 @@ class Suite:
         device: "cpu" or "cuda".
         dtype: of the timed model; training is in fp32.
         threads: per operation, on a CPU, of everything that is timed.
-        rounds: in each of which every model is timed once.
+        rounds: their number; every model is timed once in each.
         seconds: of samples per time and round at least.
         procedure: of `mqar.PROCEDURES`.
         seeds: models trained per rate.
-        rates: learning rates; the best counts.
-        looks: steps between two points of a learning curve.
+        rates: learning rates; the one with the best median recall counts.
+        looks: steps between two tests of recall, the points of a learning curve.
         state: tokens after which caches are measured.
         prefill: prompt lengths, one sequence.
         decode: (context, batch) of the timed steps.
         graphs: decode with CUDA graphs as well.
         training: row lengths of forward and backward, one sequence.
-        memory: ``tokens`` and ``budget``, bytes of the largest batch; None for not.
+        memory: ``tokens`` and ``budget``, bytes of the largest batch; None: not measured.
 
     Raises:
         ValueError: a wrong value; the message names the attribute, what was expected and what was given.
@@ -63,16 +65,22 @@ class Suite:
 
     def __post_init__(self) -> None:
         _expect("models", bool(self.models), "at least one", self.models)
+        for name in self.models:  # in tables and pictures; matplotlib leaves names out that begin with _
+            _expect("models", name.isprintable() and not name.startswith("_"), "printable names without _ first", name)
         _expect("device", self.device in ("cpu", "cuda"), "'cpu' or 'cuda'", self.device)
-        _expect("dtype", self.dtype in DTYPES, f"one of {sorted(DTYPES)}", self.dtype)
-        _expect("procedure", self.procedure in mqar.PROCEDURES, f"one of {sorted(mqar.PROCEDURES)}", self.procedure)
+        _expect("dtype", str(self.dtype) in DTYPES, f"one of {sorted(DTYPES)}", self.dtype)
+        _expect(
+            "procedure", str(self.procedure) in mqar.PROCEDURES, f"one of {sorted(mqar.PROCEDURES)}", self.procedure
+        )
         for name in ("threads", "rounds", "looks"):
             _expect(name, _is_positive(getattr(self, name)), "a positive integer", getattr(self, name))
         for name in ("state", "prefill", "training"):
             _expect(name, _are_positive(getattr(self, name)), "positive integers", getattr(self, name))
         pairs = _is_list(self.decode) and all(_are_positive(pair) and len(pair) == 2 for pair in self.decode)
         _expect("decode", pairs, "pairs (context, batch) of positive integers", self.decode)
-        _expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a number of at least 0", self.seconds)
+        _expect(
+            "seconds", _is_number(self.seconds) and 0 <= self.seconds < math.inf, "a number of at least 0", self.seconds
+        )
         _expect("graphs", not self.graphs or self.device == "cuda", "false on a CPU", self.graphs)
         is_budget = self.memory is None or (
             isinstance(self.memory, dict)
@@ -80,9 +88,15 @@ class Suite:
             and _are_positive([*self.memory.values()])
         )
         _expect("memory", is_budget, "tokens and budget, positive integers", self.memory)
-        _expect("seeds", _is_list(self.seeds) and all(isinstance(x, int) for x in self.seeds), "integers", self.seeds)
+        _expect(
+            "seeds",
+            _is_list(self.seeds) and all(isinstance(x, int) and not isinstance(x, bool) for x in self.seeds),
+            "integers",
+            self.seeds,
+        )
         # YAML takes 1e-2 for a text, and 1.0e-2 for a number.
-        _expect("rates", _is_list(self.rates) and all(map(_is_number, self.rates)), "numbers", self.rates)
+        rates = _is_list(self.rates) and all(_is_number(rate) and 0 < rate < math.inf for rate in self.rates)
+        _expect("rates", rates, "numbers above 0", self.rates)
         if any(entry["steps"] for entry in self.models.values()):
             _expect("seeds", bool(self.seeds), "at least one", self.seeds)
             _expect("rates", bool(self.rates), "at least one", self.rates)
@@ -133,7 +147,7 @@ def load(name: str) -> Suite:
     shared = content.pop("shared", {})
     _expect("shared", isinstance(shared, dict), "a mapping", shared)
     known = {each.name for each in fields(Suite)}
-    if unknown := sorted(set(content) - known):
+    if unknown := sorted(map(str, set(content) - known)):
         raise ValueError(f"{file}: expected fields of {sorted(known)}, got {unknown}")
     models = {str(label): _model(str(label), entry, shared) for label, entry in content.pop("models").items()}
     return Suite(models=models, **content)
@@ -149,6 +163,10 @@ def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[st
     if forms != ["mixers"]:
         _expect("steps", steps is None, f"none where {forms[0]} is given ({label})", steps)
         return {"model": definition(entry), "steps": None}
+    for each in (shared, entry):
+        given = each.get("mixer_options", {})
+        is_mapping = isinstance(given, dict) and all(isinstance(options, dict) for options in given.values())
+        _expect("mixer_options", is_mapping, f"a mapping of mappings ({label})", given)
     options = shared.get("mixer_options", {}) | entry.get("mixer_options", {})
     wanted = entry["mixers"]
     _expect("mixers", isinstance(wanted, str | list), f"a list or a pattern ({label})", wanted)
@@ -159,4 +177,10 @@ def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[st
         if name in used
     }
     _expect("steps", steps is None or _is_positive(steps), f"a positive integer ({label})", steps)
-    return {"model": {"config": {**shared, **entry, "mixer_options": merged}}, "steps": steps}
+    given = {"config": {**shared, **entry, "mixer_options": merged}}
+    try:
+        with without_models():
+            configuration(given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"models: expected a configuration of {label!r}, got: {error}") from error
+    return {"model": given, "steps": steps}

@@ -23,8 +23,8 @@ def build(out: Path, *, title: str) -> dict[str, Any]:
 
     Returns:
         The content of ``results.json``: ``rows`` (see `rows.rows`), ``points`` of the fronts, ``language_model``,
-        ``problems``, ``probes`` (seconds of the CPU probe by device), and ``provenance``, one entry per device,
-        versions and commit that measurements come from.
+        ``problems``, ``probes`` (seconds of the CPU probe, by device and threads), and ``provenance``, one entry per
+        device, versions and commit that measurements come from.
 
     Raises:
         ValueError: there are no measurements, or one does not say where it comes from.
@@ -34,10 +34,15 @@ def build(out: Path, *, title: str) -> dict[str, Any]:
     drawn = plots.plots(results["rows"], results["points"])
     for name, figure in drawn.items():
         plots.save(figure, out / f"{name}.png")
-    (out / "report.md").write_text(as_markdown(title, parts, results["problems"]), encoding="utf-8")
-    page = as_page(title, parts, {name: plots.svg(figure) for name, figure in drawn.items()}, results)
-    (out / "report.html").write_text(page, encoding="utf-8")
-    (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    texts = {
+        "report.md": as_markdown(title, parts, results["problems"]),
+        "report.html": as_page(title, parts, {name: plots.svg(figure) for name, figure in drawn.items()}, results),
+        RESULTS: json.dumps(results, indent=1) + "\n",
+    }
+    for name, text in texts.items():
+        partial = out / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)  # whole or not at all
     return results
 
 
@@ -46,14 +51,14 @@ def summarize(found: Sequence[store.Measurement]) -> dict[str, Any]:
     made = rows(found)
     texts = [each["figures"] for each in found if each["kind"] == "language_model"]
     probes = defaultdict(list)
-    for each in found:
-        probes[each["provenance"]["device"]] += each["figures"].get("probe", [])
+    for each in (each for each in found if "probe" in each["figures"]):
+        probes[f"{each['provenance']['device']}, {each['config']['threads']} threads"] += each["figures"]["probe"]
     return {
         "rows": made,
         "points": points(made),
         "language_model": texts[-1] if texts else None,
         "problems": problems(made),
-        "probes": {device: seconds for device, seconds in probes.items() if seconds},
+        "probes": dict(probes),
         "provenance": sources(found),
     }
 

@@ -1,7 +1,7 @@
 """What changed between two reports.
 
-A machine's speed drifts from one run to the next, so a row's times are compared by their ratio to the first row of the
-same report, which was timed in the same rounds. Only the first row's own times are compared as they are.
+A machine's speed drifts from one run to the next, so a row's times are compared by their ratio to the baseline of the
+same report, which was timed in the same rounds. Only the baseline's own times are compared as they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> dict[str, Any]:
     """Compare the rows of two reports by their labels, so that rows that were configured anew compare.
 
     A figure changed if the ranges of its old and new value do not overlap: for times the range of the rounds (of the
-    ratios to the first row, or, for the first row, of the medians), for recall that of the seeds, for bytes and the
+    ratios to the baseline, or, for the baseline, of the medians), for recall that of the seeds, for bytes and the
     number of parameters the value alone.
 
     Returns:
@@ -66,12 +66,16 @@ def _figures(row: Row) -> Iterator[tuple[str, Figure]]:
             name = f"{kind}, {timed['tokens']} tokens, batch {timed['batch']}{graph}"
             if ratio := timed["speedup"]:
                 value = Figure(ratio["median"], ratio["low"], ratio["high"], "{:.2f}")
-                yield f"{name}, speed over the first row's", value
-            else:
+                yield f"{name}, speed over {row['baseline']}", value
+            elif row["baseline"] in (None, row["label"]):
                 medians = timed["rounds"].values()
                 yield f"{name}, s", Figure(timed["median"], min(medians), max(medians), "{:.3g}")
     if "batch" in (row["largest_batch"] or {}):
-        yield "largest batch", _certain(row["largest_batch"]["batch"])
+        largest = row["largest_batch"]
+        yield (
+            f"largest batch after {largest['tokens']} tokens in {largest['budget']} bytes",
+            _certain(row["largest_batch"]["batch"]),
+        )
 
 
 def _certain(value: float) -> Figure:

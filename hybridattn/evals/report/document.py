@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 from hybridattn.evals.report.fronts import best_under, limits
 from hybridattn.measure.cpu_probe import describe_load
 
-BASELINE = "the first row (of the same device, type and number of threads)"
-
 
 class Entry(NamedTuple):
     """A table's entry: its text, and the number it is sorted by, None for text."""
@@ -62,16 +60,23 @@ def overview(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -
     ]
     table = Table([head for head, _ in columns], [[entry(row) for _, entry in columns] for row in rows])
     texts = [
-        "Every row is one configuration: the model that recalls is the one whose cache and speed are measured. Recall "
-        "is the median of the training seeds, in brackets the lowest and the highest where they differ. The bytes of a "
-        "cache are those that were allocated. Speeds are at the median time of all samples."
+        "Every row is one configuration: recall is the "
+        "median of the training seeds at the best learning rate, in brackets the lowest and the highest where they "
+        "differ; cache and speed are those of the first of these seeds. The bytes of a cache are those that were "
+        "allocated. Speeds are at the median time of all samples."
     ]
-    if len(rows) > 1:
+    if baseline := _baseline(rows):
         texts.append(
-            f"In brackets after a speed: how many times as fast as {BASELINE}, compared within each round; the median "
+            f"In brackets after a speed: how many times as fast as {baseline}, compared within each round; the median "
             "of the rounds."
         )
     return Section("One configuration, one row", texts, [table], "pareto" if points else None)
+
+
+def _baseline(rows: Sequence[dict[str, Any]]) -> str:
+    """The row that others are compared with, or what it is where there are several; empty if there is none."""
+    compared = {row["baseline"] for row in rows if row["baseline"] not in (None, row["label"])}
+    return "the first model of its suite" if len(compared) > 1 else "".join(compared)
 
 
 def _settings(rows: Sequence[dict[str, Any]], kind: str, names: Sequence[str]) -> list[Any]:
@@ -91,9 +96,13 @@ def one_line(row: dict[str, Any]) -> str:
     """A row for a terminal: recall, and of bytes, prefill and decoding the first that was measured."""
     recall = "/".join(f"{found['median']:.3f}" for found in row["recall"].values())
     told = [f"recall {recall} of {'/'.join(row['recall'])} pairs"] if recall else []
-    told += [f"{_size(sizes).text} bytes of state after {int(n):,}" for n, sizes in row["state"].items()][:1]
-    for kind in ("prefill", "decode"):
-        told += [f"{kind} {_rate(row, kind, **_named(_setting(each))).text} tokens/s" for each in row[kind][:1]]
+    told += [f"state after {int(n):,}: {_size(sizes).text} bytes" for n, sizes in row["state"].items()][:1]
+    for kind, work in (("prefill", "of"), ("decode", "after")):
+        for timed in row[kind][:1]:
+            text = _rate(row, kind, **_named(_setting(timed))).text
+            rate, _, faster = text.partition(" (") if "median" in timed else (text, "", "")
+            unit = f" tokens/s{f' ({faster}' if faster else ''}" if "median" in timed else ""
+            told.append(f"{kind} {work} {timed['tokens']:,}: {rate}{unit}")
     return f"{row['label']}: {', '.join(told)}"
 
 
@@ -213,10 +222,14 @@ def times(rows: Sequence[dict[str, Any]]) -> Section | None:
     if not tables:
         return None
     texts = [
-        "Median, and in brackets lower and upper quartile of all samples, as they were taken. After the semicolon: how "
-        f"many times as fast as {BASELINE}, the median and the range of the rounds. The exponent b is that of a * T^b, "
-        "fitted to all lengths. Prefill ends with the first new token."
+        "Median, and in brackets lower and upper quartile of all samples, as they were taken. The exponent b is that "
+        "of a * T^b, fitted to all lengths. Prefill ends with the first new token."
     ]
+    if baseline := _baseline(rows):
+        texts.append(
+            f"After the semicolon: how many times as fast as {baseline}, compared within each round; the median and "
+            "the range of the rounds."
+        )
     has = any(row["prefill_exponent"] is not None for row in rows)
     return Section("Time against length", texts, tables, "scaling" if has else None, "One sequence; bars: quartiles.")
 

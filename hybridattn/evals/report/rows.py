@@ -1,7 +1,7 @@
 """From measurements to rows: a row is one configuration, with its recall, memory and speed, all of the same model.
 
-Times are medians and quartiles of the samples as they were taken. Two rows are compared within a round: both were timed
-in it, at most minutes apart, so that a machine whose speed drifts changes both alike.
+Times are medians and quartiles of the samples as they were taken. A row is compared with its baseline, the first model
+of its suite, within a round, in which one run timed both: a machine whose speed drifts changes both alike.
 """
 
 import math
@@ -26,33 +26,43 @@ Timed = dict[str, Any]
 def rows(measurements: Sequence[dict[str, Any]]) -> list[Row]:
     """Group measurements by configuration, in the order in which models were first measured.
 
-    The first row of a device, type and number of threads is the baseline of the others.
-
     Returns:
-        JSON values, one dict per row: ``label``, its name, and in brackets what tells it from others of that name;
-        ``config`` and ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall`` by number of pairs (median,
-        lowest and highest of the seeds at the best rate) with ``learnability`` and ``curves``; ``state`` by tokens;
-        ``prefill``, ``decode`` and ``training``, lists by tokens and batch, each with the `summary` of its seconds,
-        ``peak_bytes``, and ``speedup`` (`_speedup`; None for the baseline itself); ``prefill_exponent``;
-        ``decode_growth``, the ratio of the step after the longest context to that after the shortest, one sequence;
-        ``largest_batch``. What was not measured is empty or None.
+        JSON values, one dict per row: ``label``, its name, and in brackets what rows of that name differ in;
+        ``baseline``, the label of the row that speeds are compared with (None: there is none); ``config`` and
+        ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall`` by number of pairs (median, lowest and
+        highest of the seeds at the best rate) with ``learnability`` and ``curves``; ``state`` by tokens; ``prefill``,
+        ``decode`` and ``training``, lists by tokens and batch, each with the `summary` of its seconds, ``peak_bytes``
+        and ``speedup`` (`_speedup`; None for the baseline itself); ``prefill_exponent``; ``decode_growth``, the ratio
+        of the step after the longest context to that after the shortest, one sequence; ``largest_batch``. What was not
+        measured is empty or None.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    known = [each for each in measurements if "name" in each["config"]]
-    for each in sorted(known, key=lambda each: each["kind"] != "model"):  # models are measured in the suite's order
-        groups[json_sha256({name: each["config"][name] for name in BASE})].append(each)
-    made = [_row(key, group) for key, group in groups.items()]
-    baselines: dict[tuple[Any, ...], Row] = {}
-    for row in made:
-        baseline = baselines.setdefault(tuple(row["config"][name] for name in BASE[3:]), row)
+    for each in sorted(measurements, key=lambda each: each["kind"] != "model"):  # models come in the suite's order
+        if "name" in each["config"]:
+            groups[row_key(each["config"])].append(each)
+    made = {key: _row(key, group) for key, group in groups.items()}
+    labels = {key: _label(row, [*made.values()]) for key, row in made.items()}
+    baselines = {key: _baseline(group) for key, group in groups.items()}
+    for key, row in made.items():
         for kind in TIMED:
+            others = made[baselines[key]][kind] if baselines[key] in made else []
             for timed in (each for each in row[kind] if "median" in each):
-                timed["speedup"] = None if row is baseline else _speedup(timed, baseline[kind])
-    return [{"label": _label(row, made), **row} for row in made]
+                timed["speedup"] = None if baselines[key] == key else _speedup(timed, others)
+    return [{"label": labels[key], "baseline": labels.get(baselines[key]), **row} for key, row in made.items()]
+
+
+def row_key(config: dict[str, Any]) -> str:
+    """The hash that identifies the row of a measurement's configuration."""
+    return json_sha256({name: config[name] for name in BASE})
+
+
+def _baseline(measurements: Sequence[dict[str, Any]]) -> str:
+    """Of a row's measurements, the key of the row that the newest timing was made to be compared with."""
+    return next((each["figures"]["baseline"] for each in reversed(measurements) if "baseline" in each["figures"]), "")
 
 
 def _speedup(timed: Timed, baselines: Sequence[Timed]) -> dict[str, float] | None:
-    """How many times as fast as the baseline's: ``median``, ``low`` and ``high`` of the ratios of each round's medians.
+    """How many times as fast as the baseline: ``median``, ``low`` and ``high`` of the ratios of each round's medians.
 
     None where no round has both.
     """
@@ -99,20 +109,20 @@ def _row(key: str, measurements: Sequence[dict[str, Any]]) -> Row:
 
 
 def _timed(measurements: Sequence[dict[str, Any]]) -> list[Timed]:
-    """The rounds of each setting together, by tokens, batch and graph."""
-    settings: dict[tuple[int, int, bool], dict[str, dict[str, Any]]] = defaultdict(dict)
+    """The rounds of each setting together, by tokens, batch and graph; a round is known by its ``in_round``."""
+    settings: dict[tuple[int, int, bool], list[dict[str, Any]]] = defaultdict(list)
     for each in measurements:
         config = each["config"]
-        settings[config["tokens"], config["batch"], config.get("graph", False)][str(config["round"])] = each["figures"]
+        settings[config["tokens"], config["batch"], config.get("graph", False)].append(each["figures"])
     found = []
     for (tokens, batch, graph), rounds in sorted(settings.items()):
         timed: Timed = {"tokens": tokens, "batch": batch, "graph": graph}
-        samples = {turn: figures["seconds"] for turn, figures in rounds.items() if "seconds" in figures}
+        samples = {figures["in_round"]: figures["seconds"] for figures in rounds if "seconds" in figures}
         if samples:
-            peaks = [figures["peak_bytes"] for figures in rounds.values() if figures.get("peak_bytes") is not None]
+            peaks = [figures["peak_bytes"] for figures in rounds if figures.get("peak_bytes") is not None]
             timed |= {**summary(samples), "peak_bytes": peaks[0] if peaks else None}
         else:
-            timed["reason"] = next(iter(rounds.values()))["reason"]
+            timed["reason"] = rounds[0]["reason"]
         found.append(timed)
     return found
 
@@ -125,21 +135,11 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
 
 
 def _recall(measurements: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Recall at the rate that is best by its median; of runs with other steps between two tests, only the newest."""
+    """Recall at the rate that is best by its median; runs with another ``looks`` than the newest are left out."""
     if not measurements:
         return {"recall": {}, "learnability": None, "curves": []}
     looks = measurements[-1]["config"].get("looks")
-    runs = [
-        {
-            "rate": each["config"]["rate"],
-            "seed": each["config"]["seed"],
-            "recall": each["figures"]["curve"][-1][1],
-            "curve": each["figures"]["curve"],
-            "shares": each["figures"]["recall"],
-        }
-        for each in measurements
-        if each["config"].get("looks") == looks
-    ]
+    runs = [run_of(each["config"], each["figures"]) for each in measurements if each["config"].get("looks") == looks]
     learnt = learnability(runs)
     best = [run for run in runs if run["rate"] == learnt["rate"]]
     recall = {}
@@ -147,6 +147,12 @@ def _recall(measurements: Sequence[dict[str, Any]]) -> dict[str, Any]:
         shares = [run["shares"][pairs] for run in best]
         recall[pairs] = {"median": median(shares), "low": min(shares), "high": max(shares), "seeds": len(shares)}
     return {"recall": recall, "learnability": learnt, "curves": [run["curve"] for run in best]}
+
+
+def run_of(config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    """One training, as `learnability` takes it, from its measurement."""
+    recall = {"recall": figures["curve"][-1][1], "curve": figures["curve"], "shares": figures["recall"]}
+    return {"rate": config["rate"], "seed": config["seed"], **recall}
 
 
 def problems(rows: Sequence[Row]) -> list[str]:

@@ -6,13 +6,13 @@ so a run that was killed goes on where it was. Where measurements come from (dev
 own, which the lines of measurements refer to.
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+from hybridattn.measure.json_lines import JsonLines
 from hybridattn.measure.output_folder import RESULTS
 from hybridattn.measure.provenance import json_sha256, provenance
 
@@ -37,35 +37,31 @@ class Store:
     def __init__(self, out: Path):
         if out.exists() and not out.is_dir():
             raise ValueError(f"out: expected a folder or a new path, got {out}, which is a file")
-        self.file = out / FILE
+        if (out / RESULTS).exists() and not (out / FILE).exists():
+            raise ValueError(f"out: expected a new path or a folder with {FILE}, got {out} with another report")
+        self.out = out
         self.found: dict[str, Measurement] = {}
         self._origins: dict[str, dict[str, Any]] = {}
-        self._known: dict[str, Any] = {}
-        self._size = 0  # bytes of whole lines
-        if self.file.is_file():
-            self._read()
-        elif (out / RESULTS).exists():
-            raise ValueError(f"out: expected a new path or a folder with {FILE}, got {out} with another report")
-
-    def _read(self) -> None:
-        for number, line in enumerate(self.file.read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break  # the process was killed while it wrote this line
-            self._size += len(line)
+        self._provenance: dict[str, Any] = {}
+        self._lines = JsonLines(out / FILE)
+        for number, line in enumerate(self._lines.objects, 1):
             try:
-                content = json.loads(line)
-                if "kind" not in content:
-                    self._origins[content.pop("origin")] = _checked_origin(content)
-                    continue
-                expected = key(content["kind"], content["config"])
-                if content["config_sha256"] != expected:
-                    raise ValueError(f"config_sha256: expected {expected}, got {content['config_sha256']}")
-                content["provenance"] = self._origins[content.pop("origin")]
-                if missing := {"figures", "date"} - content.keys():
-                    raise ValueError(f"expected {sorted(missing)}")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.file}, line {number}: expected a measurement, got: {error}") from error
-            self._keep(expected, content)
+                if "kind" in line:
+                    self._keep({**line, "provenance": self._origins[line["origin"]]})
+                else:
+                    self._origins[line["origin"]] = _checked_origin(line)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{out / FILE}, line {number}: expected a measurement, got: {error}") from error
+
+    def _keep(self, measurement: Measurement) -> None:
+        for name in ("config", "figures"):
+            if not isinstance(measurement[name], dict):
+                raise ValueError(f"{name}: expected an object, got {measurement[name]!r}")
+        expected = key(measurement["kind"], measurement["config"])
+        if measurement["config_sha256"] != expected:
+            raise ValueError(f"config_sha256: expected {expected}, got {measurement['config_sha256']}")
+        self.found.pop(expected, None)
+        self.found[expected] = measurement  # the newest is the last one
 
     def get(self, kind: str, config: dict[str, Any]) -> dict[str, Any] | None:
         """The figures of a measurement; None if it has not been made."""
@@ -82,48 +78,49 @@ class Store:
             device: name of what it was measured on.
 
         Raises:
-            ValueError: device, versions or commit are not known.
+            ValueError: device, versions or commit are not known, or another process writes to the folder.
         """
-        self._known = self._known or provenance({})  # once: of the code that runs, whatever is committed meanwhile
-        source = {"device": device, **{name: self._known.get(name) for name in ORIGIN[1:]}}
+        self._provenance = self._provenance or provenance({})  # once: of the code that runs, whatever is committed
+        source = {"device": device, **{name: self._provenance.get(name) for name in ORIGIN[1:]}}
         date = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._append({"kind": kind, "config": config, "figures": figures, "date": date, "provenance": source})
+        self.append({"kind": kind, "config": config, "figures": figures, "date": date, "provenance": source})
 
-    def _append(self, measurement: Measurement) -> None:
-        origin = json_sha256(_checked_origin(measurement["provenance"]))[:12]
+    def append(self, measurement: Measurement) -> None:
+        """Append a measurement as it is, with the date and the provenance that it has."""
+        source = {name: measurement["provenance"].get(name) for name in ORIGIN}
+        origin = json_sha256(_checked_origin(source))[:12]
         lines = []
         if origin not in self._origins:
-            self._origins[origin] = measurement["provenance"]
-            lines.append({"origin": origin, **measurement["provenance"]})
-        name = key(measurement["kind"], measurement["config"])
-        line = {each: measurement[each] for each in ("kind", "config", "figures", "date")}
-        lines.append({**line, "config_sha256": name, "origin": origin})
-        self._keep(name, {**line, "config_sha256": name, "provenance": measurement["provenance"]})
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab") as file:
-            file.truncate(self._size)
-            self._size += file.write("".join(f"{json.dumps(each)}\n" for each in lines).encode())
+            self._origins[origin] = {"origin": origin, **source}
+            lines.append(self._origins[origin])
+        line = {name: measurement[name] for name in ("kind", "config", "figures", "date")}
+        line |= {"config_sha256": key(line["kind"], line["config"]), "origin": origin}
+        self._lines.append(*lines, line)
+        self._keep({**line, "provenance": self._origins[origin]})
 
-    def _keep(self, name: str, measurement: Measurement) -> None:
-        self.found.pop(name, None)
-        self.found[name] = measurement  # the newest is the last one
-
-    def remove(self, is_old: Callable[[Measurement], bool]) -> None:
-        """Remove the measurements for which ``is_old`` holds."""
-        kept = [each for each in self.found.values() if not is_old(each)]
-        self.found, self._origins, self._size = {}, {}, 0
-        whole, self.file = self.file, self.file.with_suffix(".partial")
+    def remove(self, is_removed: Callable[[Measurement], bool]) -> None:
+        """Remove the measurements for which ``is_removed`` holds."""
+        kept = [each for each in self.found.values() if not is_removed(each)]
+        file, aside = self.out / FILE, self.out / f"{FILE}.partial"
+        aside.unlink(missing_ok=True)  # of a run that was killed
+        self._lines = JsonLines(aside)
+        self.found, self._origins = {}, {}
         for each in kept:
-            self._append(each)
+            self.append(each)
         if kept:
-            self.file.replace(whole)  # whole or not at all
+            self._lines.file.replace(file)  # whole or not at all
+            self._lines.file = file
         else:
-            whole.unlink(missing_ok=True)
-        self.file = whole
+            file.unlink(missing_ok=True)
+            self._lines = JsonLines(file)
+
+    def weights_of(self, config: dict[str, Any]) -> Path:
+        """The file of the weights of a trained model, by the configuration of its recall measurement."""
+        return self.out / WEIGHTS / f"{key('recall', config)[:24]}.safetensors"
 
 
 def key(kind: str, config: dict[str, Any]) -> str:
-    """The hash that a measurement is known by."""
+    """The hash that identifies a measurement."""
     return json_sha256({"kind": kind, "config": config})
 
 
@@ -147,7 +144,7 @@ def read(out: Path) -> list[Measurement]:
 
 
 def merge(folders: Sequence[Path], out: Path) -> None:
-    """Join the measurements of several folders, and trained weights, in ``out``; of two alike the newer one is kept.
+    """Join the measurements of several folders, with trained weights, in ``out``; of two alike the newer is kept.
 
     Where ``out`` has measurements already, it is one of the folders.
 
@@ -155,12 +152,13 @@ def merge(folders: Sequence[Path], out: Path) -> None:
         ValueError: a folder has no measurements, or as `Store`.
     """
     target = Store(out)
-    parts: Iterable[Measurement] = [*target.found.values(), *(each for folder in folders for each in read(folder))]
-    for each in sorted(parts, key=lambda each: each["date"]):
+    sources = [Store(folder) for folder in folders if read(folder)]
+    parts = [(each, source) for source in sources for each in source.found.values()]
+    for each, source in sorted(parts, key=lambda part: part[0]["date"]):
         known = target.found.get(each["config_sha256"])
-        if known is None or known["date"] < each["date"]:
-            target._append(each)
-    for file in (file for folder in folders for file in (folder / WEIGHTS).glob("*")):
-        if not (out / WEIGHTS / file.name).exists():
-            (out / WEIGHTS).mkdir(parents=True, exist_ok=True)
-            copyfile(file, out / WEIGHTS / file.name)
+        if known is not None and known["date"] >= each["date"]:
+            continue
+        if each["kind"] == "recall" and source.weights_of(each["config"]).exists():
+            target.weights_of(each["config"]).parent.mkdir(parents=True, exist_ok=True)
+            copyfile(source.weights_of(each["config"]), target.weights_of(each["config"]))
+        target.append(each)

@@ -33,7 +33,7 @@ def definition(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model: expected one of preset, path and config, got {sorted(given)}")
     if not isinstance(given.get("path", ""), str):
         raise ValueError(f"path: expected a folder or a name on the Hub, got {given['path']!r}")
-    if "preset" in given and given["preset"] not in PRESETS:
+    if "preset" in given and str(given["preset"]) not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {given['preset']!r}")
     folder = Path(given.get("path", ""))
     if "path" not in given or not folder.exists():  # what is no folder may be a name on the Hub

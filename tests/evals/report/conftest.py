@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from hybridattn.evals.report.rows import row_key
 from hybridattn.evals.report.store import Store
 
 DEVICE = "a machine"
@@ -18,6 +19,9 @@ def add(tmp_path: Path) -> Callable[..., None]:
     def add(name: str, kind: str, figures: dict[str, Any], out: Path = tmp_path, **settings: Any) -> None:
         base = {"name": name, "model": {"preset": name}, "train": {"steps": 100}, "device": DEVICE}
         config = {**base, "dtype": "float32", "threads": 1, **settings}
+        if "seconds" in figures:  # in rounds of one run, compared with attention
+            baseline = row_key({**config, "name": "attention", "model": {"preset": "attention"}})
+            figures = {"in_round": f"of {settings['round']}", "baseline": baseline, **figures}
         if out not in stores:
             stores[out] = Store(out)
         stores[out].add(kind, config, figures, device=DEVICE)

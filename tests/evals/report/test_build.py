@@ -46,7 +46,7 @@ def test_every_file_is_written(built: Path):
         *("attention", "0.925 (0.900-0.950)", "T^b", "a machine", "<flash>", "1.234", "7 threads, bf16"),
         "def <f>():\N{REPLACEMENT CHARACTER}",
         "0.153 (0.103-0.205); 10.00x (10.00-10.00)",  # prefill of the window, ms: as taken, and within rounds
-        "a machine: A fixed matrix product, timed 36 times",
+        "a machine, 1 threads: A fixed matrix product, timed 36 times",
     ):
         assert told in text, told
     results = json.loads((built / "results.json").read_text())

@@ -45,7 +45,7 @@ def test_what_does_not_overlap_is_listed(report: Path, add: Callable[..., None],
     found = compare(rows(read(report)), rows(read(new)))
     assert [change[:2] for change in found["changes"]] == [
         ("attention", "recall, 8 pairs"),
-        ("window", "prefill, 1024 tokens, batch 1, speed over the first row's"),
+        ("window", "prefill, 1024 tokens, batch 1, speed over attention"),
         ("window", "state after 64 tokens, bytes"),
     ]
     assert found["changes"][1][2:] == ("10.00", "5.00", "0.50")
@@ -61,6 +61,20 @@ def test_two_rows_of_one_name_are_each_compared(report: Path, add: Callable[...,
     add("attention", "state", {"allocated": 4000, "formula": 4000}, out=new, tokens=64)
     found = compare(rows(read(report)), rows(read(new)))
     assert [change[:2] for change in found["changes"]] == [("attention (a machine)", "state after 64 tokens, bytes")]
+
+
+def test_only_the_same_is_compared(report: Path, add: Callable[..., None], tmp_path: Path):
+    """Not ratios to another baseline, nor a time that has none, nor batches within another budget."""
+    new = copytree(report, tmp_path / "new")
+    for turn in range(2):
+        alone = {"seconds": [9.0], "in_round": f"{turn} of another run"}
+        add("window", "prefill", alone, out=new, tokens=1024, batch=1, round=turn)
+    add("window", "largest_batch", {"batch": 9, "tried": []}, out=new, tokens=1024, budget=70)
+    found = compare(rows(read(report)), rows(read(new)))
+    assert found["changes"] == []
+    gone = ["largest batch after 1024 tokens in 7 bytes", "prefill, 1024 tokens, batch 1, speed over attention"]
+    assert found["gone"] == [f"window: {name}" for name in sorted(gone, reverse=True)]
+    assert found["come"] == ["window: largest batch after 1024 tokens in 70 bytes"]
 
 
 def test_a_folder_without_measurements_is_named(report: Path, tmp_path: Path):

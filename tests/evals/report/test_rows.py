@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybridattn.evals.report.fronts import points
-from hybridattn.evals.report.rows import exponent, problems, rows
+from hybridattn.evals.report.rows import exponent, problems, row_key, rows
 from hybridattn.evals.report.store import read
 
 
@@ -83,7 +83,7 @@ def test_times_are_of_the_samples_as_they_were_taken(report: Path):
     assert second["median"] == median(samples)
     assert [second["lower_quartile"], second["upper_quartile"]] == pytest.approx(np.quantile(samples, [0.25, 0.75]))
     assert second["samples"] == len(samples) == 12
-    assert first["rounds"] == {"0": pytest.approx(1.025e-4), "1": pytest.approx(2.05e-4)}
+    assert first["rounds"] == {"of 0": pytest.approx(1.025e-4), "of 1": pytest.approx(2.05e-4)}
 
 
 def test_rows_are_compared_within_rounds(report: Path, add: Callable[..., None]):
@@ -101,6 +101,27 @@ def test_rows_are_compared_within_rounds(report: Path, add: Callable[..., None])
     found = {row["label"]: row for row in rows(read(report))}
     assert found["window"]["prefill"][0]["speedup"] is None
     assert found["fast"]["prefill"][0]["speedup"] is None
+    assert [found[name]["baseline"] for name in ("attention", "window", "fast")] == ["attention", "attention", None]
+
+
+def test_times_of_two_runs_are_not_compared(report: Path, add: Callable[..., None]):
+    """Though the rounds have the same number: the machine may have been another, or as fast as another."""
+    for turn in range(2):
+        alone = {"seconds": [1.0], "in_round": f"{turn} of another run"}
+        add("window", "prefill", alone, tokens=1024, batch=1, round=turn)
+    first, second, _ = rows(read(report))[1]["prefill"]
+    assert (first["median"], first["speedup"]) == (1, None)
+    assert second["speedup"] is not None
+
+
+def test_the_baseline_is_the_one_that_was_asked_for_last(report: Path, add: Callable[..., None]):
+    base = {"name": "window", "model": {"preset": "window"}, "train": {"steps": 100}, "device": "a machine"}
+    key = row_key({**base, "dtype": "float32", "threads": 1})
+    for turn in range(2):
+        add("other", "decode", {"seconds": [1.0], "baseline": key}, tokens=1024, batch=1, graph=False, round=turn)
+    other = rows(read(report))[2]
+    assert other["baseline"] == "window"
+    assert other["decode"][0]["speedup"]["median"] == pytest.approx((1.025e-5 + 2.05e-5) / 2)
 
 
 def test_out_of_memory_in_one_round_leaves_the_others(report: Path, add: Callable[..., None]):

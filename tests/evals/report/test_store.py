@@ -65,7 +65,9 @@ def test_a_measurement_without_its_origin_is_refused(tmp_path: Path, name: str, 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("old", "new"), [('"tokens": 3', '"tokens": 4'), ('{"kind"', '["kind"'), ('"figures"', '"x"')])
+@pytest.mark.parametrize(
+    ("old", "new"), [('"tokens": 3', '"tokens": 4'), ('"figures"', '"x"'), ('{"seconds": [1.0]}', "5")]
+)
 def test_a_line_that_was_changed_by_hand_is_named(tmp_path: Path, old: str, new: str):
     Store(tmp_path).add("prefill", CONFIG, {"seconds": [1.0]}, device="a machine")
     text = (tmp_path / FILE).read_text()
@@ -75,15 +77,26 @@ def test_a_line_that_was_changed_by_hand_is_named(tmp_path: Path, old: str, new:
         store.read(tmp_path)
 
 
+def test_two_processes_do_not_write_over_each_other(tmp_path: Path):
+    first, second = Store(tmp_path), Store(tmp_path)
+    first.add("model", {"name": "a"}, {}, device="a machine")
+    with pytest.raises(ValueError, match="expected one process that writes"):
+        second.add("model", {"name": "b"}, {}, device="a machine")
+    first.add("model", {"name": "c"}, {}, device="a machine")
+    assert [each["config"]["name"] for each in store.read(tmp_path)] == ["a", "c"]
+
+
 def test_of_two_alike_the_newer_one_is_merged(tmp_path: Path, add: Callable[..., None]):
     for name, day in (("old", "2020-01-01"), ("new", "2021-01-01"), ("middle", "2020-06-01")):
         for row in ("row", name):
-            add(row, "prefill", {"from": name}, out=tmp_path / name)
+            add(row, "recall", {"from": name}, out=tmp_path / name)
+        for each in store.read(tmp_path / name):
+            weights = Store(tmp_path / name).weights_of(each["config"])
+            weights.parent.mkdir(exist_ok=True)
+            weights.write_text(name)
         file = tmp_path / name / FILE
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.write_text("".join(json.dumps(line | ({"date": day} if "date" in line else {})) + "\n" for line in lines))
-        (tmp_path / name / store.WEIGHTS).mkdir()
-        (tmp_path / name / store.WEIGHTS / f"{name}.safetensors").write_text(name)
     folders = [tmp_path / name for name in ("old", "new", "middle")]
     merged = tmp_path / "merged"
     store.merge(folders, merged)
@@ -91,7 +104,8 @@ def test_of_two_alike_the_newer_one_is_merged(tmp_path: Path, add: Callable[...,
     assert found == {"row": "new", "old": "old", "new": "new", "middle": "middle"}
     store.merge([tmp_path / "old"], merged)  # what is there already is one of the parts
     assert {each["config"]["name"]: each["figures"]["from"] for each in store.read(merged)} == found
-    assert {file.stem for file in (merged / store.WEIGHTS).iterdir()} == {"old", "new", "middle"}
+    for each in store.read(merged):  # the weights are those of the recall that was kept
+        assert Store(merged).weights_of(each["config"]).read_text() == each["figures"]["from"]
 
 
 def test_other_folders_are_refused(tmp_path: Path, add: Callable[..., None]):
