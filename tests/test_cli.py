@@ -59,6 +59,7 @@ def test_env(run) -> None:
         (("pareto", "--shard", "3/2"), "shard"),
         (("report", "a", "b", "c"), "--merge"),
         (("throughput", "--model", "gla_340m", "--device", "cpu", "--lengths", "0"), "lengths"),
+        (("throughput", "--model", "gla_340m", "--device", "cpu", "--lengths", ""), "lengths"),
         (("throughput", "--model", "gla_340m", "--device", "cpu", "--contexts", "1,0"), "contexts"),
         (("throughput", "--model", "gla_340m", "--device", "cpu", "--batches", "0"), "batches"),
         (("throughput", "--model", "gla_340m", "--device", "cpu", "--budget", "-1"), "budget"),

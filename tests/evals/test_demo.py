@@ -72,8 +72,9 @@ def test_a_short_run_writes_everything_and_goes_on(
     assert "## A language model on real text" in report
     assert "| GLA" in report  # trained, not measured
 
-    monkeypatch.setattr(language_model, "measure", interrupted)  # there already, as is the training
-    results = demo.run(out=out, steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(language_model, "measure", interrupted)  # there already, as is the training
+        results = demo.run(out=out, steps=2)
     assert {path.name for path in out.iterdir()} >= {"model", "weights", "report.html", "report.md", "pareto.png"}
     assert json.loads((out / "results.json").read_text()) == results
     check_text(results["language_model"], out)
@@ -86,6 +87,22 @@ def test_a_short_run_writes_everything_and_goes_on(
     for label in names:
         assert f"{label}: recall" in printed
         assert label in report
+
+
+def test_the_text_in_the_report_is_of_the_model_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the run that was asked for last, though a run of other steps was between."""
+    text = {"bits_per_byte": {"model": 1.0}, "continuation": {"text": "x", "tokens_per_second": 1.0}}
+
+    def measured(folder: Path, steps: int | None) -> dict:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(str(steps))
+        return {**text, "steps": steps}
+
+    monkeypatch.setattr(language_model, "measure", measured)
+    for steps in (7, 2, 7, 7):
+        demo.measure_text(store.Store(tmp_path), steps)
+        assert (tmp_path / "model" / "config.json").read_text() == str(steps)
+        assert store.read(tmp_path)[-1]["figures"]["steps"] == steps
 
 
 def check_text(text: dict, out: Path) -> None:

@@ -63,7 +63,7 @@ def test_figures_and_where_they_come_from(tmp_path: Path):
     assert first["share_of_copy"] == pytest.approx(first["bytes_per_second"] / 1e10)
     assert first["flop_per_second"] == pytest.approx(flop / forward["median"])
     assert {"device", "versions", "commit", "config_sha256", "source_sha256", "date", "threads"} <= set(first)
-    ratios = [a / b for a, b in zip(theirs["forward"]["rounds"], ours["forward"]["rounds"], strict=True)]
+    ratios = [a / b for a, b in zip(*(x["forward"]["rounds"].values() for x in (theirs, ours)), strict=True)]
     assert theirs["forward"]["over_ours"] == pytest.approx(
         {"median": sorted(ratios)[1], "low": min(ratios), "high": max(ratios)}
     )
@@ -80,6 +80,25 @@ def test_only_workloads_with_a_missing_implementation_are_measured_again(tmp_pat
         ("softmax, causal", "hybridattn"),
         ("softmax, causal", "SDPA flash"),
     ]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("failing", [2, 3])  # of the calls: compared, forward, with backward
+def test_one_that_fails_later_leaves_the_others_their_figures(failing: int, monkeypatch: pytest.MonkeyPatch):
+    calls = iter(range(1, 100))
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled() == (failing == 2) and next(calls) >= failing - 1:
+            raise RuntimeError("out of memory")
+        return WORKLOADS["softmax, causal"].operator(q, k, v)
+
+    monkeypatch.setattr(bench, "peers", lambda *_: {"SDPA flash": call})
+    most = {"copy_bytes_per_second": 1e10, "matmul_flop_per_second": 1e11}
+    ours, theirs = bench.measure(GROUPS[2], torch.float32, CPU, most, 3)
+    assert "reason" not in ours
+    assert {"forward", "forward_backward", "share_of_copy"} <= set(ours)
+    assert theirs["reason"] == "RuntimeError: out of memory"
+    assert ("forward" in theirs) == (failing == 3)
 
 
 @pytest.mark.parametrize("tokens", [300, 700, 5000])

@@ -69,6 +69,8 @@ def run(
     try:
         train(suite, list(suite.models)[part - 1 :: parts], store)
         if shard is None:
+            if store.found:
+                build(out, title=title)
             measure(suite, store, lambda: build(out, title=title))
     except BaseException:
         if store.found:  # interrupted: what there is makes a report
@@ -151,7 +153,6 @@ def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> N
     """Measure every model once per round; the first round prints a row as soon as a model has been measured."""
     is_told = False
     with tqdm(total=suite.rounds * len(suite.models), desc="measuring", unit="model") as bar, threads(suite.threads):
-        write_report()
         for turn in range(suite.rounds):
             start, in_round, missing = time.perf_counter(), uuid4().hex[:8], missing_in(suite, store, turn)
             for name in suite.models:

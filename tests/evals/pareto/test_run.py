@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hybridattn.evals.pareto import run
 from hybridattn.evals.pareto.suite import Suite
@@ -56,7 +56,7 @@ def measure(suite: Suite, out: Path, **options: Any) -> list[dict[str, Any]]:
 def test_a_killed_run_leaves_a_report_and_goes_on(
     tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """It is interrupted in the middle of the second round; nothing that was there is measured again."""
+    """It is interrupted in the middle of the second round, which is timed anew; nothing else that was there is."""
     calls = 0
 
     def interrupted(model: Any, **options: Any) -> list[float]:
@@ -82,7 +82,9 @@ def test_a_killed_run_leaves_a_report_and_goes_on(
     found = measure(tiny, tmp_path)
     after = dates(tmp_path)
     assert len(after) == 2 * SEEDS + 3 * MEASURED
-    assert {name: after[name] for name in before} == before
+    kept = {each["config_sha256"] for each in store.read(tmp_path) if each["config"].get("round") != 1}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert all(after[name] > before[name] for name in before if name not in kept)
     check_rows(tiny, found, tmp_path)
     measure(tiny, tmp_path)
     assert dates(tmp_path) == after
@@ -99,7 +101,7 @@ def check_rows(tiny: Suite, rows: list[dict[str, Any]], out: Path) -> None:
         assert [(each["tokens"], each["batch"]) for each in row["decode"]] == [(32, 1), (32, 2), (64, 1)]
         for each in (each for kind in TIMED for each in row[kind]):
             assert each["samples"] == 6
-            assert list(each["rounds"]) == ["0", "1"]
+            assert len(each["rounds"]) == 2
             assert (each["speedup"] is None) == (name == "softmax attention")
         assert row["prefill_exponent"] is not None
         assert row["decode_growth"] > 0
@@ -125,6 +127,36 @@ def test_parts_train_and_the_whole_is_measured_in_one_run(tiny: Suite, tmp_path:
     trained = dates(tmp_path / "both")
     assert [row["label"] for row in measure(small, tmp_path / "both")] == ["softmax attention", "GLA"]
     assert {name: date for name, date in dates(tmp_path / "both").items() if name in trained} == trained
+
+
+def test_a_model_that_is_added_is_compared_in_rounds_of_its_own(tiny: Suite, tmp_path: Path):
+    (alone,) = measure(only(tiny, "Llama", prefill=(32,)), tmp_path)
+    assert (alone["baseline"], alone["prefill"][0]["speedup"]) == ("Llama", None)
+    llama, ours = measure(only(tiny, "Llama", "softmax attention", prefill=(32,)), tmp_path)
+    assert ours["baseline"] == "Llama"
+    assert llama["prefill"][0]["rounds"].keys() == ours["prefill"][0]["rounds"].keys() != alone["prefill"][0]["rounds"]
+    assert ours["prefill"][0]["speedup"] is not None
+
+
+def test_the_model_that_is_timed_is_one_of_the_best_rate(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recalls = {0.5: 0.1, 0.25: 0.9, 0.125: 0.2}
+
+    def trained(jobs: list[Job], on_done: Callable[[int, Trained], None]) -> None:
+        for i, job in enumerate(jobs):
+            result = train_one(job, lambda: None)
+            on_done(i, result._replace(curve=[(job.steps, recalls[job.rate])]))
+
+    monkeypatch.setattr(run, "train_all", trained)
+    suite = only(tiny, "GLA", rates=tuple(recalls), seeds=(3, 4), prefill=())
+    (row,) = measure(suite, tmp_path)
+    (best,) = (c for c, _ in run.trainings(suite, "GLA") if (c["rate"], c["seed"]) == (0.25, 3))
+    weights = load_file(Store(tmp_path).weights_of(best))
+    assert row["learnability"]["rate"] == 0.25
+    assert all(
+        torch.equal(x, weights[name])
+        for name, x in run.model_of(suite, "GLA", Store(tmp_path)).state_dict().items()
+        if name in weights
+    )
 
 
 def test_again_times_again(tiny: Suite, tmp_path: Path):
@@ -191,6 +223,12 @@ def test_what_is_wrong_is_not_a_result(tiny: Suite, tmp_path: Path, monkeypatch:
 def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int], named: str):
     with pytest.raises(ValueError, match=named):
         measure(tiny, tmp_path, shard=shard)
+
+
+def test_a_part_only_trains(tiny: Suite, tmp_path: Path):
+    for suite, again in ((tiny, True), (only(tiny, "Llama"), False)):
+        with pytest.raises(ValueError, match="shard: expected models to train"):
+            measure(suite, tmp_path, shard=(1, 1), again=again)
 
 
 def test_a_gpu_that_there_is_not(tiny: Suite, tmp_path: Path):

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,14 @@ models:
         ("models: {a: [1]}", r"models: expected a mapping of 'a', got \[1\]"),
         ("shared: 3\nmodels: {a: {preset: gla_340m}}", "shared: expected a mapping, got 3"),
         ("models: {a: {mixers: 5}}", r"mixers: expected a list or a pattern \(a\), got 5"),
-        ("models: {a: {preset: gla_340m}}\nrates: [1e-2]", r"rates: expected numbers, got \['1e-2'\]"),
+        ("models: {a: {preset: gla_340m}}\nrates: [1e-2]", r"rates: expected numbers above 0, got \['1e-2'\]"),
+        ("models: {a: {preset: [x]}}", r"preset: expected one of .*, got \['x'\]"),
+        ("models: {a: {mixers: [none_such]}}", "models: expected a configuration of 'a', got: mixers: expected names"),
+        (
+            "models: {a: {mixers: [gla], mixer_options: {gla: 5}}}",
+            r"mixer_options: expected a mapping of mappings \(a\)",
+        ),
+        ("models: {a: {preset: gla_340m}}\n5: 3\nspeed: 3", r"expected fields of .*, got \['5', 'speed'\]"),
     ],
 )
 def test_wrong_files_are_named(tmp_path: Path, text: str, named: str):
@@ -82,6 +90,12 @@ def test_an_unknown_suite_is_named():
         ({"models": {}}, "models: expected at least one"),
         ({"device": "tpu"}, "device: expected 'cpu' or 'cuda', got 'tpu'"),
         ({"dtype": "int8"}, "dtype: expected one of"),
+        ({"dtype": ["float32"]}, "dtype: expected one of"),
+        ({"models": {"a\nb": MODEL}}, "models: expected printable names"),
+        ({"models": {"_a": MODEL}}, "models: expected printable names without _ first, got '_a'"),
+        ({"seconds": math.inf}, "seconds: expected a number of at least 0, got inf"),
+        ({"seeds": [True]}, r"seeds: expected integers, got \[True\]"),
+        ({"rates": [-1.0]}, r"rates: expected numbers above 0, got \[-1.0\]"),
         ({"procedure": "mine"}, r"procedure: expected one of \['published', 'recipe'\], got 'mine'"),
         ({"rounds": 0}, "rounds: expected a positive integer, got 0"),
         ({"prefill": [0]}, r"prefill: expected positive integers, got \[0\]"),
@@ -96,7 +110,7 @@ def test_an_unknown_suite_is_named():
         ({"memory": {"tokens": 16, "budget": "1e8"}}, "memory: expected tokens and budget, positive integers"),
         ({"memory": {"tokens": -3, "budget": 4}}, "memory: expected tokens and budget, positive integers"),
         ({"seeds": 2}, "seeds: expected integers, got 2"),
-        ({"rates": 0.01}, "rates: expected numbers, got 0.01"),
+        ({"rates": 0.01}, "rates: expected numbers above 0, got 0.01"),
         ({"graphs": True}, "graphs: expected false on a CPU, got True"),
         ({"memory": {"tokens": 3}}, "memory: expected tokens and budget"),
         ({"models": {"a": {**MODEL, "steps": 1}}, "seeds": []}, "seeds: expected at least one"),
