@@ -63,9 +63,9 @@ def options(
 @app.command()
 def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of the recipe's.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
-        "reports/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for measurements and report; an interrupted run resumes there.")
+    ] = Path("reports/demo"),
     only: Annotated[list[str] | None, typer.Option(help="Run text or recall alone; may be repeated.")] = None,
 ) -> None:
     """Train, generate and measure small hybrid models on this machine's CPU, in six minutes on two cores."""
@@ -115,9 +115,9 @@ def throughput(
     graphs: Annotated[bool, typer.Option(help="Decode with CUDA graphs as well.")] = False,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     again: Annotated[bool, typer.Option(help="Time again what has been timed.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
-        "reports/throughput"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for measurements and report; an interrupted run resumes there.")
+    ] = Path("reports/throughput"),
 ) -> None:
     """Time models: prefill, decoding, training, memory; any Hugging Face model, with random weights if it has none."""
     from hybridattn.evals.pareto.suite import Suite
@@ -152,9 +152,9 @@ def pareto(
     shard: Annotated[str | None, typer.Option(help="Only train the i-th of n parts, as i/n.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing, instead of the suite's.")] = None,
     again: Annotated[bool, typer.Option(help="Time again what has been timed.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for figures and report; a run goes on there.")] = Path(
-        "reports/pareto"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for measurements and report; an interrupted run resumes there.")
+    ] = Path("reports/pareto"),
 ) -> None:
     """Train or load the models of a suite, measure recall, memory and speed of each, and write one report."""
     from hybridattn.evals.pareto.suite import load
@@ -176,7 +176,7 @@ def _measure(suite: "Suite", out: Path, shard: tuple[int, int] | None, again: bo
 
 
 def _show(out: Path, results: dict[str, Any]) -> None:
-    """Print a report's first table and where to open it; fail if figures contradict each other."""
+    """Print a report's first table and where to open it; exit with code 1 if a cache differs from its declared size."""
     from hybridattn.evals.report.build import as_table, summary
     from hybridattn.evals.report.document import overview
 

@@ -1,7 +1,7 @@
-"""How busy the CPU is: the time of a small fixed matrix product, taken beside the samples of a benchmark.
+"""How busy the CPU is: the time of a small fixed matrix product, taken before and after the samples of a benchmark.
 
 On a shared machine, which most virtual ones are, another program on the same core makes everything up to twice as slow.
-The probe tells a reader of a report how much of that there was. It changes no figure.
+The probe tells a reader of a report how far other programs slowed the CPU down. It changes no figure.
 """
 
 import time

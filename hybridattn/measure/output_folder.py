@@ -26,7 +26,7 @@ def check_output(out: Path) -> None:
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """Give a temporary sibling folder to write into; it replaces ``out`` if the block ends well, else it is removed.
+    """Give a temporary sibling folder to write into; it replaces ``out`` if the block ends without an exception.
 
     On errors and on Ctrl-C ``out`` stays as it was. An earlier report at ``out`` is replaced whole.
 

@@ -17,7 +17,7 @@ PACKAGES = ("hybridattn", "torch", "transformers", "tokenizers", "numpy")
 
 
 def provenance(config: dict[str, Any]) -> dict[str, Any]:
-    """What has to stand beside every figure of a run.
+    """Provenance of every figure of a run.
 
     Args:
         config: everything that determines the run, as JSON values.

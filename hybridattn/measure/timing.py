@@ -24,9 +24,9 @@ def sample(call: Callable[[], object], *, least: int = 3, seconds: float = 0.2, 
 
     Args:
         call: what is timed.
-        least: samples at least.
-        seconds: calls go on until the samples took so long together.
-        most: samples at most.
+        least: fewest samples.
+        seconds: the samples together take at least this long.
+        most: most samples.
 
     Returns:
         Seconds of every timed call.
@@ -39,9 +39,9 @@ def sample(call: Callable[[], object], *, least: int = 3, seconds: float = 0.2, 
     return found
 
 
-def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
     """``median``, ``low`` and ``high`` of the ratios of two times that were taken in the same rounds, one or more."""
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
 
 

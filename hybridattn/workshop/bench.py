@@ -1,8 +1,8 @@
 """The benchmark of the operators, ``hybridattn kernels bench``: seconds, and shares of what the machine can do.
 
 Two ceilings are measured first: bytes per second of a copy, FLOP per second of a matrix product. Then the
-implementations of each workload take turns in rounds. Each is compared with the fp64 reference before: a wrong result
-has no speed.
+implementations of each workload are timed in interleaved rounds. Each result is first compared with the fp64 reference;
+a wrong one is not timed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ class Group(NamedTuple):
 
     @property
     def keys(self) -> list[tuple[Any, ...]]:
-        """What tells the records of its implementations from others."""
+        """Keys of the records of its implementations."""
         return [(self.workload, name, *self.shape) for name in self.implementations]
 
 
@@ -62,7 +62,7 @@ def _cpu_shapes(lengths: Sequence[int]) -> Iterator[tuple[str, Shape]]:
 
 
 def _gpu_shapes(lengths: Sequence[int]) -> Iterator[tuple[str, Shape]]:
-    """About as many tokens at every length; the most telling first."""
+    """About as many tokens at every length; the most important first."""
     for tokens, name in product(lengths or GPU_LENGTHS, LINEAR):
         yield name, Shape(max(1, 32768 // tokens), tokens, 16, WORKLOADS[name].key_dim or 128, 128)
     for batch in (64, 256, 1):
@@ -228,7 +228,7 @@ def run(
         plot: where to draw a roofline of these records.
 
     Returns:
-        The records of all that was to be measured.
+        The records of all workloads that were asked for.
 
     Raises:
         ValueError: an argument is not as above, or matplotlib, which draws, is not installed.

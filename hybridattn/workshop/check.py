@@ -1,6 +1,6 @@
 """Every operator and every launch row against the fp64 reference, on the device at hand.
 
-Results and gradients, in fp32, bf16 and fp16, at the sizes of ``cases``. Memory that nobody wrote is NaN. Everything
+Results and gradients, in fp32, bf16 and fp16, at the sizes of ``cases``. Unwritten memory is NaN. Everything
 runs twice and has to give the same bits; in Triton's interpreter the second time in the opposite order of programs. A
 case is one line of JSON, so that a run that was cut off goes on where it was.
 """

@@ -69,6 +69,6 @@ def _captured(call: Run) -> tuple[torch.cuda.CUDAGraph, int] | None:
             with torch.cuda.graph(graph):
                 for _ in range(number):
                     call()
-    except RuntimeError:  # it waits for the GPU, for one; if the GPU is lost, single calls fail as well and say so
+    except RuntimeError:  # for example, it synchronises with the GPU; after a CUDA error single calls fail as well
         return None
     return graph, number

@@ -50,7 +50,7 @@ def run(
         The content of the report's ``results.json``.
 
     Raises:
-        ValueError: a part or a GPU that does not exist; or as `Store`.
+        ValueError: ``shard`` is out of range or trains nothing, there is no GPU for device "cuda"; or as `Store`.
     """
     store = Store(out)
     part, parts = shard or (1, 1)
@@ -105,7 +105,7 @@ def trainings(suite: Suite, name: str) -> Iterator[tuple[dict[str, Any], Job]]:
 
 
 def train(suite: Suite, names: Sequence[str], store: Store) -> None:
-    """Train the models that the store has no recall of; their weights are kept beside the measurements."""
+    """Train the models that the store has no recall of; and store their weights beside the measurements."""
     wanted = [
         each
         for name in names

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hybridattn.evals.recall import mqar
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 
-TICK = 10  # steps between two signs of life
+TICK = 10  # steps between two progress reports
 
 
 class Job(NamedTuple):
@@ -27,7 +27,7 @@ class Job(NamedTuple):
         steps: optimiser steps.
         seed: of everything.
         rate: peak learning rate.
-        looks: steps between two looks at recall, 0 for none but the last.
+        looks: steps between two tests of recall, 0 for none but the last.
         procedure: of `mqar.PROCEDURES`.
         device: where it is trained.
     """
@@ -42,13 +42,13 @@ class Job(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What came out.
+    """Result of one training.
 
     Attributes:
         weights: by name.
         recall: share of queries answered right, by number of pairs.
         curve: (steps, recall of the procedure's most telling number of pairs) at every look; the end is the last.
-        seconds: that training took, looks included.
+        seconds: of training, tests included.
     """
 
     weights: dict[str, np.ndarray]

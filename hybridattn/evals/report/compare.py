@@ -23,7 +23,7 @@ class Figure(NamedTuple):
 
 
 def compare(old: Sequence[Row], new: Sequence[Row]) -> dict[str, Any]:
-    """Compare the rows of two reports by their labels, so that rows that were configured anew compare.
+    """Compare the rows of two reports by their labels, so that rows whose configuration changed can still be compared.
 
     A figure changed if the ranges of its old and new value do not overlap: for times the range of the rounds (of the
     ratios to the baseline, or, for the baseline, of the medians), for recall that of the seeds, for bytes and the

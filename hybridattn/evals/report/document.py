@@ -191,7 +191,7 @@ def fronts(points: Sequence[dict[str, Any]]) -> Section:
         tables.append(Table([what, "best recall", "recall", "it takes"], rows))
     texts = [
         f"The best recall of {points[0]['pairs']} pairs within a budget of memory or of time. In the picture, dashed "
-        "lines join the rows that no other row beats in both."
+        "lines join the rows that no other row matches in both and beats in one."
     ]
     return Section("Pareto fronts", texts, tables)
 
@@ -314,8 +314,9 @@ def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
         body.append([*cells, number(learnt["steps_to_threshold"], "{:,.0f}")])
     threshold = found[0]["learnability"]["threshold"]
     texts = [
-        "Recall of the number of pairs that tells models apart best, at the learning rate with the best median, over "
-        f"the seeds; the threshold is {threshold:g}, and the steps to it are the median of the runs that reached it."
+        "Recall of the number of pairs with the largest spread between models, at the learning rate with the best "
+        f"median, over the seeds; the threshold is {threshold:g}, and the steps to it are the median of the runs that "
+        "reached it."
     ]
     drawn = any(len(curve) > 1 for row in found for curve in row["curves"])
     figure = "learnability" if drawn else None

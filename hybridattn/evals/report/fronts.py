@@ -15,11 +15,11 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The points of the fronts, one dict for every row that has recall, bytes and a decoding speed.
 
     Returns:
-        ``name``; ``recall`` of ``pairs`` pairs, the most telling number that all rows have; ``state_bytes`` after
+        ``name``; ``recall`` of ``pairs`` pairs, the number of pairs with the largest spread; ``state_bytes`` after
         ``state_tokens``, the fewest that were measured; ``step``, seconds of one sequence after ``context`` tokens, the
         shortest; ``tokens_per_second`` of ``batch`` sequences, the most that were decoded there.
     """
-    found, pairs = [], _telling(rows)
+    found, pairs = [], _most_spread(rows)
     for row in rows:
         steps = [each for each in row["decode"] if "median" in each and not each["graph"]]
         sizes = [(tokens, each) for tokens, each in row["state"].items() if "reason" not in each]
@@ -42,7 +42,7 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _telling(rows: Sequence[dict[str, Any]]) -> int | None:
+def _most_spread(rows: Sequence[dict[str, Any]]) -> int | None:
     """The number of pairs at which recall differs most between rows; None if no number is common to all rows."""
     trained = [row for row in rows if row["recall"]]
     common = set[str]().union(*(row["recall"] for row in trained)).intersection(*(row["recall"] for row in trained))
@@ -89,7 +89,7 @@ def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
 def place_labels(axes: Axes, labels: Sequence[str], colors: Sequence[str]) -> list[Annotation]:
     """Label the points of a panel's scatter so that no label covers another one, a point or the panel's line.
 
-    Each label takes the first free one of some places around its point, nearest first; the last one if none is free.
+    Each label takes the first free one of some places around its point, nearest first; the farthest if none is free.
     """
     points = np.asarray(axes.collections[0].get_offsets())
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in axes.transData.transform(points)]

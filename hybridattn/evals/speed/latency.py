@@ -53,7 +53,7 @@ def decode(
     Args:
         model: a causal language model in evaluation mode.
         tokens: prompt length; the cache grows by one with every call.
-        batch: sequences decoded together; they are the same one, which changes no time.
+        batch: sequences decoded together. All are copies of one; this does not affect the time.
         graph: replay the step as a CUDA graph, on a static cache.
         least, seconds: as in `timing.sample`, with at most `MOST_STEPS` calls.
 

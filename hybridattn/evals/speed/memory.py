@@ -56,8 +56,8 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """The most bytes of tensors that a call had at a time, beyond what was there before it.
 
-    Temporary tensors of operators are counted, what libraries allocate for themselves is not. Of a GPU the allocator
-    knows; on a CPU torch's profiler saw what was allocated and freed; None for other devices.
+    Temporary tensors of operators are counted; memory that libraries allocate for themselves is not. On a GPU the
+    allocator reports the peak, on a CPU PyTorch's profiler; None for other devices.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

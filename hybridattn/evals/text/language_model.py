@@ -38,7 +38,7 @@ OPTIONS = {
     "pad_token_id": PAD,
 }
 
-# What a user writes to use a saved model. It runs in a process that has seen nothing of the training.
+# What a user writes to use a saved model. It runs in a new process.
 RELOAD = """
 import json, sys, time
 import hybridattn, torch

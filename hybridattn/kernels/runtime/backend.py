@@ -18,7 +18,7 @@ def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | No
         backend: the one asked for, which is never replaced; None is ``"triton"`` for CUDA tensors where the operator's
             kernels have the case, ``"torch"`` elsewhere, with a warning once per case if it is not for fp64.
         q: a tensor of the call, of an operator that has Triton kernels.
-        lacks: what keeps these kernels from serving the call, as "argument: expected .., got .."; None if nothing does.
+        lacks: why the Triton kernels cannot serve the call, as "argument: expected .., got .."; None if nothing does.
 
     Raises:
         ValueError: what was asked for by name is no backend of the operator, or lacks the case.
@@ -43,8 +43,8 @@ def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | No
 def _interpreting() -> bool:
     """Whether Triton interprets kernels: what ``triton.knobs.runtime.interpret`` reads, and writes when it is set.
 
-    The variable itself, since torch.compile cannot trace the knob, and torch.compiler's decorators for such functions
-    import torch._dynamo, two seconds of the first call of any operator.
+    Reads the environment variable, because torch.compile cannot trace the knob. torch.compiler's decorators for such
+    functions would import torch._dynamo, which takes two seconds.
     """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 

@@ -1,4 +1,4 @@
-"""Registration of operators that torch.compile does not look into."""
+"""Registration of operators that torch.compile does not trace."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -12,8 +12,9 @@ from torch.library import custom_op, impl
 def opaque_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Make a ``torch.library.CustomOpDef`` of the decorated function, for every device.
 
-    What custom_op registers imports torch._dynamo when it is first called, which takes seconds. This kernel uses it
-    only once something else has imported it, to keep torch.compile from tracing the function, as custom_op does.
+    What custom_op registers imports torch._dynamo when it is first called, which takes seconds. This kernel calls
+    torch.compiler.disable, which keeps torch.compile from tracing the function as custom_op does, only if torch._dynamo
+    has already been imported.
 
     Args:
         name: "namespace::operator".

@@ -1,4 +1,4 @@
-"""The block that the decoder repeats; the module does without transformers' models, which take seconds to import."""
+"""The block that the decoder repeats. This module does not import transformers' model code, which takes seconds."""
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        """The mixer's and the input convolution's."""
+        """Cache tensors of the mixer and of the input convolution: name -> (shape, dtype)."""
         spec = self.mixer.cache_spec(batch_size, tokens, dtype)
         return spec if self.conv is None else spec | self.conv.cache_spec(batch_size, tokens, dtype)
 

@@ -20,7 +20,7 @@ _wants_models = ContextVar("_wants_models", default=True)
 
 @contextmanager
 def without_models() -> Iterator[None]:
-    """Let configurations be made without their model classes, which take seconds to import.
+    """Do not import the model classes, which takes seconds, for configurations made in this block.
 
     AutoModel learns of the classes from the first configuration that is made outside the block.
     """
