@@ -68,8 +68,10 @@ def compare(x: list[Tensor], **options: Any) -> None:
     assert max(map(error, actual, expected)) <= 1e-5
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("tokens", [0, 1, 7, 64, 65, 200])
+@pytest.mark.parametrize(
+    ("tokens", "normalize"),
+    [*((tokens, True) for tokens in (0, 1, 7, 64, 65, 150)), (0, False), (7, False), (65, False)],
+)
 def test_triton_equals_reference(tokens: int, normalize: bool):
     compare(make(tokens), normalize=normalize)
 
@@ -107,8 +109,7 @@ def test_any_split_with_the_state_carried_over(cuts: list[int]):
     assert max(map(error, [torch.cat(parts, 1), *carried], whole)) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("normalize", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_sixteen_bits_cost_little_more_than_rounding_the_operands(normalize: bool, dtype: torch.dtype):
     x = make(150, (16, 24))
     grads = [torch.randn_like(y) for y in run(x, "reference", normalize)]
