@@ -91,7 +91,9 @@ def with_gradients(x: list[Tensor], backend: str, grads: list[Tensor], **options
 
 
 @pytest.mark.parametrize(
-    ("case", "tokens"), [(case, 150) for case in CASES] + [(case, tokens) for case in KINDS for tokens in LENGTHS]
+    ("case", "tokens"),
+    [pytest.param(case, 150, marks=pytest.mark.slow) for case in CASES]
+    + [(case, tokens) for case in KINDS for tokens in LENGTHS],
 )
 def test_triton_equals_reference(case: tuple[str, str], tokens: int):
     x = make(tokens, case=case)
@@ -103,6 +105,7 @@ def test_triton_equals_reference(case: tuple[str, str], tokens: int):
     assert max(map(error, actual[2:], expected[2:])) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dims"),
     [(("per channel", "resets"), dims) for dims in DIMS[1:]]
@@ -115,6 +118,7 @@ def test_dims(case: tuple[str, str], dims: tuple[int, int]):
     assert max(map(error, actual, with_gradients(x, "reference", grads))) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [(case, torch.bfloat16) for case in NARROW]
@@ -139,6 +143,7 @@ def test_sixteen_bits_cost_little_more_than_rounding_the_operands(case: tuple[st
         assert error(result, truth) <= (1.5 if n < 2 else 2) * error(of_rounded.to(result.dtype), truth)
 
 
+@pytest.mark.slow
 def test_groups_of_values_are_summed_in_fp32():
     """More of them than the widest row takes at once, in 16 bits."""
     x = make(64, (16, 300), ("per channel", "resets"))
@@ -159,6 +164,7 @@ def test_gradients_of_mixed_dtypes():
     assert max(error(a, e) for a, e in zip(actual[4:], expected[4:], strict=True)) <= 1e-5  # of v, the state and g
 
 
+@pytest.mark.slow
 def test_more_values_than_a_launch_takes():
     x = make(70, (16, 160), ("per channel", "resets"))
     grads = [torch.randn_like(y) for y in run(x, "reference")]
@@ -168,6 +174,7 @@ def test_more_values_than_a_launch_takes():
     assert max(map(error, actual, with_gradients(x, "reference", grads))) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [("per channel", "resets"), ("per head", "strong"), ("none", "none")], ids=", ".join)
 @pytest.mark.parametrize("heads", HEADS)
 def test_heads_that_others_share(heads: str, case: tuple[str, str]):
@@ -177,6 +184,7 @@ def test_heads_that_others_share(heads: str, case: tuple[str, str]):
     assert max(map(error, actual, with_gradients(x, "reference", grads))) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "lengths"),
     [(("per channel", "resets"), lengths) for lengths in ([], [0], [3, 0, 70, 1, 64], [128, 2], [1, 65])]
@@ -202,6 +210,7 @@ def test_offsets_that_are_a_column():
     assert all(torch.equal(y, z) for y, z in zip(run(x, "triton", cu_seqlens=ends), plain, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [[0, 150], [1, 64, 65], [100]])
 def test_any_split_with_the_state_carried_over(cuts: list[int]):
     q, k, v, state, g = to(make(150, (20, 5), ("per channel", "resets")), torch.float32)
@@ -267,6 +276,7 @@ def test_empty_dimensions(empty: tuple[int, ...]):
     assert torch.equal(dq, torch.zeros_like(q))
 
 
+@pytest.mark.slow
 def test_opcheck():
     q, k, v, state, g = to(make(3, heads=HEADS["grouped queries"]), torch.float32)
     for x in (
@@ -281,6 +291,7 @@ def test_opcheck():
         )
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     q, k, v, _, g = to(make(3), torch.float32)
     q.requires_grad_()
@@ -323,6 +334,7 @@ def test_asked_for_by_name_it_runs_or_raises(message: str):
     gated_linear_attention(q, k, v, g, initial_state=state)  # not asked for, another one serves the case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "heads", "parts"),
     [
@@ -345,6 +357,7 @@ def test_segments_of_a_sequence(case: tuple[str, str], heads: tuple[int, int, in
     assert max(map(error, actual, with_gradients(x, "reference", grads))) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[200], [3, 0, 150, 64]])
 def test_segments_of_packed_sequences(lengths: list[int], monkeypatch):
     monkeypatch.setattr(op, "segments", lambda *_: 2)
@@ -368,6 +381,7 @@ def test_segments_fill_the_device(programs: int, chunks: int, processors: int, e
 PER_SEQUENCE = {"first", "last", "dlast", "dfirst"}  # tensors that do not grow with the tokens
 
 
+@pytest.mark.slow
 def test_bytes_of_a_token_and_head():
     """Distinct ones: what q, k, v, g, o and their gradients take is 1280 forward, 2304 backward."""
     tokens = 256
@@ -395,6 +409,7 @@ def test_bytes_of_a_token_and_head():
     assert moved[1] <= 2.5 * 2304
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dims", "heads"), [((16, 160), (1, 1, 1)), ((72, 72), (1, 1, 1)), ((72, 72), (4, 2, 2)), ((72, 72), (1, 1, 2))]
 )

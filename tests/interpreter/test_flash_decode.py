@@ -85,6 +85,7 @@ def test_first_positions_in_rings_that_wrapped():
     assert max(map(error, actual, expected)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("new", "heads", "dims"),
     [(1, (1, 1), (5, 9)), (16, (6, 2), (33, 20)), (2, (40, 1), (16, 80)), (1, (4, 4), (256, 1))],
@@ -96,6 +97,7 @@ def test_any_dims_and_groups(new: int, heads: tuple[int, int], dims: tuple[int, 
     assert max(map(error, actual, expected)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.bfloat16) for name in OPTIONS] + [(name, torch.float16) for name in ("plain", "all")],
@@ -117,6 +119,7 @@ def shares(
     return decode.attend(q, k, v, torch.tensor(lengths), None, 0.4, left, None, SINKS, None, programs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", ["ragged", "rings"])
 def test_any_cut_into_shares_gives_the_same(lengths: str):
     inputs = make(2)
@@ -137,6 +140,7 @@ def test_the_same_bits_in_any_order_of_programs():
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs", [3, 16])
 @pytest.mark.parametrize(
     ("lengths", "left", "tiles"),
@@ -214,6 +218,7 @@ def test_no_rows_and_no_slots():
     assert o.shape == (0, 2, 4, 8)
 
 
+@pytest.mark.slow
 def test_opcheck_and_one_graph():
     q, k, v = (x.float() for x in make(2, slots=20))
     lengths = torch.tensor([0, 1, 20, 33])

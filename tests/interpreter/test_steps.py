@@ -136,6 +136,7 @@ def test_the_steps_that_share_it():
         assert error(states[1], states[0]) <= 1e-6
 
 
+@pytest.mark.slow
 def test_opcheck():
     q, k, v, g, state = (x.float() for x in make(2, HEADS["grouped queries"], (8, 5), "per channel"))
     for gate in (g, None):
@@ -143,6 +144,7 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.hybridattn.linear_attention_step_triton.default, arguments)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break_and_mutates_the_state():
     q, k, v, g, state = (x.float() for x in make(1, HEADS["plain"], (8, 5), "per channel"))
     expected = run(q, k, v, g, state, backend="triton")

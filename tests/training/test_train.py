@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,11 +41,17 @@ def at_micro_batch(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[
     monkeypatch.setattr(StreamTrainer, "training_step", training_step)
 
 
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([str(tiny), "--output_dir", str(folder / "whole")]) == 0
+    return folder / "whole"
+
+
 @pytest.fixture
-def whole(train, tmp_path: Path) -> Path:
-    """The folder of a run that nothing interrupted."""
-    assert train("whole") == 0
-    return tmp_path / "whole"
+def whole(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the folder of a run that nothing interrupted."""
+    return shutil.copytree(finished, tmp_path / "whole")
 
 
 def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole, tmp_path, monkeypatch, capsys):

@@ -72,6 +72,7 @@ INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stack", "name"), [("every mixer", "padded"), ("input convolutions", "plain"), ("input convolutions", "packed")]
 )
@@ -86,6 +87,7 @@ def test_forward_and_backward_are_one_graph(stack: str, name: str):
         torch.testing.assert_close(traced, eager)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_step_with_a_static_cache_is_compiled_once(model: HybridAttnForCausalLM):
     counts: list[Any] = []

@@ -103,6 +103,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_sharded_by_fsdp2_on_two_processes(tmp_path: Path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

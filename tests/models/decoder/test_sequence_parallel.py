@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hybridattn.models.scaling import memory, parameters, sharded_traffic, traffic
 
 FILE = Path(__file__).with_name("sequence_parallel.py")
@@ -74,6 +76,7 @@ def check_sharded(ranks: list[dict[str, Any]]) -> None:
         assert all(0.9 * gathered <= peak <= 1.1 * gathered for peak in peaks), (name, gathered, peaks)
 
 
+@pytest.mark.slow
 def test_a_decoder_on_two_and_four_ranks(run_ranks: Callable[[Path], list[dict[str, Any]]]):
     ranks = run_ranks(FILE)
     check_errors(ranks)
