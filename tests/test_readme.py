@@ -19,6 +19,7 @@ def test_example_runs_as_written(code: str, tmp_path: Path, monkeypatch: pytest.
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_commands_exist(run_python):
     """Every `hybridattn <verb>` that README names is a verb of the command."""
     verbs = set(

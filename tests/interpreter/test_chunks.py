@@ -223,6 +223,7 @@ def test_any_split_with_the_state_carried_over(cuts: list[int]):
     assert error(state, final) <= 1e-6
 
 
+@pytest.mark.slow
 def test_strided_inputs_and_mixed_dtypes():
     x = make(70, (24, 8), ("per channel", "resets"), HEADS["grouped queries"])
     plain = run(to(x, torch.float32), "triton")
@@ -278,7 +279,7 @@ def test_empty_dimensions(empty: tuple[int, ...]):
 
 @pytest.mark.slow
 def test_opcheck():
-    q, k, v, state, g = to(make(3, heads=HEADS["grouped queries"]), torch.float32)
+    q, k, v, state, g = to(make(3), torch.float32)
     for x in (
         (q, k, v, g, 0.7, False, False, state, None),
         (q, k, v, None, 0.7, True, True, None, torch.tensor([0, 1, 3])),
@@ -339,17 +340,16 @@ def test_asked_for_by_name_it_runs_or_raises(message: str):
     ("case", "heads", "parts"),
     [
         (("per channel", "resets"), (1, 1, 1), 5),
-        (("per channel", "resets"), (4, 2, 2), 3),
-        (("per channel", "resets"), (1, 1, 2), 3),
-        (("per channel", "hot"), (1, 1, 1), 3),
-        (("per head", "strong"), (4, 2, 2), 3),
+        (("per channel", "resets"), (4, 2, 2), 2),
+        (("per channel", "resets"), (1, 1, 2), 2),
+        (("per head", "strong"), (4, 2, 2), 2),
         (("none", "none"), (1, 1, 2), 5),
     ],
 )
 def test_segments_of_a_sequence(case: tuple[str, str], heads: tuple[int, int, int], parts: int, monkeypatch):
     """More of them than chunks, too."""
     monkeypatch.setattr(op, "segments", lambda *_: parts)
-    x = make(200, (24, 16), case, heads)
+    x = make(140, (24, 16), case, heads)  # three chunks
     grads = [torch.randn_like(y) for y in run(x, "reference")]
     with count_traffic() as launches:
         actual = with_gradients(to(x, torch.float32), "triton", grads)

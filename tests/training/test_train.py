@@ -76,6 +76,7 @@ def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.slow
 def test_a_run_told_to_end_in_its_last_step_has_ended(train, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_micro_batch(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -84,6 +85,7 @@ def test_a_run_told_to_end_in_its_last_step_has_ended(train, whole, tmp_path, mo
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_of_their_own_split(tiny: Path):
     _, data, run = parse([str(tiny), "--data", "python", "--eval_strategy", "steps", "--eval_steps", "3"])
     tokenizer = byte_tokenizer()
@@ -143,12 +145,14 @@ def test_held_out_data_that_is_not_there_is_told_from_the_data(train, tmp_path, 
     assert "eval_data: split: expected 'train' or 'test'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_step_does_not_depend_on_how_it_is_divided(train, curve, whole):
     assert train("other", "--per_device_train_batch_size", "1", "--dataloader_num_workers", "1") == 0
     for left, right in zip(curve("other"), curve("whole"), strict=True):
         assert left == pytest.approx(right, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_same_loss(tiny: Path, curve, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     options = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1"]
@@ -197,6 +201,7 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch,
     assert checkpoints.latest(tmp_path / "inf")[0] == tmp_path / "inf" / "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_log_lines(train, tmp_path):
     assert train("logged", "--report_to", "tensorboard", "--eval_strategy", "steps", "--eval_data", "python") == 0
     history = json.loads((tmp_path / "logged" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
@@ -211,6 +216,7 @@ def test_log_lines(train, tmp_path):
     assert list((tmp_path / "logged" / "runs").rglob("events.out.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--torch_compile", "--gradient_checkpointing", "--bf16"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")
 def test_ways_to_run(train, curve, whole, option: str):
@@ -221,6 +227,7 @@ def test_ways_to_run(train, curve, whole, option: str):
     assert curve("other")[0][1] == pytest.approx(curve("whole")[0][1], rel=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
 def test_lora_improves_on_another_text_and_merges(whole, tmp_path, capsys):
     text = tmp_path / "second.txt"

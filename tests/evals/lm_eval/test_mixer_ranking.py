@@ -58,6 +58,7 @@ def test_batches_come_in_rising_load(monkeypatch: pytest.MonkeyPatch):
     assert loads == 2 * list(ranking.LOADS)
 
 
+@pytest.mark.slow
 def test_every_mix_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Two mixes of two steps. The module itself trains all of them for minutes and prints the order."""
     build = TaskIndex.build
