@@ -15,8 +15,7 @@ from hybridattn.evals.linearize import recovery, report
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training.trainer import StreamTrainer
 
-# The fixtures train for the whole module: in one process.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("linearize")]
+pytestmark = pytest.mark.slow
 
 LENGTH, ROWS = 64, 8
 STEP = LENGTH * ROWS
