@@ -1,5 +1,6 @@
 # make demo    train, generate and measure small hybrid models on this machine's CPU
 # make test    everything a change must pass
+# make test-fast  a part of it for the edit loop: one case of everything
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
@@ -11,7 +12,7 @@ STAMP := .venv/.installed
 # from whatever else runs on the machine.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: venv demo test test-oldest lint clean
+.PHONY: venv demo test test-fast test-oldest lint clean
 
 venv: $(STAMP)
 
@@ -29,11 +30,20 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
 # Kernels run in Triton's interpreter in a process of their own, since Triton reads TRITON_INTERPRET when it is imported.
 test: lint
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
 ifeq ($(ARGS),)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+endif
+
+test-fast: $(STAMP)
+	$(BIN)/ruff check .
+	$(PYTEST) -m "not slow" $(ARGS)
+ifeq ($(ARGS),)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter
 endif
 
 # The models with the oldest transformers that is supported, in a virtual environment of its own; and with torchao, which

@@ -15,6 +15,8 @@ from hybridattn.evals.linearize import recovery, report
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training.trainer import StreamTrainer
 
+pytestmark = pytest.mark.slow
+
 LENGTH, ROWS = 64, 8
 STEP = LENGTH * ROWS
 TEACHER: dict[str, Any] = {

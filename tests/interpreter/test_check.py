@@ -11,6 +11,7 @@ from torch import Tensor
 from hybridattn.kernels.linear_attention.triton import decode
 from hybridattn.workshop import check
 
+pytestmark = pytest.mark.slow
 NAME = "gated_linear_attention_step"
 STEP = decode.step
 

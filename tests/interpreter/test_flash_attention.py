@@ -83,8 +83,15 @@ def assert_exact(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert error(actual[name], x) <= (1e-4 if name.startswith("d") else 1e-5), name
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (150, 150), (7, 150), (50, 80), (150, 40), (0, 5), (5, 0)])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [pytest.param(name, (150, 150), marks=pytest.mark.slow) for name in OPTIONS]
+    + [
+        (name, lengths)
+        for name in ("causal", "full", "window 20", "all")
+        for lengths in ((1, 1), (7, 150), (50, 80), (150, 40), (0, 5), (5, 0))
+    ],
+)
 def test_triton_equals_reference(name: str, lengths: tuple[int, int]):
     inputs = make(*lengths)
     expected, actual = (
@@ -95,15 +102,20 @@ def test_triton_equals_reference(name: str, lengths: tuple[int, int]):
     assert_exact(actual, expected)
 
 
-@pytest.mark.parametrize("dims", [(5, 9), (16, 80), (33, 20), (256, 1)])
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "dims"), [((1, 1), (5, 9)), *(((6, 2), dims) for dims in ((5, 9), (16, 80), (33, 20), (256, 1)))]
+)
 def test_any_dims_and_groups(heads: tuple[int, int], dims: tuple[int, int]):
     inputs = make(40, 50, heads, dims, batch=2)
     assert_exact(run(inputs, "triton", torch.float32), run(inputs, "reference"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in OPTIONS] + [(name, torch.float16) for name in ("causal", "all")],
+)
 def test_sixteen_bits_cost_no_more_than_rounding_the_operands(name: str, dtype: torch.dtype):
     inputs = make(150, 150, dims=(16, 16))
     truth = run(inputs, "reference", **OPTIONS[name])
@@ -115,6 +127,7 @@ def test_sixteen_bits_cost_no_more_than_rounding_the_operands(name: str, dtype: 
         assert error(actual[name], x) <= limit, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [24, 64, 200])
 def test_block_masks(size: int):
     blocks = (-(-90 // size), -(-110 // size))
@@ -124,8 +137,12 @@ def test_block_masks(size: int):
         assert_exact(run(inputs, "triton", torch.float32, **options), run(inputs, "reference", **options))
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 0], [130], [3, 0, 70, 1, 64], [128, 2]])
-@pytest.mark.parametrize("name", ["causal", "full", "window 20", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("all", lengths) for lengths in ([], [0, 0], [130], [128, 2])]
+    + [(name, [3, 0, 70, 1, 64]) for name in ("causal", "full", "window 20", "all")],
+)
 def test_packed_equals_one_by_one(name: str, lengths: list[int]):
     """Also beside what is NaN: tokens past the last offset belong to no sequence."""
     ends = torch.tensor([0, *lengths]).cumsum(0)
@@ -150,6 +167,7 @@ def test_packed_queries_and_keys_of_different_lengths():
     assert_exact(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "all"])
 def test_without_tensor_descriptors(name: str, monkeypatch: pytest.MonkeyPatch):
     """As on sm_80: every tile is read by pointers."""
@@ -178,6 +196,7 @@ def test_expanded_gradients_and_unused_lse():
         assert error(actual, expected.double()) <= 1e-4
 
 
+@pytest.mark.slow
 def test_any_order_of_programs_gives_the_same_bits():
     inputs = make(150, 150)
     first = run(inputs, "triton", torch.bfloat16, **OPTIONS["all"])
@@ -186,6 +205,7 @@ def test_any_order_of_programs_gives_the_same_bits():
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
+@pytest.mark.slow
 def test_tiles_out_of_reach_are_not_loaded():
     """Nothing but the tiles that hold a key of the window, and no scores; every gradient is stored once."""
     tokens, window = 1024, 100
@@ -222,6 +242,7 @@ def test_tiles_out_of_reach_are_not_loaded():
     assert set(of_keys.loads) == {"q", "k", "v", "do", "shift", "delta"}
 
 
+@pytest.mark.slow
 def test_opcheck():
     q, k, v = (x.float().requires_grad_() for x in make(5, 6))
     offsets, key_blocks, size = BlockMask.from_dense(torch.ones(2, 2).bool(), 3)
@@ -235,6 +256,7 @@ def test_opcheck():
         torch.library.opcheck(backward.backward, (*arguments, o, lse, *gradients))
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph():
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attention(q, k, v, window=4, backend="triton")
@@ -262,6 +284,7 @@ def test_what_is_not_served_is_named():
         flash_attention(many, many, many, backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("order", [(0, 3, 1, 2), (0, 2, 3, 1)])
 def test_operands_whose_columns_are_not_side_by_side(turned: str, order: tuple[int, ...]):

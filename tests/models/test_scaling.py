@@ -92,5 +92,6 @@ def test_nothing_is_allocated():
     assert all(p.is_meta for layer in blocks(config("gla", "full")) for p in layer.parameters())
 
 
+@pytest.mark.slow
 def test_the_tables_in_the_documentation_are_those_of_the_code():
     assert tables().strip() in DOC.read_text(encoding="utf-8")

@@ -32,18 +32,18 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven documents of different lengths, one per line."""
-    path = tmp_path / "texts.jsonl"
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {i} " * (3 + 5 * i)}) + "\n" for i in range(7)))
     return path
 
 
-@pytest.fixture
-def tiny(tmp_path: Path, texts: Path) -> Path:
+@pytest.fixture(scope="session")
+def tiny(texts: Path) -> Path:
     """The configuration of a tiny run on ``texts``."""
-    path = tmp_path / "tiny.yaml"
+    path = texts.with_name("tiny.yaml")
     path.write_text(yaml.safe_dump({**TINY, "data": str(texts)}))
     return path
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,11 +41,17 @@ def at_micro_batch(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[
     monkeypatch.setattr(StreamTrainer, "training_step", training_step)
 
 
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([str(tiny), "--output_dir", str(folder / "whole")]) == 0
+    return folder / "whole"
+
+
 @pytest.fixture
-def whole(train, tmp_path: Path) -> Path:
-    """The folder of a run that nothing interrupted."""
-    assert train("whole") == 0
-    return tmp_path / "whole"
+def whole(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the folder of a run that nothing interrupted."""
+    return shutil.copytree(finished, tmp_path / "whole")
 
 
 def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole, tmp_path, monkeypatch, capsys):
@@ -69,6 +76,7 @@ def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.slow
 def test_a_run_told_to_end_in_its_last_step_has_ended(train, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_micro_batch(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -77,6 +85,7 @@ def test_a_run_told_to_end_in_its_last_step_has_ended(train, whole, tmp_path, mo
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_of_their_own_split(tiny: Path):
     _, data, run = parse([str(tiny), "--data", "python", "--eval_strategy", "steps", "--eval_steps", "3"])
     tokenizer = byte_tokenizer()
@@ -136,12 +145,14 @@ def test_held_out_data_that_is_not_there_is_told_from_the_data(train, tmp_path, 
     assert "eval_data: split: expected 'train' or 'test'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_step_does_not_depend_on_how_it_is_divided(train, curve, whole):
     assert train("other", "--per_device_train_batch_size", "1", "--dataloader_num_workers", "1") == 0
     for left, right in zip(curve("other"), curve("whole"), strict=True):
         assert left == pytest.approx(right, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_same_loss(tiny: Path, curve, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     options = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1"]
@@ -190,6 +201,7 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch,
     assert checkpoints.latest(tmp_path / "inf")[0] == tmp_path / "inf" / "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_log_lines(train, tmp_path):
     assert train("logged", "--report_to", "tensorboard", "--eval_strategy", "steps", "--eval_data", "python") == 0
     history = json.loads((tmp_path / "logged" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
@@ -204,6 +216,7 @@ def test_log_lines(train, tmp_path):
     assert list((tmp_path / "logged" / "runs").rglob("events.out.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--torch_compile", "--gradient_checkpointing", "--bf16"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")
 def test_ways_to_run(train, curve, whole, option: str):
@@ -214,6 +227,7 @@ def test_ways_to_run(train, curve, whole, option: str):
     assert curve("other")[0][1] == pytest.approx(curve("whole")[0][1], rel=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
 def test_lora_improves_on_another_text_and_merges(whole, tmp_path, capsys):
     text = tmp_path / "second.txt"

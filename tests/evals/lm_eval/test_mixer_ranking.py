@@ -1,21 +1,22 @@
-"""Models trained on key-value pairs in text, and what `hybridattn eval` makes of them."""
+"""Training rows of key-value pairs in text, and that `hybridattn eval` scores the models trained on them."""
 
+import sys
 from pathlib import Path
 from random import Random
-from statistics import fmean
 
 import pytest
 import torch
 from lm_eval.tasks._index import TaskIndex
 
+from hybridattn.evals.lm_eval import mixer_ranking as ranking
 from hybridattn.evals.lm_eval.tasks import TASKS, kv
 from hybridattn.evals.lm_eval.tasks.facts import SYLLABLES
 from hybridattn.evals.lm_eval.tasks.grid import Cell
-from hybridattn.evals.recall import order
+from hybridattn.models.decoder import HybridAttnForCausalLM
 
 
 def test_tokens_are_syllables_and_pairs_of_digits():
-    tokens = order.tokenizer()
+    tokens = ranking.tokenizer()
     assert len({*tokens.get_vocab().values()}) == len(tokens) == 2 + 256 + len(SYLLABLES) + 200
     assert [tokens.decode(token) for token in tokens("badiku: 4821\n").input_ids] == [
         *("ba", "di", "ku", ":", " 48", "21", "\n")
@@ -24,14 +25,14 @@ def test_tokens_are_syllables_and_pairs_of_digits():
     assert tokens.decode(tokens(text).input_ids) == text
 
 
-@pytest.mark.parametrize("load", order.LOADS)
+@pytest.mark.parametrize("load", ranking.LOADS)
 def test_labels_are_the_values_of_all_pairs(load: int):
-    tokens = order.tokenizer()
-    rows = order.training_rows(tokens, Random(1), load)
-    assert rows.tokens.shape[0] == len(rows.positions) == len(rows.labels) == order.BATCH
-    assert rows.tokens.shape[1] <= order.LENGTH + order.LINE_TOKENS * load
+    tokens = ranking.tokenizer()
+    rows = ranking.training_rows(tokens, Random(1), load)
+    assert rows.tokens.shape[0] == len(rows.positions) == len(rows.labels) == ranking.BATCH
+    assert rows.tokens.shape[1] <= ranking.LENGTH + ranking.LINE_TOKENS * load
     for row, positions, labels in zip(rows.tokens, rows.positions, rows.labels, strict=True):
-        *context, _ = text = tokens.decode(row[row != order.PAD]).split("\n")
+        *context, _ = text = tokens.decode(row[row != ranking.PAD]).split("\n")
         asked = dict(line.split(": ") for line in text[-load:])
         assert len(asked) == load
         assert all(f"{key}: {value}" in context[:-load] + context for key, value in asked.items())
@@ -42,28 +43,41 @@ def test_labels_are_the_values_of_all_pairs(load: int):
 
 def test_a_prompt_of_the_task_is_the_beginning_of_a_training_row():
     """The model sees the task as it was trained: filler, pairs, and a line that ends with a key."""
-    tokens = order.tokenizer()
-    cell = Cell(order.LENGTH, 0.5, 4, "once", lambda text: len(tokens(text).input_ids))
-    prompt, text = kv.row(Random(3), cell)["prompt"], order.training_text(Random(3), cell)
+    tokens = ranking.tokenizer()
+    cell = Cell(ranking.LENGTH, 0.5, 4, "once", lambda text: len(tokens(text).input_ids))
+    prompt, text = kv.row(Random(3), cell)["prompt"], ranking.training_text(Random(3), cell)
     context = prompt.rpartition("\n")[0]
     assert text.startswith(context + "\n")
     assert prompt.removeprefix(context + "\n").removesuffix(":") in text.removeprefix(context)
 
 
-def test_the_task_orders_mixers_as_the_literature_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Full attention and hybrids before BASED and GLA, these before a window that sees 16 tokens."""
+def test_batches_come_in_rising_load(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranking, "POOL", 1)
+    batches = ranking.batches(ranking.tokenizer(), seed=0)
+    loads = [next(batches).labels.shape[1] // 2 for _ in range(2 * len(ranking.LOADS))]
+    assert loads == 2 * list(ranking.LOADS)
+
+
+@pytest.mark.slow
+def test_every_mix_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Two mixes of two steps. The module itself trains all of them for minutes and prints the order."""
     build = TaskIndex.build
     ours = staticmethod(lambda paths, **options: build([path for path in paths if Path(path) == TASKS], **options))
     monkeypatch.setattr(TaskIndex, "build", ours)
-    shares = {}
-    for mix in order.MIXERS:
-        order.train(mix, tmp_path / mix / "model")
-        by_load = order.score(tmp_path / mix / "model", tmp_path / mix / "report", rows_per_cell=4)
-        assert list(by_load) == ["4", "8", "16"]
-        shares[mix] = fmean(by_load.values())
-    assert min(shares["full attention"], shares["hybrid"]) > 0.7, shares
-    assert shares["full attention"] > max(shares["BASED"], shares["GLA"]), shares
-    assert shares["hybrid"] > shares["GLA"], shares
-    assert shares["BASED"] > shares["sliding window"] + 0.2, shares
-    assert shares["GLA"] > shares["sliding window"] + 0.1, shares
-    assert shares["sliding window"] < 0.15, shares
+    monkeypatch.setattr(ranking, "POOL", 1)
+    monkeypatch.setattr(ranking.score, "__kwdefaults__", {"rows_per_cell": 1})
+    mixes = {name: (ranking.MIXERS[name][0], 2) for name in ("GLA", "sliding window")}
+    monkeypatch.setattr(ranking, "MIXERS", mixes)
+    monkeypatch.setattr(sys, "argv", ["mixer_ranking", "--out", str(tmp_path)])
+    ranking.main()
+    printed = capsys.readouterr().out
+    heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-4:]]
+    assert heads == ["mix", "4 pairs", "8 pairs", "16 pairs"]
+    assert [row[0] for row in rows] == list(mixes)
+    assert all(0 <= float(share) <= 1 for row in rows for share in row[1:])
+    for name, (mixers, _) in mixes.items():
+        model = HybridAttnForCausalLM.from_pretrained(tmp_path / name.replace(" ", "_") / "model")
+        torch.manual_seed(0)
+        fresh = ranking.build(mixers, model.config.vocab_size)
+        assert model.config.mixers == mixers
+        assert not torch.equal(model.lm_head.weight, fresh.lm_head.weight)

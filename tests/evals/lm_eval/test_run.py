@@ -14,8 +14,8 @@ from lm_eval.tasks._index import TaskIndex
 from transformers import MambaConfig
 
 from hybridattn import HybridAttnConfig, HybridAttnForCausalLM, cli
+from hybridattn.evals.lm_eval import harness
 from hybridattn.evals.lm_eval.tasks import TASKS, filler
-from hybridattn.evals.recall import harness
 from hybridattn.training.text import PAD, SEPARATOR, VOCAB_SIZE, byte_tokenizer
 
 SIZES = '{"max_seq_lengths": [300, 400], "loads": [2, 4], "depths": [0, 1], "rows_per_cell": 1}'
@@ -78,6 +78,7 @@ def metrics(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["results"]
 
 
+@pytest.mark.slow
 def test_the_same_numbers_as_lm_eval_and_with_any_batch(run: Callable[..., int], checkpoint: str, tmp_path: Path):
     ours = tmp_path / "ours"
     assert run(ours, *FLAGS, "--batch_size", "1") == 0
@@ -131,6 +132,7 @@ def test_the_report(run: Callable[..., int], checkpoint: str, tmp_path: Path):
     assert list(tmp_path.iterdir()) == [out]  # the answers kept for an interruption are gone
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out, generate = tmp_path / "out", harness.CheckedLM._model_generate
     asked: list[int] = []
@@ -159,6 +161,7 @@ def test_an_interrupted_run_goes_on(run: Callable[..., int], tmp_path: Path, mon
     assert answers(out) == answers(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_truncated_prompts_fail_the_run(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     flags = (*FLAGS, "--model_args", "max_length=380")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridattn.evals.pareto.suite import load
-from hybridattn.evals.recall import mqar, parallel
+from hybridattn.evals.recall import mqar, training_pool
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 
 OPTIONS = {name: entry["model"]["config"] for name, entry in load("cpu").models.items()}
@@ -132,27 +132,22 @@ def test_logits_at_queries_are_those_of_the_whole_model():
         assert torch.allclose(mqar.query_logits(model, batch), expected, atol=1e-5)
 
 
-# What each mixer can and cannot do, after training long enough to tell.
+# A hybrid learns to recall; a window of 16 tokens, trained as long, finds no pair that is further away.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("entry", "steps", "least", "most"),
-    [
-        ("softmax attention", 300, 0.95, 1),
-        ("attention-first hybrid", 300, 0.95, 1),
-        ("BASED, d' = 8", 400, 0.9, 1),
-        ("linear attention", 300, 0.03, 0.6),
-        ("sliding window 16", 300, 0.03, 0.15),
-    ],
+    ("entry", "least", "most"), [("attention-first hybrid", 0.95, 1), ("sliding window 16", 0.03, 0.15)]
 )
-def test_recall_of_32_pairs(entry: str, steps: int, least: float, most: float):
+def test_recall_of_32_pairs(entry: str, least: float, most: float):
     model = HybridAttnForCausalLM(HybridAttnConfig(**OPTIONS[entry]))
-    mqar.train(model, steps=steps)
+    mqar.train(model, steps=300)
     assert least <= mqar.recall(model, 32) <= most
 
 
+@pytest.mark.slow
 def test_parallel_training_is_training():
-    jobs = [parallel.Job(options, 3, seed=1, looks=2) for options in list(OPTIONS.values())[:3]]
-    done: dict[int, parallel.Trained] = {}
-    trained = parallel.train_all(jobs, done.__setitem__)
+    jobs = [training_pool.Job(options, 3, seed=1, looks=2) for options in list(OPTIONS.values())[:3]]
+    done: dict[int, training_pool.Trained] = {}
+    trained = training_pool.train_all(jobs, done.__setitem__)
     assert [done[i].recall for i in range(3)] == [result.recall for result in trained]
     for job, (weights, recall, curve, seconds) in zip(jobs, trained, strict=True):
         torch.manual_seed(1)
@@ -172,18 +167,19 @@ def test_the_published_procedure_trains_and_scores_its_slices(monkeypatch: pytes
     small = {(64, 4): 8}
     batches = partial(mqar.published_batches, batch=4, slices=small)
     monkeypatch.setitem(mqar.PROCEDURES, "published", mqar.PROCEDURES["published"]._replace(batches=batches))
-    found = parallel.train_one(parallel.Job(OPTIONS["GLA"], 3, seed=0, looks=2, procedure="published"))
+    found = training_pool.train_one(training_pool.Job(OPTIONS["GLA"], 3, seed=0, looks=2, procedure="published"))
     assert list(found.recall) == [4, 8, 16, 32, 64]
     assert [steps for steps, _ in found.curve] == [2, 3]
 
 
 def test_no_jobs_are_no_work():
-    assert parallel.train_all([]) == []
+    assert training_pool.train_all([]) == []
 
 
+@pytest.mark.slow
 def test_a_failing_worker_fails_the_run():
     with pytest.raises(Exception, match="mixers: expected names from"):
-        parallel.train_all([parallel.Job({"mixers": ["nonsense"]}, 3, seed=0)])
+        training_pool.train_all([training_pool.Job({"mixers": ["nonsense"]}, 3, seed=0)])
 
 
 def test_test_rows_are_not_training_rows():

@@ -87,9 +87,13 @@ def build(config: HybridAttnConfig, **changes: Any) -> HybridAttnForCausalLM:
     return AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **changes})).eval()
 
 
-@pytest.fixture(params=[*STACKS, *FAMILIES])
+@pytest.fixture(params=STACKS)
 def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
     return build(make_config(request.param))
+
+
+# Families are configurations: where these do not matter, the stacks run the same code. test_contract.py has the rest.
+AND_FAMILIES = pytest.mark.parametrize("model", [*STACKS, *FAMILIES], indirect=True)
 
 
 def tokens(batch: int = 3, length: int = TOKENS) -> Tensor:
@@ -119,6 +123,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
+@AND_FAMILIES
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[1], [9, 12], list(range(8, TOKENS))])
 def test_cached_equals_uncached(model: HybridAttnForCausalLM, cuts: list[int]):
@@ -133,6 +138,7 @@ def test_cached_equals_uncached(model: HybridAttnForCausalLM, cuts: list[int]):
     close(torch.cat(parts, 1), expected.logits)
 
 
+@AND_FAMILIES
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
 def test_padding_changes_no_token(model: HybridAttnForCausalLM, side: str):
@@ -178,7 +184,10 @@ def test_packed_rows_equal_separate_rows(model: HybridAttnForCausalLM):
 
 
 @pytest.mark.parametrize(
-    "options", [{"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3, "do_sample": False}]
+    ("model", "options"),
+    [(name, {"num_beams": beams, "do_sample": False}) for name in STACKS for beams in (1, 3)]
+    + [("hybrid", {"do_sample": True, "top_k": 5})],
+    indirect=["model"],
 )
 def test_generate_left_padded_batch_equals_alone(model: HybridAttnForCausalLM, options: dict[str, Any]):
     rows = tokens()
@@ -210,6 +219,7 @@ def test_a_returned_cache_can_be_continued(model: HybridAttnForCausalLM):
     assert torch.equal(continued, model.generate(more, **options))
 
 
+@AND_FAMILIES
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_bytes_are_what_the_formula_says(model: HybridAttnForCausalLM, dtype: torch.dtype):
@@ -239,6 +249,7 @@ def test_cache_rows_can_be_selected_and_repeated(model: HybridAttnForCausalLM):
     close(model(ids[:1, :4], past_key_values=cache).logits, model(ids[:1, :4]).logits)
 
 
+@AND_FAMILIES
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load(model: HybridAttnForCausalLM, tied: bool, tmp_path: Path):
     model = build(model.config, tie_word_embeddings=tied)
@@ -290,6 +301,7 @@ def test_slopes_know_their_layer():
     assert layers[2].mixer.slopes.numbers == decay_slopes("transnormer", 2, 2, 3)
 
 
+@AND_FAMILIES
 def test_loss_and_gradients_reach_every_parameter(model: HybridAttnForCausalLM):
     ids = tokens()
     out = model(ids, labels=ids, **prefix(model))
@@ -342,6 +354,7 @@ def test_trainer(tmp_path: Path):
         torch.testing.assert_close(one, other)
 
 
+@AND_FAMILIES
 def test_backends_agree(model: HybridAttnForCausalLM):
     reference = build(model.config, backend="reference")
     reference.load_state_dict(model.state_dict())

@@ -1,8 +1,4 @@
-"""The loss without logits: the same numbers, in little memory."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""The loss without logits: the same numbers, in little memory. test_sequence_parallel.py has it under FSDP2."""
 
 import pytest
 import torch
@@ -76,37 +72,3 @@ def test_a_model_gives_the_same_loss_without_logits():
     assert out.logits is None
     with pytest.raises(ValueError, match="skip_logits"):
         net(tokens, skip_logits=True)
-
-
-SHARDED = """
-import torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from hybridattn import HybridAttnConfig, HybridAttnForCausalLM
-
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = HybridAttnForCausalLM(HybridAttnConfig(vocab_size=40, hidden_size=16, mixers=["gla", "full"]))
-tokens = torch.randint(40, (1, 33))
-expected = model(tokens, labels=tokens).loss
-expected.backward()
-gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-model.zero_grad()
-for layer in model.model.layers:
-    fully_shard(layer)
-fully_shard(model)
-loss = model(tokens, labels=tokens, skip_logits=True).loss
-loss.backward()
-torch.testing.assert_close(loss, expected)
-for name, p in model.named_parameters():
-    torch.testing.assert_close(p.grad.full_tensor(), gradients[name], rtol=1e-3, atol=1e-6)
-dist.destroy_process_group()
-"""
-
-
-def test_sharded_by_fsdp2_on_two_processes(tmp_path: Path):
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200)
-    assert done.returncode == 0, done.stderr

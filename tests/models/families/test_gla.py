@@ -85,6 +85,7 @@ def logits(weights: dict[str, Tensor], options: dict, ids: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
 def test_their_files_open_as_they_are(name: str, checkpoints: Path):
@@ -98,6 +99,7 @@ def test_their_files_open_as_they_are(name: str, checkpoints: Path):
     torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache).logits, expected[:, 20:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("imports", ["import hybridattn, fla.models", "import fla.models, hybridattn"])
 def test_both_libraries(imports: str, checkpoints: Path, run_python: Callable[..., str], tmp_path: Path):
@@ -127,6 +129,7 @@ for name in {list(VARIANTS)}:
 """)
 
 
+@pytest.mark.slow
 def test_ours_alone_needs_no_other(checkpoints: Path, run_python: Callable[..., str]):
     run_python(
         f"""

@@ -46,6 +46,7 @@ def test_every_parameter_of_the_prefix_learns():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_masked_tokens_are_learnt_from_both_sides():
     """Rows that are each one token over and over: a masked one is known from its neighbours."""
     model = make()

@@ -31,26 +31,26 @@ TWICE = [
 ]
 
 
-@pytest.mark.parametrize("task", sorted(path.stem for path in Path(TASKS).glob("based_*.yaml")))
-def test_prompts_and_scores(
-    task: str,
-    evaluate: Callable[..., dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_prompts_and_scores(evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "local.yaml").write_text(
-        f"include: {TASKS / task}.yaml\n"
-        "task: local\n"
-        "dataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{validation: {rows}}}}}\n"
-    )
-    answers = dict(zip(TWICE if task.endswith("_twice") else ONCE, [" lyon, France", " 1932"], strict=True))
-    samples = evaluate(answers.__getitem__, ["local"], tmp_path)["samples"]["local"]
-    assert [sample["contains"] for sample in samples] == [1.0, 0.0]
-    assert [sample["arguments"][0][1]["until"] for sample in samples] == [["\n"], ["\n"]]
+    tasks = sorted(path.stem for path in Path(TASKS).glob("based_*.yaml"))
+    for task in tasks:
+        (tmp_path / f"{task}.yaml").write_text(
+            f"include: {TASKS / task}.yaml\n"
+            f"task: local_{task}\n"
+            "dataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{validation: {rows}}}}}\n"
+        )
+    answers = dict(zip(ONCE + TWICE, 2 * [" lyon, France", " 1932"], strict=True))
+    found = evaluate(answers.__getitem__, [f"local_{task}" for task in tasks], tmp_path)["samples"]
+    for task in tasks:
+        samples = found[f"local_{task}"]
+        prompts, options = zip(*(sample["arguments"][0] for sample in samples), strict=True)
+        assert list(prompts) == (TWICE if task.endswith("_twice") else ONCE)
+        assert [sample["contains"] for sample in samples] == [1.0, 0.0]
+        assert [each["until"] for each in options] == [["\n"], ["\n"]]
 
 
 def test_tasks_of_the_hub_name_their_data():

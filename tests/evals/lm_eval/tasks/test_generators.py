@@ -58,6 +58,7 @@ def values_of(prompt: str) -> list[str]:
 OPTIONS = {"max_seq_lengths": LENGTHS, "rows_per_cell": 3, "loads": [1, 4, 9]}
 
 
+@pytest.mark.slow
 def test_an_oracle_answers_every_row_of_every_task(evaluate: Callable[..., dict[str, Any]], tokenizer: str):
     results = evaluate(look_up, ["recall_offline"], tokenizer=tokenizer, **OPTIONS)
     metrics = {task: found.get("contains,none") for task, found in results["results"].items()}
@@ -67,6 +68,7 @@ def test_an_oracle_answers_every_row_of_every_task(evaluate: Callable[..., dict[
     }
 
 
+@pytest.mark.slow
 def test_guessers_score_at_chance(evaluate: Callable[..., dict[str, Any]], tokenizer: str):
     rng = random.Random(0)
 
