@@ -84,6 +84,7 @@ def test_published_rows(length: int, pairs: int, live_filler: bool):
         assert named > 0
 
 
+@pytest.mark.slow
 def test_published_queries_come_soon():
     """The i-th place has a weight of i^-0.99: the first one alone has about a fifth of all of it."""
     generator = torch.Generator().manual_seed(0)
