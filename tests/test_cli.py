@@ -94,6 +94,7 @@ def test_bad_input_is_one_line_and_code_2(run, args: tuple[str, ...], named: str
     assert named in err
 
 
+@pytest.mark.slow
 def test_eval_says_what_to_install(run_python) -> None:
     code = """
 from hybridattn.cli import main
@@ -120,6 +121,7 @@ def test_info_refuses_a_foreign_model(run, tmp_path: Path) -> None:
     assert "'llama'" in err
 
 
+@pytest.mark.slow
 def test_info_on_every_preset(run) -> None:
     from hybridattn.models.presets import PRESETS
 
@@ -153,6 +155,7 @@ def test_a_gpu_that_is_not_there_is_named(run, verb: str, tmp_path: Path) -> Non
     assert (code, err) == (2, "hybridattn: device: expected 'cpu' without a GPU, got 'cuda'\n")
 
 
+@pytest.mark.slow
 def test_throughput_of_any_model_is_a_report_that_can_be_compared_and_merged(run, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 

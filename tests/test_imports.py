@@ -67,6 +67,7 @@ print(type(AutoModelForCausalLM.from_config(small)).__name__)
     assert model == "HybridAttnGLAForCausalLM"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wing", "blocked"),
     [

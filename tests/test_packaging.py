@@ -82,6 +82,7 @@ def build(target: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_wheel_contains_every_file_of_the_package_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
@@ -89,6 +90,7 @@ def test_wheel_contains_every_file_of_the_package_and_nothing_else(tmp_path: Pat
     assert sorted(names) == package_files()
 
 
+@pytest.mark.slow
 def test_sdist_contains_every_file_of_the_package(tmp_path: Path) -> None:
     with tarfile.open(build("sdist", tmp_path)) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}

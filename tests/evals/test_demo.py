@@ -48,6 +48,7 @@ def test_it_trains_eight_models_in_minutes():
     assert max(suite.prefill) * suite.rounds <= 2**16
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_everything_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

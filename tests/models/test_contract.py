@@ -213,7 +213,7 @@ def grown(config: HybridAttnConfig, tokens: int) -> int:
 @torch.no_grad()
 @pytest.mark.slow
 def test_memory_stays_where_it_is():
-    """Over 2,000 steps after the first 1,000 the cache does not grow, and the process by less than 525 bytes a step."""
+    """Over 2,000 steps after the first 1,000 the cache does not grow, and the process by less than 132 bytes a step."""
     config = CONFIGS["based"](mixers=["conv", "taylor", "window", "gla"])
     model = AutoModelForCausalLM.from_config(config).eval()
     cache, token, process = model(ids(1, 8), use_cache=True).past_key_values, ids(1, 1), psutil.Process()
@@ -223,7 +223,7 @@ def test_memory_stays_where_it_is():
             sizes.append((allocated_bytes(cache), process.memory_info().rss))
         model(token, past_key_values=cache)
     assert len({state for state, _ in sizes}) == 1
-    assert sizes[-1][1] - sizes[1][1] < 2**20
+    assert sizes[-1][1] - sizes[1][1] < 2**18
 
 
 def test_what_cannot_be_is_refused(model: HybridAttnForCausalLM):

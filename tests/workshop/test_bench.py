@@ -34,6 +34,7 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_command_measures_prints_and_draws_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out, plot = tmp_path / "new" / "bench.jsonl", tmp_path / "new" / "roofline.png"
     options = ["--device", "cpu", "--tokens", "64", "--samples", "3", "--peers", "--out", str(out), "--plot", str(plot)]

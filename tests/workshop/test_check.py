@@ -26,6 +26,7 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_operator_of_the_cpu_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit:
         cli.main(["kernels", "check", "--device", "cpu", "--out", str(tmp_path / "new" / "check.jsonl")])

@@ -34,6 +34,7 @@ def test_every_row_has_a_ceiling_and_every_ceiling_a_row():
     assert sum(len(rows) for rows in shipped_rows().values()) == len(ROWS)  # no two rows share a name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton.__version__ != read_ceilings()["triton"], reason="ceilings are of another compiler")
 @pytest.mark.parametrize("key", HERE, ids="-".join)
 def test_shipped_rows_are_under_their_ceilings(key: tuple[str, str]):

@@ -53,6 +53,7 @@ def measure(suite: Suite, out: Path, **options: Any) -> list[dict[str, Any]]:
     return run.run(suite, out, title="t", **options)["rows"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_report_and_goes_on(
     tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -138,6 +139,7 @@ def test_a_model_that_is_added_is_compared_in_rounds_of_its_own(tiny: Suite, tmp
     assert ours["prefill"][0]["speedup"] is not None
 
 
+@pytest.mark.slow
 def test_the_model_that_is_timed_is_one_of_the_best_rate(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recalls = {0.5: 0.1, 0.25: 0.9, 0.125: 0.2}
 
@@ -159,6 +161,7 @@ def test_the_model_that_is_timed_is_one_of_the_best_rate(tiny: Suite, tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_again_times_again(tiny: Suite, tmp_path: Path):
     small = only(tiny, "GLA", "Llama", prefill=(32,), rounds=3)
     measure(small, tmp_path)

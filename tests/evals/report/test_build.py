@@ -195,6 +195,7 @@ document.body.append(out);
 """
 
 
+@pytest.mark.slow
 def test_in_a_browser_tables_sort_and_text_is_legible(built: Path):
     done = browse(built / "report.html", "--blink-settings=preferredColorScheme=1", "--dump-dom", script=SCRIPT)
     assert "CONSOLE" not in done.stderr, done.stderr
