@@ -1,5 +1,6 @@
 """The figures in the repository are those of the stored samples."""
 
+import textwrap
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from hybridattn.evals.demo import TITLE
 from hybridattn.evals.report import build, document, store
 from hybridattn.evals.report.rows import TIMED
+from hybridattn.measure.json_lines import JsonLines
+from hybridattn.workshop.bench import GOALS, describe
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "results" / "demo"
@@ -55,6 +58,13 @@ def test_readme_has_the_figures_of_the_demo(demo: dict[str, Any]):
     scores = demo["language_model"]["bits_per_byte"]
     assert f"**{scores['model']:.3f} bits per byte**" in readme
     assert all(f"{scores[f'order {order}']:.3f}" in readme for order in (2, 3, 4))
+
+
+def test_readme_has_the_figures_of_the_benchmark():
+    (goals,) = (x for x in JsonLines(ROOT / "results" / "bench" / "bench.jsonl").objects if x["workload"] == GOALS)
+    for timed in goals["seconds"].values():
+        assert timed["median"] == median(timed["rounds"].values())
+    assert textwrap.indent(describe(goals), "  ") in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def readme_table(rows: list[dict[str, Any]]) -> list[str]:
