@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from dataclasses import replace
+from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +31,8 @@ CONTEXT_LENGTHS = {"2k": 2**11, "32k": 2**15, "1M": 2**20}
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: the process's own) and exit; bad input is one line on stderr and code 2."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a row that was measured is seen at once, in a pipe too
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler, which counts memory, logs its every start
     try:
         code = app(args, prog_name="hybridattn", standalone_mode=False)

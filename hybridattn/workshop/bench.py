@@ -275,7 +275,9 @@ def describe(record: Record) -> str:
         return title + record["reason"]
     if record["workload"] == GOALS:
         seconds = [f"    {name:<42}{_milliseconds(each)}" for name, each in record["seconds"].items()]
-        return "\n".join([title.rstrip(), *seconds, *(f"    {name:<42}{_range(x)}" for name, x in record["ratios"].items())])
+        return "\n".join(
+            [title.rstrip(), *seconds, *(f"    {name:<42}{_range(x)}" for name, x in record["ratios"].items())]
+        )
     forward = record["forward"]
     text = _milliseconds(forward)
     text += f", {record['share_of_copy']:4.0%} of copy, {record['share_of_matmul']:4.0%} of matmul"
