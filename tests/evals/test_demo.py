@@ -75,7 +75,8 @@ def test_a_short_run_writes_everything_and_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(language_model, "measure", interrupted)  # there already, as is the training
-        results = demo.run(out=out, steps=2)
+        results = demo.run(out=out, steps=2, only="recall")
+        assert demo.run(out=out, steps=2, only="text") == results
     assert {path.name for path in out.iterdir()} >= {"model", "weights", "report.html", "report.md", "pareto.png"}
     assert json.loads((out / "results.json").read_text()) == results
     check_text(results["language_model"], out)
