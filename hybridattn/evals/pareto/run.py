@@ -72,10 +72,11 @@ def run(
             if store.found:
                 build(out, title=title)
             measure(suite, store, lambda: build(out, title=title))
-    except BaseException:
-        if store.found:  # interrupted: what there is makes a report
+    except BaseException as reason:  # Ctrl-C above all: what there is makes a report
+        if store.found:
             build(out, title=title)
-            print(f"Not all was measured; what there is: {out / 'report.html'}. The same command goes on.")
+            hint = "The same command goes on." if isinstance(reason, KeyboardInterrupt) else ""
+            print(f"Not all was measured; what there is: {out / 'report.html'}. {hint}")
         raise
     return build(out, title=title)
 
