@@ -72,9 +72,9 @@ def demo(
     only: Annotated[list[str] | None, typer.Option(help="Run text or recall alone; may be repeated.")] = None,
 ) -> None:
     """Train, generate and measure small hybrid models on this machine's CPU, in six minutes on two cores."""
-    from hybridattn.evals.demo import run
+    from hybridattn.evals.demo import run_demo
 
-    _show(out, run(out=out, steps=steps, only=only))
+    _show(out, run_demo(out=out, steps=steps, only=only))
 
 
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -94,13 +94,13 @@ def evaluate(
 ) -> None:
     """Score recall with lm-eval: --tasks recall_offline, and any other flag of `lm_eval run`."""
     try:
-        from hybridattn.evals.lm_eval.run import run
+        from hybridattn.evals.lm_eval.evaluate import evaluate
     except ModuleNotFoundError as error:
         raise ValueError(f"eval: expected pip install 'hybridattn[eval]', got: {error}") from error
 
     options = {"out": out, "allow_truncation": allow_truncation, "trained_length": trained_length}
     wanted = None if lengths is None else _integers("lengths", lengths)
-    if not run(model, context.args, lengths=wanted, **options):
+    if not evaluate(model, context.args, lengths=wanted, **options):
         raise typer.Exit(1)
 
 
@@ -173,9 +173,9 @@ def pareto(
 
 
 def _measure(suite: "Suite", out: Path, shard: tuple[int, int] | None, again: bool, title: str) -> None:
-    from hybridattn.evals.pareto.run import run
+    from hybridattn.evals.pareto.run_suite import run_suite
 
-    _show(out, run(suite, out, title=title, shard=shard, again=again))
+    _show(out, run_suite(suite, out, title=title, shard=shard, again=again))
 
 
 def _show(out: Path, results: dict[str, Any]) -> None:
@@ -250,11 +250,11 @@ def linearize(
     ] = None,
 ) -> None:
     """Turn a softmax model into a hybrid: swap mixers, transfer attention, LoRA; --data, --seed, .. as of `train`."""
-    from hybridattn.evals.linearize import run
+    from hybridattn.evals.linearize import linearize
     from hybridattn.training.arguments import read_mapping
 
     try:
-        code = run(
+        code = linearize(
             model,
             out,
             context.args,
@@ -285,8 +285,8 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from hybridattn.models.decoder.accounting import cache_spec, parameters_of
     from hybridattn.models.decoder.configuration import without_models
+    from hybridattn.models.decoder.sizes import cache_spec, parameters_of
     from hybridattn.models.presets import PUBLISHED
 
     with without_models():
@@ -317,7 +317,7 @@ def info(
 
 
 def _state(layers: "list[CacheSpec]") -> str:
-    from hybridattn.models.decoder.accounting import cache_elements
+    from hybridattn.models.decoder.sizes import cache_elements
 
     size = sum(math.prod(shape) * kept.itemsize for spec in layers for shape, kept in spec.values())
     return f"{sum(map(cache_elements, layers)):,}\n{_bytes(size)}"

@@ -110,7 +110,7 @@ def test_kernels_compile_fails_over_a_ceiling(run, monkeypatch: pytest.MonkeyPat
     from hybridattn.workshop import compile
 
     for clean, expected in ((True, 0), (False, 1)):
-        monkeypatch.setattr(compile, "run", lambda *args, clean=clean, **options: clean)
+        monkeypatch.setattr(compile, "check_compilation", lambda *args, clean=clean, **options: clean)
         assert run("kernels", "compile")[0] == expected
 
 

@@ -23,7 +23,7 @@ def modules_of(wing: str) -> list[str]:
     return sorted(name for name in names if ".triton" not in name)
 
 
-LM_EVAL = ("hybridattn.evals.lm_eval.harness", "hybridattn.evals.lm_eval.run")  # lm-eval's model and its command
+LM_EVAL = ("hybridattn.evals.lm_eval.harness", "hybridattn.evals.lm_eval.evaluate")  # lm-eval's model and its command
 
 
 def test_importing_the_package_loads_nothing_heavy(run_python: Callable[..., str]) -> None:

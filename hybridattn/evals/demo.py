@@ -14,7 +14,7 @@ PARTS = ("text", "recall")
 TITLE = "hybridattn demo"
 
 
-def run(
+def run_demo(
     *, out: Path | str = Path("reports/demo"), steps: int | None = None, only: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Train, generate and measure, and write a report; a run that was interrupted goes on.
@@ -37,7 +37,7 @@ def run(
         raise ValueError(f"steps: expected a positive integer, got {steps!r}")
     if find_spec("matplotlib") is None:
         raise ValueError("demo: expected matplotlib, which the report draws with: pip install hybridattn[demo]")
-    from hybridattn.evals.pareto import run as pareto
+    from hybridattn.evals.pareto import run_suite
     from hybridattn.evals.report.build import build
     from hybridattn.evals.report.store import Store
 
@@ -46,7 +46,7 @@ def run(
         measure_text(Store(out), steps)
         results = build(out, title=TITLE)
     if "recall" in wanted:
-        results = pareto.run(suite(steps), out, title=TITLE)
+        results = run_suite.run_suite(suite(steps), out, title=TITLE)
     return results
 
 

@@ -25,10 +25,9 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.linearize import SHARED, from_softmax, replaced_layers, swap
 from hybridattn.training import checkpoints
 from hybridattn.training.arguments import DataArguments, ModelArguments, RunArguments, parse
-from hybridattn.training.build import build_tokenizer
-from hybridattn.training.packing import Place
-from hybridattn.training.train import held_out_batches
-from hybridattn.training.train import run as train
+from hybridattn.training.model_setup import build_tokenizer
+from hybridattn.training.packed_rows import Place
+from hybridattn.training.train import held_out_batches, train
 from hybridattn.training.trainer import STREAM, StreamTrainer
 from hybridattn.training.transfer import DistillTrainer, TransferTrainer, taught
 
@@ -40,7 +39,7 @@ OURS = (
 )
 
 
-def run(
+def linearize(
     model: Path,
     out: Path,
     flags: Sequence[str] = (),

@@ -21,7 +21,7 @@ from .mixer import (
     store,
 )
 from .parallel import Shards, local_shards
-from .parallel.states import initial_states
+from .parallel.state_passing import initial_states
 from .rotary import apply_rotary, token_positions
 from .short_convolution import ShortConvolution
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..kernels.linear_attention import NormalizedState, linear_attention, linear_attention_step
 from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, keep_state, kept_state, positive
 from .parallel import Shards, local_shards
-from .parallel.states import initial_states
+from .parallel.state_passing import initial_states
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 

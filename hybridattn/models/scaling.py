@@ -12,10 +12,10 @@ from torch import nn
 
 from ..layers import GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
 from ..layers.decayed_linear_attention import DecayedLinearAttention
-from ..layers.parallel.states import TOKENS_AT_ONCE
+from ..layers.parallel.state_passing import TOKENS_AT_ONCE
 from .decoder import HybridAttnConfig
-from .decoder.accounting import blocks, parameters_of
 from .decoder.loss import LOGITS_PER_CHUNK
+from .decoder.sizes import blocks, parameters_of
 
 FP32 = torch.float32.itemsize
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .text import SMALLEST_FILE, is_held_out, is_skipped
+from .byte_corpus import SMALLEST_FILE, is_held_out, is_skipped
 
 PYTHON = "python"  # the name of the built-in data
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # of other files, each is a text

@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from . import checkpoints
 from .arguments import DataArguments, ModelArguments, RunArguments, parse
-from .build import build_config, build_model, build_tokenizer
-from .packing import PackedBatches, Place
+from .model_setup import build_config, build_model, build_tokenizer
+from .packed_rows import PackedBatches, Place
 from .sources import open_documents
 from .trainer import StreamTrainer
 
@@ -30,13 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     logging.disable_progress_bar()  # of every file that is written or read; the training keeps its own
     try:
-        return run(*parse(sys.argv[1:] if arguments is None else arguments))
+        return train(*parse(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FloatingPointError, PermissionError, NotADirectoryError) as error:
         print("hybridattn:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 
 
-def run(
+def train(
     model_args: ModelArguments,
     data_args: DataArguments,
     run_args: RunArguments,

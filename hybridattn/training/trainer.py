@@ -20,7 +20,7 @@ from . import checkpoints
 from .arguments import RunArguments
 from .flops import count
 from .hardware import peak_flops
-from .packing import PackedBatches, Place
+from .packed_rows import PackedBatches, Place
 
 STREAM = "stream.json"
 

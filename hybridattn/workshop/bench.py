@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from hybridattn.kernels.linear_attention.chunked import CHUNK
 from hybridattn.measure.provenance import provenance
 from hybridattn.measure.timing import ratio, summary
+from hybridattn.workshop.gpu_timing import interleaved
 from hybridattn.workshop.peers import peers
 from hybridattn.workshop.records import Record, origin, read, reason_of, writer
-from hybridattn.workshop.timing import interleaved
 from hybridattn.workshop.workloads import COMPARED, WORKLOADS, Call, Inputs, Shape, error_of, make_inputs, work_of
 
 OURS, GOALS = "hybridattn", "goals of a CPU"
@@ -208,7 +208,7 @@ def measure_goals(shape: Shape, samples: int) -> Record:
     return {"ratios": ratios, "seconds": {name: _summary(each) for name, each in seconds.items()}}
 
 
-def run(
+def run_benchmark(
     device: str,
     with_peers: bool = False,
     samples: int = 15,

@@ -23,7 +23,7 @@ from hybridattn.kernels.linear_attention import (
     taylor_linear_attention,
 )
 from hybridattn.kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
-from hybridattn.kernels.runtime.launch import nearest_architecture
+from hybridattn.kernels.runtime.architectures import nearest_architecture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -87,7 +87,7 @@ def poisoned() -> Iterator[None]:
 
 
 def _opposite_order() -> AbstractContextManager[None]:
-    from hybridattn.workshop.interpreter import reversed_programs
+    from hybridattn.workshop.interpreter_bf16 import reversed_programs
 
     return reversed_programs()
 
@@ -187,7 +187,7 @@ def _draws_of_constant_gates(
         yield exact["dg"], actual["dg"], evaluate(case, x, "reference", torch.float64, rounded=True)["dg"]
 
 
-def run(
+def check_operators(
     device: str,
     out: Path,
     kernels: Sequence[str] = (),
@@ -214,7 +214,7 @@ def run(
     write = writer(out, source)
     with ExitStack() as stack:
         if place.type == "cpu" and any(case.backend == "triton" for case in todo):
-            from hybridattn.workshop.interpreter import exact_bf16
+            from hybridattn.workshop.interpreter_bf16 import exact_bf16
 
             stack.enter_context(exact_bf16())
         for case in todo:

@@ -41,10 +41,10 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw a roofline into this file, such as roofline.png.")] = None,
 ) -> None:
     """Time the operators against this machine's copy and matrix product, and beside other implementations."""
-    from hybridattn.workshop.bench import run
+    from hybridattn.workshop.bench import run_benchmark
 
     lengths = integers("tokens", tokens) if tokens else []
-    run(chosen_device(device), peers, samples, lengths, out, plot)
+    run_benchmark(chosen_device(device), peers, samples, lengths, out, plot)
 
 
 @kernels.command()
@@ -58,9 +58,9 @@ def check(
     record: Annotated[bool, typer.Option(help="Mark launch rows that passed as verified on this GPU.")] = False,
 ) -> None:
     """Compare every operator and launch row with the fp64 reference on this machine."""
-    from hybridattn.workshop.check import run
+    from hybridattn.workshop.check import check_operators
 
-    if not run(chosen_device(device), out, kernel or (), backend or (), record):
+    if not check_operators(chosen_device(device), out, kernel or (), backend or (), record):
         raise typer.Exit(1)
 
 
@@ -72,9 +72,9 @@ def tune(
     out: Annotated[Path, typer.Option(help="JSON lines.")] = Path("reports/tune.jsonl"),
 ) -> None:
     """Search for faster launch rows on this machine's GPU, and print them; the launch table stays as it is."""
-    from hybridattn.workshop.tune import run
+    from hybridattn.workshop.tune import search_launches
 
-    run(chosen_device(None), kernel or [], dim or [], samples, out)
+    search_launches(chosen_device(None), kernel or [], dim or [], samples, out)
 
 
 @kernels.command()
@@ -87,7 +87,7 @@ def compile(
     may_rise: Annotated[bool, typer.Option(help="With --record, raise ceilings too.")] = False,
 ) -> None:
     """Compile every launch row for every architecture, without a GPU, and compare it with its recorded ceilings."""
-    from hybridattn.workshop.compile import run
+    from hybridattn.workshop.compile import check_compilation
 
-    if not run(arch or (), kernel or (), record=record, may_rise=may_rise):
+    if not check_compilation(arch or (), kernel or (), record=record, may_rise=may_rise):
         raise typer.Exit(1)

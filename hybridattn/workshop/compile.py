@@ -21,10 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
-from hybridattn.kernels.runtime.launch import SHARED_MEMORY, CompileRow
+from hybridattn.kernels.runtime.architectures import SHARED_MEMORY, CompileRow
 from hybridattn.workshop.records import check_names
 
-FAMILIES = ("linear_attention", "flash_attention")  # whose triton folder has a module ``rows`` with ``compile_rows``
+FAMILIES = ("linear_attention", "flash_attention")  # whose triton folder has a module ``compile_cases`` with ``compile_rows``
 CEILINGS = Path(__file__).with_name("ceilings.json")
 HELD = ("registers", "spill_instructions", "spilled_bytes", "shared_memory")  # may not rise
 TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100; Triton has no such memory to give elsewhere
@@ -41,7 +41,7 @@ def shipped_rows(architectures: Sequence[str] = (), kernels: Sequence[str] = ())
         ValueError: an architecture or a kernel is unknown.
     """
     check_names("arch", architectures, SHARED_MEMORY)
-    modules = [import_module(f"hybridattn.kernels.{family}.triton.rows") for family in FAMILIES]
+    modules = [import_module(f"hybridattn.kernels.{family}.triton.compile_cases") for family in FAMILIES]
     rows = {
         name: [row for module in modules for row in module.compile_rows(name)]
         for name in architectures or SHARED_MEMORY
@@ -177,7 +177,7 @@ def recorded(ceiling: Figures | None, figures: Figures, may_rise: bool) -> Figur
     }
 
 
-def run(
+def check_compilation(
     architectures: Sequence[str] = (),
     kernels: Sequence[str] = (),
     record: bool = False,

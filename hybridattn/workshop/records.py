@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hybridattn.kernels.runtime.launch import architecture
+from hybridattn.kernels.runtime.architectures import architecture
 from hybridattn.measure.json_lines import JsonLines
 from hybridattn.measure.provenance import commit, cpu_name, installed_version, source_sha256
 

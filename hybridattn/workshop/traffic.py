@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hybridattn.kernels.runtime.launch import Traffic
+from hybridattn.kernels.runtime.architectures import Traffic
 
 
 class OutOfBounds(IndexError):

@@ -16,10 +16,10 @@ import torch
 
 from hybridattn.kernels.flash_attention.triton.launch import DECODE, KERNELS
 from hybridattn.kernels.linear_attention.triton.launch import KEYS, STEP, VALUES
-from hybridattn.kernels.runtime.launch import architecture, nearest_architecture
+from hybridattn.kernels.runtime.architectures import architecture, nearest_architecture
 from hybridattn.workshop.bench import TOLERANCE
+from hybridattn.workshop.gpu_timing import interleaved
 from hybridattn.workshop.records import check_names, origin, reason_of, writer
-from hybridattn.workshop.timing import interleaved
 from hybridattn.workshop.workloads import WORKLOADS, Shape, error_of, make_inputs
 
 Row = tuple[int, ...]
@@ -94,7 +94,7 @@ def search(
         rows[dim] = shipped
 
 
-def run(device: str, kernels: list[str], dims: list[int], samples: int, out: Path) -> None:
+def search_launches(device: str, kernels: list[str], dims: list[int], samples: int, out: Path) -> None:
     """Search, print the fastest three of every row, and append all lines to ``out``.
 
     Raises:

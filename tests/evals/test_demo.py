@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybridattn.evals import demo
 from hybridattn.evals.report import store
 from hybridattn.evals.text import language_model
-from hybridattn.training.text import standard_library
+from hybridattn.training.byte_corpus import standard_library
 
 
 @pytest.mark.parametrize(
@@ -22,20 +22,20 @@ from hybridattn.training.text import standard_library
 )
 def test_bad_options_are_named(tmp_path: Path, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        demo.run(out=tmp_path / "out", **options)
+        demo.run_demo(out=tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_it_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"matplotlib.*: pip install hybridattn\[demo\]"):
-        demo.run(out=tmp_path / "out")
+        demo.run_demo(out=tmp_path / "out")
 
 
 def test_a_report_of_another_kind_is_refused_before_any_work(tmp_path: Path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="out: expected a new path"):
-        demo.run(out=tmp_path)
+        demo.run_demo(out=tmp_path)
 
 
 def test_it_trains_eight_models_in_minutes():
@@ -66,17 +66,17 @@ def test_a_short_run_writes_everything_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("hybridattn.evals.pareto.run.measure_model", interrupted)
+        patched.setattr("hybridattn.evals.pareto.run_suite.measure_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            demo.run(out=out, steps=2)
+            demo.run_demo(out=out, steps=2)
     report = (out / "report.md").read_text()
     assert "## A language model on real text" in report
     assert "| GLA" in report  # trained, not measured
 
     with monkeypatch.context() as patched:
         patched.setattr(language_model, "measure", interrupted)  # there already, as is the training
-        results = demo.run(out=out, steps=2, only="recall")
-        assert demo.run(out=out, steps=2, only="text") == results
+        results = demo.run_demo(out=out, steps=2, only="recall")
+        assert demo.run_demo(out=out, steps=2, only="text") == results
     assert {path.name for path in out.iterdir()} >= {"model", "weights", "report.html", "report.md", "pareto.png"}
     assert json.loads((out / "results.json").read_text()) == results
     check_text(results["language_model"], out)

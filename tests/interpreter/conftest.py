@@ -16,7 +16,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_bf16() -> Iterator[None]:
-    from hybridattn.workshop.interpreter import exact_bf16
+    from hybridattn.workshop.interpreter_bf16 import exact_bf16
 
     with exact_bf16():
         yield

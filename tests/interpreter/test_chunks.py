@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hybridattn.kernels.linear_attention import gated_linear_attention, linear_attention
 from hybridattn.kernels.linear_attention.triton import op
+from hybridattn.kernels.linear_attention.triton.compile_cases import sweep_traffic
 from hybridattn.kernels.linear_attention.triton.launch import chunk_launch, segments
 from hybridattn.kernels.linear_attention.triton.primitives import COOL
-from hybridattn.kernels.linear_attention.triton.rows import sweep_traffic
 from hybridattn.workshop.traffic import count_traffic, over_target
 
 LENGTHS = [0, 1, 7, 64, 65]  # and 150

@@ -9,7 +9,7 @@ from torch import Tensor
 from hybridattn.kernels.flash_attention import BlockMask, flash_attention
 from hybridattn.kernels.flash_attention.triton import backward, forward, operands
 from hybridattn.kernels.flash_attention.triton.launch import KERNELS, attention_launch
-from hybridattn.workshop.interpreter import reversed_programs
+from hybridattn.workshop.interpreter_bf16 import reversed_programs
 from hybridattn.workshop.traffic import count_traffic
 
 SLOPES, SINKS = torch.tensor([0.5, 0.01, 4.0, 0.2]), torch.tensor([0.3, -torch.inf, 2.0, -1.0])

@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from hybridattn.kernels.flash_attention import flash_decode
 from hybridattn.kernels.flash_attention.triton import decode
 from hybridattn.kernels.flash_attention.triton.launch import decode_launch
-from hybridattn.workshop.interpreter import reversed_programs
+from hybridattn.workshop.interpreter_bf16 import reversed_programs
 from hybridattn.workshop.traffic import count_traffic
 
 SLOTS = 200

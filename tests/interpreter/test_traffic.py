@@ -9,9 +9,9 @@ from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridattn.kernels.linear_attention.triton import decode
+from hybridattn.kernels.linear_attention.triton.compile_cases import step_traffic
 from hybridattn.kernels.linear_attention.triton.launch import StepLaunch, step_launch
-from hybridattn.kernels.linear_attention.triton.rows import step_traffic
-from hybridattn.kernels.runtime.launch import Traffic
+from hybridattn.kernels.runtime.architectures import Traffic
 from hybridattn.workshop.traffic import Launch, Moved, count_traffic, over_target
 
 B, T = 2, 3

@@ -33,8 +33,8 @@ from hybridattn import (
     HybridAttnGLAConfig,
     HybridAttnJRTConfig,
 )
-from hybridattn.models.decoder.accounting import cache_bytes
 from hybridattn.models.decoder.cache import allocated_bytes
+from hybridattn.models.decoder.sizes import cache_bytes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,

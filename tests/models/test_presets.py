@@ -5,8 +5,8 @@ import torch
 
 from hybridattn import HybridAttnForCausalLM
 from hybridattn.layers import BaseConv, SoftmaxAttention, TaylorLinearAttention
-from hybridattn.models.decoder.accounting import cache_elements, cache_spec, parameters_of
 from hybridattn.models.decoder.configuration import expand_pattern
+from hybridattn.models.decoder.sizes import cache_elements, cache_spec, parameters_of
 from hybridattn.models.presets import PRESETS
 
 PARAMETERS = {

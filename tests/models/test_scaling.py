@@ -12,8 +12,8 @@ from hybridattn import HybridAttnConfig
 from hybridattn.evals.speed.memory import peak_bytes
 from hybridattn.models import scaling
 from hybridattn.models.decoder import loss
-from hybridattn.models.decoder.accounting import blocks
 from hybridattn.models.decoder.modeling import DecoderLayer
+from hybridattn.models.decoder.sizes import blocks
 from hybridattn.models.scaling import memory, sharded_traffic, tables, traffic
 
 DOC = Path(__file__).parents[2] / "docs" / "scaling.md"

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training.arguments import CONFIGS, parse, shipped
-from hybridattn.training.build import new_config
-from hybridattn.training.text import byte_tokenizer
+from hybridattn.training.byte_corpus import byte_tokenizer
+from hybridattn.training.model_setup import new_config
 
 # Learning rate first and last; tokens per step.
 PUBLISHED = {

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridattn.training.byte_corpus import standard_library
 from hybridattn.training.sources import open_documents
-from hybridattn.training.text import standard_library
 
 
 def read(*args, **options) -> list[str]:

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training import checkpoints
 from hybridattn.training.arguments import parse
+from hybridattn.training.byte_corpus import byte_tokenizer
 from hybridattn.training.flops import count
 from hybridattn.training.sources import open_documents
-from hybridattn.training.text import byte_tokenizer
 from hybridattn.training.train import held_out_batches, main
 from hybridattn.training.trainer import StreamTrainer
 

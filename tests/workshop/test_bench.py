@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybridattn import cli
-from hybridattn.workshop import bench, timing
+from hybridattn.workshop import bench, gpu_timing
 from hybridattn.workshop.bench import GOALS, Group, plan
 from hybridattn.workshop.peers import peers
 from hybridattn.workshop.workloads import WORKLOADS, Shape, error_of, make_inputs
@@ -54,7 +54,7 @@ def test_the_command_measures_prints_and_draws_everything(tmp_path: Path, capsys
 
 @pytest.mark.usefixtures("small")
 def test_figures_and_where_they_come_from(tmp_path: Path):
-    first, *_, ours, theirs = bench.run("cpu", True, 3, out=tmp_path / "bench.jsonl")
+    first, *_, ours, theirs = bench.run_benchmark("cpu", True, 3, out=tmp_path / "bench.jsonl")
     forward = first["forward"]
     assert 0 < forward["lower_quartile"] <= forward["median"] <= forward["upper_quartile"]
     assert forward["samples"] == len(forward["rounds"]) == 3
@@ -73,10 +73,10 @@ def test_figures_and_where_they_come_from(tmp_path: Path):
 @pytest.mark.usefixtures("small")
 def test_only_workloads_with_a_missing_implementation_are_measured_again(tmp_path: Path):
     out = tmp_path / "bench.jsonl"
-    first = bench.run("cpu", samples=3, out=out)
-    assert bench.run("cpu", samples=3, out=out) == json.loads(json.dumps(first))
+    first = bench.run_benchmark("cpu", samples=3, out=out)
+    assert bench.run_benchmark("cpu", samples=3, out=out) == json.loads(json.dumps(first))
     assert len(lines(out)) == 3
-    bench.run("cpu", True, 3, out=out)
+    bench.run_benchmark("cpu", True, 3, out=out)
     assert [(x["workload"], x["implementation"]) for x in lines(out)[3:]] == [
         ("softmax, causal", "hybridattn"),
         ("softmax, causal", "SDPA flash"),
@@ -151,9 +151,9 @@ def test_short_kernels_are_timed_in_a_graph_where_they_can_be(is_captured: bool,
     for name, fake in (("Stream", Stream), ("stream", lambda stream: stream), ("synchronize", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, fake)
     gpu = torch.device("cuda")
-    found = timing.interleaved({"call": call}, gpu, 5, replay=True)["call"]
+    found = gpu_timing.interleaved({"call": call}, gpu, 5, replay=True)["call"]
     assert found == ([pytest.approx(5e-4 if is_captured else 2e-3)] * 5, is_captured)
-    assert timing.interleaved({"call": call}, gpu, 5)["call"] == ([pytest.approx(2e-3)] * 5, False)
+    assert gpu_timing.interleaved({"call": call}, gpu, 5)["call"] == ([pytest.approx(2e-3)] * 5, False)
 
 
 def fails(o: torch.Tensor):
@@ -174,7 +174,7 @@ def test_a_wrong_result_has_no_speed(change, reason: str, tmp_path: Path, monkey
             return o if backend == "reference" else change(o)
 
         monkeypatch.setitem(WORKLOADS, name, WORKLOADS[name]._replace(operator=wrong))
-    gated, step, ours, theirs = bench.run("cpu", True, 3, out=tmp_path / "bench.jsonl")
+    gated, step, ours, theirs = bench.run_benchmark("cpu", True, 3, out=tmp_path / "bench.jsonl")
     assert all(reason in line["reason"] and "forward" not in line for line in (gated, ours))
     assert "over_ours" not in theirs["forward"]
     assert "forward" in step
@@ -225,7 +225,7 @@ def test_the_plan_has_every_workload_and_the_lengths_of_the_goals():
 def test_bad_options(monkeypatch: pytest.MonkeyPatch):
     for options in ({"samples": 1}, {"lengths": [4096, 10]}):
         with pytest.raises(ValueError, match="expected samples >= 3 and tokens >= 64, got samples="):
-            bench.run("cpu", **options)
+            bench.run_benchmark("cpu", **options)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"plot: expected matplotlib \(pip install hybridattn\[demo\]\)"):
-        bench.run("cpu", plot=Path("roofline.png"))
+        bench.run_benchmark("cpu", plot=Path("roofline.png"))

@@ -15,7 +15,7 @@ from hybridattn.kernels.flash_attention.triton.launch import (
     decode_launch,
 )
 from hybridattn.kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
-from hybridattn.kernels.runtime.launch import SHARED_MEMORY
+from hybridattn.kernels.runtime.architectures import SHARED_MEMORY
 from hybridattn.workshop import check, records
 from hybridattn.workshop.cases import DTYPES, OPERATORS, make_inputs, sizes_of
 
@@ -40,13 +40,13 @@ def test_every_operator_of_the_cpu_passes(tmp_path: Path, capsys: pytest.Capture
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out, ran = tmp_path / "check.jsonl", []
     monkeypatch.setattr(check, "run_case", lambda case, device: ran.append(case.name) or {"passed": True})
-    assert check.run("cpu", out, ["flash_attention"])
+    assert check.check_operators("cpu", out, ["flash_attention"])
     first = list(ran)
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))  # as if it had been cut off
-    assert check.run("cpu", out, ["flash_attention"])
+    assert check.check_operators("cpu", out, ["flash_attention"])
     assert ran == first + first[-2:]
     monkeypatch.setattr(records, "source_sha256", lambda: "other code")
-    assert check.run("cpu", out, ["flash_attention"])
+    assert check.check_operators("cpu", out, ["flash_attention"])
     assert len(ran) == 2 * len(first) + 2
 
 
@@ -60,7 +60,7 @@ def test_a_failure_is_told_and_the_others_still_run(tmp_path: Path, monkeypatch,
         return right.call(x, backend)
 
     monkeypatch.setitem(OPERATORS, name, right._replace(call=raises_at_four_tokens))
-    assert not check.run("cpu", tmp_path / "check.jsonl", [name])
+    assert not check.check_operators("cpu", tmp_path / "check.jsonl", [name])
     printed = capsys.readouterr().out
     assert printed.count("FAILED") == 3  # of three dtypes
     assert "RuntimeError: out of shared memory" in printed
@@ -88,7 +88,7 @@ def other_bits(results):
 def test_planted_faults_of_a_backend_are_told(spoil, told: str, tmp_path: Path, monkeypatch, capsys):
     name = "linear_attention_step"
     right = OPERATORS[name]
-    assert check.run("cpu", tmp_path / "right.jsonl", [name])
+    assert check.check_operators("cpu", tmp_path / "right.jsonl", [name])
     assert "FAILED" not in capsys.readouterr().out
 
     def wrong(x, backend):
@@ -96,7 +96,7 @@ def test_planted_faults_of_a_backend_are_told(spoil, told: str, tmp_path: Path, 
         return results if backend == "reference" else spoil(results)
 
     monkeypatch.setitem(OPERATORS, name, right._replace(call=wrong))
-    assert not check.run("cpu", tmp_path / "wrong.jsonl", [name])
+    assert not check.check_operators("cpu", tmp_path / "wrong.jsonl", [name])
     assert told in capsys.readouterr().out
 
 

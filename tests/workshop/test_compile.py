@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from hybridattn.kernels.runtime.launch import SHARED_MEMORY
+from hybridattn.kernels.runtime.architectures import SHARED_MEMORY
 from hybridattn.workshop import compile as gate
 from hybridattn.workshop.compile import complaints, measure, read_ceilings, recorded, shipped_rows
 
@@ -96,19 +96,19 @@ def test_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         lambda row, architecture: FIGURES | {"tensor_memory": 0, "seconds": 0.1, "registers": registers},
     )
     file, registers = tmp_path / "ceilings.json", 72
-    assert not gate.run(["sm_90"], file=file)
+    assert not gate.check_compilation(["sm_90"], file=file)
     assert "no ceiling recorded" in capsys.readouterr().out
-    assert gate.run(["sm_90"], record=True, file=file)
+    assert gate.check_compilation(["sm_90"], record=True, file=file)
     registers = 80
-    assert not gate.run(["sm_90"], record=True, file=file)
+    assert not gate.check_compilation(["sm_90"], record=True, file=file)
     assert "registers 80 is over 72" in capsys.readouterr().out
     kept = json.loads(file.read_text())["rows"]
     assert list(kept) == ["sm_90"]
     assert {figures["registers"] for figures in kept["sm_90"].values()} == {72}
-    assert gate.run(["sm_90"], record=True, may_rise=True, file=file)
+    assert gate.check_compilation(["sm_90"], record=True, may_rise=True, file=file)
     file.write_text(file.read_text().replace('"triton": "', '"triton": "0.'))
     with pytest.raises(ValueError, match="another version of Triton needs all rows anew"):
-        gate.run(["sm_90"], record=True, file=file)
+        gate.check_compilation(["sm_90"], record=True, file=file)
 
 
 def test_bad_input():

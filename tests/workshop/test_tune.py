@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from hybridattn import cli
-from hybridattn.kernels.runtime.launch import SHARED_MEMORY
-from hybridattn.workshop.tune import describe, forget, run, search, searches
+from hybridattn.kernels.runtime.architectures import SHARED_MEMORY
+from hybridattn.workshop.tune import describe, forget, search, search_launches, searches
 from hybridattn.workshop.workloads import WORKLOADS
 
 TIMES = {(1, 4): 3.0, (2, 4): 1.0, (3, 4): 2.0}
@@ -64,7 +64,7 @@ def test_looked_up_rows_are_forgotten():
 
 def test_what_cannot_be_tuned_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match="device: expected a GPU to tune on, got 'cpu'"):
-        run("cpu", [], [], 5, tmp_path / "tune.jsonl")
+        search_launches("cpu", [], [], 5, tmp_path / "tune.jsonl")
     with pytest.raises(SystemExit):
         cli.main(["kernels", "tune"])
     assert "expected a GPU" in capsys.readouterr().err

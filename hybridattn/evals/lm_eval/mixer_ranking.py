@@ -140,12 +140,12 @@ def train(mix: str, folder: Path, *, seed: int = 0) -> None:
 
 def score(folder: Path, out: Path, *, rows_per_cell: int = 8) -> dict[str, float]:
     """`hybridattn eval` on a trained model: the share of answers that are right, by pairs; the report is in ``out``."""
-    from hybridattn.evals.lm_eval.run import run  # needs lm-eval
+    from hybridattn.evals.lm_eval.evaluate import evaluate  # needs lm-eval
     from hybridattn.evals.lm_eval.scores import by
 
     sizes = {"loads": TEST_LOADS, "rows_per_cell": rows_per_cell}
     flags = ["--tasks", "hybridattn_kv", "--metadata", json.dumps(sizes), "--batch_size", "16", "--device", "cpu"]
-    if not run(str(folder), flags, lengths=[LENGTH], out=out):
+    if not evaluate(str(folder), flags, lengths=[LENGTH], out=out):
         raise RuntimeError(f"{folder}: expected a sound model, got the report above")
     (found,) = json.loads((out / "results.json").read_text(encoding="utf-8"))["tasks"].values()
     return {str(load): share for load, share in by(found["cells"], "load").items()}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hybridattn.training.text import SEPARATOR, standard_library
+from hybridattn.training.byte_corpus import SEPARATOR, standard_library
 
 
 @torch.inference_mode()

@@ -16,8 +16,8 @@ from hybridattn.kernels.linear_attention import NormalizedState, gated_linear_at
 from hybridattn.layers import LinearAttention, SoftmaxAttention, TokenMixer
 from hybridattn.layers.decayed_linear_attention import DecayedLinearAttention
 from hybridattn.layers.linear_attention import FEATURE_MAPS
-from hybridattn.models.decoder.accounting import cache_elements
 from hybridattn.models.decoder.mixers import build_mixer
+from hybridattn.models.decoder.sizes import cache_elements
 
 
 @torch.inference_mode()

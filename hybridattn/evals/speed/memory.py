@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache
 
 from hybridattn.evals.speed import latency
 from hybridattn.models.decoder import HybridAttnConfig
-from hybridattn.models.decoder.accounting import cache_bytes
 from hybridattn.models.decoder.cache import MixerCacheLayer, allocated_bytes
+from hybridattn.models.decoder.sizes import cache_bytes
 
 
 def cache_sizes(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> dict[str, int | None]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hybridattn.training import ngram
-from hybridattn.training.text import SEPARATOR
+from hybridattn.training.byte_corpus import SEPARATOR
 
 
 @dataclass(frozen=True)

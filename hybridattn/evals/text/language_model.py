@@ -12,7 +12,7 @@ import torch
 from hybridattn.evals.text import bits
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.training import loop
-from hybridattn.training.text import PAD, SEPARATOR, VOCAB_SIZE, Corpus, byte_tokenizer, standard_library
+from hybridattn.training.byte_corpus import PAD, SEPARATOR, VOCAB_SIZE, Corpus, byte_tokenizer, standard_library
 
 SECONDS = 60  # of training
 PROMPT = 'def read_file(path):\n    """'

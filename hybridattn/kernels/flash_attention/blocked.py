@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.backend import compute_dtype, no_autocast
-from ..runtime.ops import opaque_op
+from ..runtime.opaque_ops import opaque_op
 from ..runtime.sequences import sequence_slices
 from .options import BlockMask, Options, by_sequence, positions, visible
 

@@ -11,7 +11,7 @@ from .api import (
     taylor_linear_attention,
     taylor_linear_attention_step,
 )
-from .states import SegmentState, linear_attention_state, merge_states
+from .segment_state import SegmentState, linear_attention_state, merge_states
 
 __all__ = [
     "NormalizedState",

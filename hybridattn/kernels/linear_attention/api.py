@@ -12,7 +12,7 @@ from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autoca
 from ..runtime.checks import check_inference, check_log_decay, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
-from .states import GATE_SHAPES, linear_attention_state
+from .segment_state import GATE_SHAPES, linear_attention_state
 from .triton.launch import MOST_TOKENS, chunk_lacks, step_lacks
 
 EPS = 1e-12  # added to the normaliser

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .launch import warn_of_torch
+from .architectures import warn_of_torch
 
 HAS_TRITON = find_spec("triton") is not None
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function
 
-from ..packing import Packing
+from ..unpadding import Packing
 
 KEY, NEW = 1, 2  # flags of a slot: its key may be seen; it belongs to a query
 CONJUNCTION = and_masks(causal_mask_function).__code__  # of windows and packed sequences

@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 
 from ...layers import PrefixLinearAttention, ShortConvolution
 from ...layers.mixer import CacheSpec
-from ..packing import Packing
+from ..unpadding import Packing
 from .cache import mixer_caches
 from .configuration import HybridAttnConfig
 from .mixers import build_mixer

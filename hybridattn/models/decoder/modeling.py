@@ -22,7 +22,7 @@ from ...layers.parallel import current
 from ...layers.parallel.context import refuse
 from ...layers.parallel.exchange import Sum
 from ...layers.slopes import Slopes
-from ..packing import Packing
+from ..unpadding import Packing
 from .block import Block
 from .cache import check_cache, mixer_caches
 from .configuration import HybridAttnConfig

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hybridattn.evals.text.bits import model_bits_per_byte, ngram_bits_per_byte, scored_windows
-from hybridattn.training.text import SEPARATOR, VOCAB_SIZE, encode
+from hybridattn.training.byte_corpus import SEPARATOR, VOCAB_SIZE, encode
 
 
 class Repeating(nn.Module):

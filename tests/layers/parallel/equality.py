@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridattn.layers import Cache
-from hybridattn.layers.parallel import sequence_parallel, shard_sequence, states
+from hybridattn.layers.parallel import sequence_parallel, shard_sequence, state_passing
 
 TOKENS, D = 41, 12
 TABLE = runpy.run_path(str(Path(__file__).parents[1] / "test_mixers.py"))["MIXERS"]
@@ -92,7 +92,7 @@ def compare_caches(mixer: Any, group: Any, case: Case) -> dict[str, float]:
 
 def results() -> dict[str, dict[str, float]]:
     """Relative errors by mixer and case, of this rank."""
-    states.TOKENS_AT_ONCE = 7  # several parts of a segment
+    state_passing.TOKENS_AT_ONCE = 7  # several parts of a segment
     groups, found = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}, {}
     for name, make in MIXERS.items():
         torch.manual_seed(0)

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import StaticCache
 
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
-from hybridattn.models.decoder.accounting import cache_bytes
 from hybridattn.models.decoder.cache import allocated_bytes, mixer_caches
 from hybridattn.models.decoder.mixers import MIXERS
+from hybridattn.models.decoder.sizes import cache_bytes
 
 VOCAB, TOKENS, CAPACITY = 40, 9, 24
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from hybridattn.layers import decay_slopes
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
-from hybridattn.models.decoder.accounting import cache_bytes, cache_elements, cache_spec
 from hybridattn.models.decoder.cache import allocated_bytes
 from hybridattn.models.decoder.mixers import MIXERS
+from hybridattn.models.decoder.sizes import cache_bytes, cache_elements, cache_spec
 from hybridattn.models.families import HybridAttnBasedConfig, HybridAttnGLAConfig, HybridAttnJRTConfig
 
 VOCAB, PAD, LENGTHS, TOKENS = 40, 0, (23, 17, 1), 23

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hybridattn.models.decoder.accounting import parameters_of
+from hybridattn.models.decoder.sizes import parameters_of
 from hybridattn.models.scaling import memory, sharded_traffic, traffic
 
 FILE = Path(__file__).with_name("sequence_parallel.py")

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from hybridattn.training.text import SEPARATOR, standard_library
+from hybridattn.training.byte_corpus import SEPARATOR, standard_library
 
 
 @cache

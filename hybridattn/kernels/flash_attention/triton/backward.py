@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.launch import launching
-from ...runtime.ops import opaque_op
+from ...runtime.architectures import launching
+from ...runtime.opaque_ops import opaque_op
 from ..options import BlockMask, Options
 from .operands import aligned, arguments, dense, launch_of, tiles_of
 from .primitives import LOG2E, load_rows, reached_tile, sequence_of, tile_scores, tile_span, tiles_in_reach, visible

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.launch import launching
-from ...runtime.ops import opaque_op
+from ...runtime.architectures import launching
+from ...runtime.opaque_ops import opaque_op
 from ..options import Options
 from .backward import backward
 from .operands import aligned, arguments, dense, launch_of, tiles_of

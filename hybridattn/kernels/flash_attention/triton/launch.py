@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...runtime.launch import nearest_architecture, read_verified
+from ...runtime.architectures import nearest_architecture, read_verified
 
 MOST_DIM = 256  # of keys or values: a program holds whole rows
 MOST_ROWS = 65535  # heads times rows of a batch: the second axis of a grid has no more

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...runtime.launch import architecture, warn_of_launch
+from ...runtime.architectures import architecture, warn_of_launch
 from ..options import BlockMask, Options
 from .launch import Launch, attention_launch
 

@@ -44,7 +44,7 @@ def sweep_keys(
     q,  # [B,T,*,K], like what follows a descriptor or a tuple
     k,  # [B,T,*,K]
     v,  # [B,T,*,V]
-    g,  # as for ``states``
+    g,  # as for ``chunk_states``
     do,  # [B,T,HEADS,V]
     h,  # [slots,V,HEADS,K]
     dq,  # [B,T,HEADS,K]
@@ -52,7 +52,7 @@ def sweep_keys(
     dg,  # [B,T,HEADS,K], or the parts of every block of keys, a tuple of [B,T,HEADS,blocks], or None
     dlast,  # gradient of the final state, fp32 [N,*,K,V]: given to one of the heads that share it
     dfirst,  # that of the initial state, fp32 [N,HEADS,K,V]
-    hot,  # as from ``states``
+    hot,  # as from ``chunk_states``
     cu_seqlens,
     scale,
     T,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.launch import architecture, launching, warn_of_launch
-from ...runtime.ops import opaque_op
+from ...runtime.architectures import architecture, launching, warn_of_launch
+from ...runtime.opaque_ops import opaque_op
 from .launch import StepLaunch, step_launch
 
 

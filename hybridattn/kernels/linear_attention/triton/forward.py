@@ -11,7 +11,7 @@ backwards, with keys for queries and the gradient of o for v; so ``a`` are the r
 
 A channel is *hot* in a chunk where it loses more than 86 bits, so that 2^-b might overflow. Its keys are taken as
 k 2^(bits - b) in both places: all that passes through the state is exact, and the channel's share of the scores becomes
-2^bits of what it is, nothing. ``repair`` adds that share. No branch, and nothing else for gates down to -inf.
+2^bits of what it is, nothing. ``hot_channels`` adds that share. No branch, and nothing else for gates down to -inf.
 
 A gate per head multiplies the scores instead, and has no such hazard.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...runtime.launch import architecture, nearest_architecture, read_verified
+from ...runtime.architectures import architecture, nearest_architecture, read_verified
 
 MOST_TOKENS = 8  # of one step: beyond, a chunk's matrix products are the faster way
 MOST_KEY_DIM = 1024  # a program holds all keys of some value columns of the state

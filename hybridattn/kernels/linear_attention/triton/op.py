@@ -15,14 +15,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...runtime.launch import architecture, launching, warn_of_launch
-from ...runtime.ops import opaque_op
+from ...runtime.architectures import architecture, launching, warn_of_launch
+from ...runtime.opaque_ops import opaque_op
 from .. import features
 from .backward import sweep_keys
+from .chunk_states import scan_states, states
 from .forward import sweep_values
+from .hot_channels import repair_keys, repair_values
 from .launch import ChunkLaunch, chunk_launch, operand_name, segments, tile_columns
-from .repair import repair_keys, repair_values
-from .states import scan_states, states
 from .taylor import sweep_features
 
 SCAN = 1024  # elements of a state that a program scans

@@ -8,7 +8,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from hybridattn.evals.lm_eval.tasks import TASKS
-from hybridattn.training.text import byte_tokenizer
+from hybridattn.training.byte_corpus import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 
 from hybridattn.kernels.linear_attention.triton import launch
 from hybridattn.kernels.linear_attention.triton.launch import MOST_KEY_DIM, STEP, step_launch
-from hybridattn.kernels.runtime.launch import SHARED_MEMORY
+from hybridattn.kernels.runtime.architectures import SHARED_MEMORY
 
 
 @pytest.mark.parametrize("architecture", [*SHARED_MEMORY, "sm_89", "gfx950"])

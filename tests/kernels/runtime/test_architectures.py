@@ -7,14 +7,14 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from hybridattn.kernels.runtime import launch
+from hybridattn.kernels.runtime import architectures
 from hybridattn.kernels.runtime.backend import choose_backend
 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet():
-    launch.warn_of_launch.cache_clear()
-    launch._warn_of_architecture.cache_clear()
+    architectures.warn_of_launch.cache_clear()
+    architectures._warn_of_architecture.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -30,22 +30,22 @@ def nothing_said_yet():
     ],
 )
 def test_nearest_architecture(name: str, served: str):
-    assert launch.nearest_architecture(name) == served
+    assert architectures.nearest_architecture(name) == served
 
 
 def test_the_interpreter_has_the_rows_of_sm_90():
-    assert launch.architecture(torch.device("cpu")) == "sm_90"
+    assert architectures.architecture(torch.device("cpu")) == "sm_90"
 
 
 def test_a_verified_row_of_a_known_architecture_is_used_in_silence():
-    launch.warn_of_launch("sm_90", "step K16", True)
+    architectures.warn_of_launch("sm_90", "step K16", True)
 
 
 def said_of(*rows: tuple[str, str, bool]) -> list[str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for row in rows:
-            launch.warn_of_launch(*row)
+            architectures.warn_of_launch(*row)
     return [str(x.message) for x in said]
 
 
@@ -61,7 +61,7 @@ def test_a_fallback_is_said_once_for_all_rows():
 
 def test_a_row_that_does_not_fit_is_named():
     with pytest.raises(RuntimeError, match="launch row 'step K16' does not fit sm_90: out of resource: shared memory"):  # noqa: SIM117
-        with launch.launching("step K16", torch.zeros(1)):
+        with architectures.launching("step K16", torch.zeros(1)):
             raise OutOfResources(300_000, 232_448, "shared memory")
 
 
@@ -69,7 +69,7 @@ LACKS = "k: expected a key dim of at most 256, got 300"
 
 
 def test_the_torch_backend_on_a_gpu_is_said_once():
-    launch.warn_of_torch.cache_clear()
+    architectures.warn_of_torch.cache_clear()
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

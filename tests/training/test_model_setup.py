@@ -4,7 +4,7 @@ from transformers import LlamaForCausalLM
 
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.training.arguments import ModelArguments
-from hybridattn.training.build import build_config, build_model, build_tokenizer, new_config
+from hybridattn.training.model_setup import build_config, build_model, build_tokenizer, new_config
 
 OPTIONS = {"hidden_size": 16, "mixers": ["gla", "gla"], "mixer_options": {"gla": {"num_heads": 2}}, "vocab_size": 258}
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hybridattn import HybridAttnForCausalLM, HybridAttnJRTConfig
-from hybridattn.models.families.jrt import prefix_loss
+from hybridattn.models.families.prefix_loss import prefix_loss
 
 MASK, VOCAB = 1, 40
 

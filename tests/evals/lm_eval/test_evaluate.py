@@ -16,7 +16,7 @@ from transformers import MambaConfig
 from hybridattn import HybridAttnConfig, HybridAttnForCausalLM, cli
 from hybridattn.evals.lm_eval import harness
 from hybridattn.evals.lm_eval.tasks import TASKS, filler
-from hybridattn.training.text import PAD, SEPARATOR, VOCAB_SIZE, byte_tokenizer
+from hybridattn.training.byte_corpus import PAD, SEPARATOR, VOCAB_SIZE, byte_tokenizer
 
 SIZES = '{"max_seq_lengths": [300, 400], "loads": [2, 4], "depths": [0, 1], "rows_per_cell": 1}'
 FLAGS = ("--tasks", "hybridattn_kv", "hybridattn_niah_single_twice", "--metadata", SIZES, "--device", "cpu")

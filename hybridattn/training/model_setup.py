@@ -21,7 +21,7 @@ from hybridattn.models.decoder import HybridAttnConfig
 from hybridattn.models.presets import PRESETS
 
 from .arguments import ModelArguments
-from .text import byte_tokenizer
+from .byte_corpus import byte_tokenizer
 
 
 def build_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridattn.workshop.interpreter import narrow, widen
+from hybridattn.workshop.interpreter_bf16 import narrow, widen
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ...runtime.launch import CompileRow
+from ...runtime.architectures import CompileRow
 from . import operands
 from .backward import key_gradients_kernel, query_gradients_kernel
 from .decode import decode_constexprs, decode_kernel, merge_kernel

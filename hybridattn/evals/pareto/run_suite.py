@@ -33,7 +33,7 @@ Planned = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]
 """Kind and configuration of a measurement, and the function of the model that makes it."""
 
 
-def run(
+def run_suite(
     suite: Suite, out: Path, *, title: str, shard: tuple[int, int] | None = None, again: bool = False
 ) -> dict[str, Any]:
     """Measure what ``out`` does not have yet, and write the report there.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hybridattn.training.text import (
+from hybridattn.training.byte_corpus import (
     PAD,
     SEPARATOR,
     VOCAB_SIZE,

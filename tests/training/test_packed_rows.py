@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
-from hybridattn.training.packing import PackedBatches, Place
+from hybridattn.training.byte_corpus import SEPARATOR, byte_tokenizer
+from hybridattn.training.packed_rows import PackedBatches, Place
 from hybridattn.training.sources import open_documents
-from hybridattn.training.text import SEPARATOR, byte_tokenizer
 
 
 def batches(path: Path, **options) -> PackedBatches:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybridattn.evals.pareto import run
+from hybridattn.evals.pareto import run_suite
 from hybridattn.evals.pareto.suite import Suite
 from hybridattn.evals.recall import mqar
 from hybridattn.evals.recall.training_pool import Job, Trained, train_one
@@ -38,8 +38,8 @@ def only(suite: Suite, *names: str, **changes: Any) -> Suite:
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn, and models trained in processes of their own, in the first test only."""
     if "killed" not in request.node.name:
-        monkeypatch.setattr(run, "train_all", train_here)
-        monkeypatch.setattr(run, "build", lambda out, title: summarize(store.read(out)))
+        monkeypatch.setattr(run_suite, "train_all", train_here)
+        monkeypatch.setattr(run_suite, "build", lambda out, title: summarize(store.read(out)))
 
 
 def train_here(jobs: list[Job], on_done: Callable[[int, Trained], None]) -> None:
@@ -50,7 +50,7 @@ def train_here(jobs: list[Job], on_done: Callable[[int, Trained], None]) -> None
 
 def measure(suite: Suite, out: Path, **options: Any) -> list[dict[str, Any]]:
     """The rows of a run."""
-    return run.run(suite, out, title="t", **options)["rows"]
+    return run_suite.run_suite(suite, out, title="t", **options)["rows"]
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def check_rows(tiny: Suite, rows: list[dict[str, Any]], out: Path) -> None:
     assert found["Llama"]["facts"]["attention_operators"] == ["aten::_scaled_dot_product_flash_attention_for_cpu"]
     assert found["GLA"]["state"]["16"]["allocated"] == found["GLA"]["state"]["64"]["allocated"]
     for name in ("GLA", "softmax attention"):
-        model = run.model_of(tiny, name, Store(out))
-        config, _ = next(run.trainings(tiny, name))
+        model = run_suite.model_of(tiny, name, Store(out))
+        config, _ = next(run_suite.trainings(tiny, name))
         stored = Store(out).get("recall", config)
         assert stored is not None
         with torch.inference_mode():
@@ -148,15 +148,15 @@ def test_the_model_that_is_timed_is_one_of_the_best_rate(tiny: Suite, tmp_path: 
             result = train_one(job, lambda: None)
             on_done(i, result._replace(curve=[(job.steps, recalls[job.rate])]))
 
-    monkeypatch.setattr(run, "train_all", trained)
+    monkeypatch.setattr(run_suite, "train_all", trained)
     suite = only(tiny, "GLA", rates=tuple(recalls), seeds=(3, 4), prefill=())
     (row,) = measure(suite, tmp_path)
-    (best,) = (c for c, _ in run.trainings(suite, "GLA") if (c["rate"], c["seed"]) == (0.25, 3))
+    (best,) = (c for c, _ in run_suite.trainings(suite, "GLA") if (c["rate"], c["seed"]) == (0.25, 3))
     weights = load_file(Store(tmp_path).weights_of(best))
     assert row["learnability"]["rate"] == 0.25
     assert all(
         torch.equal(x, weights[name])
-        for name, x in run.model_of(suite, "GLA", Store(tmp_path)).state_dict().items()
+        for name, x in run_suite.model_of(suite, "GLA", Store(tmp_path)).state_dict().items()
         if name in weights
     )
 

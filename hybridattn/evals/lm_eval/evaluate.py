@@ -25,7 +25,7 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import setup_logging
 
 
-def run(
+def evaluate(
     model: str,
     flags: Sequence[str],
     *,

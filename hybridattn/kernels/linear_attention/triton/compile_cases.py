@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...runtime.launch import CompileRow, Traffic
+from ...runtime.architectures import CompileRow, Traffic
 from .backward import sweep_keys
+from .chunk_states import scan_states, states
 from .decode import step_kernel
 from .forward import sweep_values
+from .hot_channels import repair_keys, repair_values
 from .launch import KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
-from .repair import repair_keys, repair_values
-from .states import scan_states, states
 from .taylor import sweep_features
 
 Kind = str | tuple[str, ...]
