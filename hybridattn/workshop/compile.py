@@ -24,7 +24,10 @@ from triton.runtime import JITFunction
 from hybridattn.kernels.runtime.architectures import SHARED_MEMORY, CompileRow
 from hybridattn.workshop.records import check_names
 
-FAMILIES = ("linear_attention", "flash_attention")  # whose triton folder has a module ``compile_cases`` with ``compile_rows``
+FAMILIES = (
+    "linear_attention",
+    "flash_attention",
+)  # each has ``triton/compile_cases.py``
 CEILINGS = Path(__file__).with_name("ceilings.json")
 HELD = ("registers", "spill_instructions", "spilled_bytes", "shared_memory")  # may not rise
 TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100; Triton has no such memory to give elsewhere

@@ -1,1 +1,4 @@
-"""Triton kernels of softmax attention: ``launch`` says with what they are launched, ``compile_cases`` which launches are compiled and how many bytes each may move."""
+"""Triton kernels of softmax attention.
+
+``launch`` chooses launch parameters; ``compile_cases`` lists the launches that are compiled and the bytes each may move.
+"""
