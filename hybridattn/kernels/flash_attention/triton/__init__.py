@@ -1,4 +1,4 @@
 """Triton kernels of softmax attention.
 
-``launch`` chooses launch parameters; ``compile_cases`` lists the launches that are compiled and the bytes each may move.
+``launch`` chooses launch parameters. ``compile_cases`` lists what is compiled ahead of time, and the bytes it may move.
 """
