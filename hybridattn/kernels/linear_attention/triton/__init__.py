@@ -1,4 +1,5 @@
 """Triton kernels of linear attention.
 
-``launch`` chooses launch parameters. ``compile_cases`` lists what is compiled ahead of time, and the bytes it may move.
+``launch`` chooses launch parameters.
+``compile_cases`` lists what is compiled ahead of time, and the bytes that each launch may move.
 """
