@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hybridattn.evals.pareto.suite import Suite
     from hybridattn.layers.mixer import CacheSpec
     from hybridattn.models.decoder import HybridAttnConfig
+    from hybridattn.models.decoder.mixer_list import Entry
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -297,7 +298,8 @@ def info(
         for tokens in CONTEXT_LENGTHS.values()
     ]
     rows = [
-        (mixer, f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs)) for i, mixer in enumerate(config.mixers)
+        (_described(entry), f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs))
+        for i, entry in enumerate(config.mixers or ())
     ]
 
     title = f"{model}: elements and bytes of state per sequence, {dtype}"
@@ -314,6 +316,13 @@ def info(
     if model in PUBLISHED:
         table.add_row("published", "", *PUBLISHED[model])
     Console().print(table)
+
+
+def _described(entry: "Entry") -> str:
+    """A mixer's name, and below it the options of its own."""
+    if isinstance(entry, str):
+        return entry
+    return "\n".join([entry["mixer"], *(f"{name}={value}" for name, value in entry.items() if name != "mixer")])
 
 
 def _state(layers: "list[CacheSpec]") -> str:

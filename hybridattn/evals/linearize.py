@@ -142,7 +142,7 @@ def linearize(
     results = {
         "provenance": source,
         "command": command(out, settings),
-        "mixers": student.config.mixers,
+        "mixers": [mixer.name for mixer in student.config.layer_mixers],
         "parameters": student.num_parameters(),
         "losses": losses,
         "recovery": recovery(losses),

@@ -107,8 +107,11 @@ def positive(name: str, value: int) -> int:
     return value
 
 
-def head_size(hidden_size: int, num_heads: int) -> int:
-    """Dimension of a head when heads share the hidden size evenly."""
-    if positive("hidden_size", hidden_size) % positive("num_heads", num_heads):
-        raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}")
-    return hidden_size // num_heads
+def head_size(hidden_size: int, num_heads: int, fraction: int = 1) -> int:
+    """Return the dimension of a head when heads share ``hidden_size / fraction`` evenly."""
+    if positive("hidden_size", hidden_size) % (fraction * positive("num_heads", num_heads)):
+        shared = (
+            f"hidden_size {hidden_size}" if fraction == 1 else f"hidden_size / {fraction} = {hidden_size / fraction:g}"
+        )
+        raise ValueError(f"num_heads: expected a divisor of {shared}, got {num_heads}")
+    return hidden_size // fraction // num_heads

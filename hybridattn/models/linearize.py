@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .convert import filled, read_weights
 from .decoder import HybridAttnConfig, HybridAttnForCausalLM
-from .decoder.configuration import expand_pattern
+from .decoder.mixer_list import Entry, LayerMixer, expand, layer_mixers, shared_options
 
 FAMILIES = ("llama", "mistral", "qwen3")
 # Fields of these that would change the function, and the value they must have.
@@ -45,14 +45,12 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
         if (got := getattr(theirs, name, expected)) != expected:
             raise ValueError(f"{name}: expected {expected!r} in a model to linearise, got {got!r}")
     windows = _windows(theirs)
-    mixers = ["full" if window is None else "window" for window in windows]
     attention = _attention(theirs)
-    options = {"full": attention, "window": {**attention, "window": max(filter(None, windows), default=None)}}
-    config = HybridAttnConfig(
-        **{name: getattr(theirs, name) for name in SHARED},
-        mixers=mixers,
-        mixer_options={name: options[name] for name in sorted(set(mixers))},
+    mixers, options = shared_options(
+        LayerMixer("full", attention) if window is None else LayerMixer("window", {**attention, "window": window})
+        for window in windows
     )
+    config = HybridAttnConfig(**{name: getattr(theirs, name) for name in SHARED}, mixers=mixers, mixer_options=options)
     weights = {
         name.replace(".self_attn.", ".mixer."): x
         for name, x in read_weights(source).items()
@@ -100,54 +98,57 @@ def _attention(config: Any) -> dict[str, Any]:
 
 
 def swap(
-    teacher: HybridAttnForCausalLM, mixers: str | Sequence[str], options: dict[str, dict[str, Any]] | None = None
+    teacher: HybridAttnForCausalLM, mixers: str | Sequence[Entry], options: dict[str, dict[str, Any]] | None = None
 ) -> HybridAttnForCausalLM:
-    """A copy of a softmax model in which some layers have another mixer, which starts from the weights it can take.
+    """Return a copy of a softmax model in which some layers have another mixer, with the weights that it can take.
 
-    What the two mixers both have under one name and in one shape is copied: the projections of queries, keys, values
-    and outputs, heads of keys and values repeated where several queries shared one. Other weights of a new mixer, such
-    as gates and norms, are initialised as in a new model; norms of queries and keys that it has not are left out.
+    Weights that both mixers have under one name and in one shape are copied: the projections of queries, keys, values
+    and outputs. Heads of keys and values that several queries share are repeated. Other weights of a new mixer, such
+    as gates and norms, are initialised as in a new model. Norms of queries and keys are left out where a new mixer has
+    none.
 
     Args:
-        teacher: as from ``from_softmax``.
-        mixers: a pattern such as ``"1 full : 3 gla"`` or the mixer of every layer; ``full`` keeps the teacher's own.
-        options: for a mixer's name, options of its layer, over those that make it of the teacher's shape.
+        teacher: a model from ``from_softmax``.
+        mixers: a pattern such as ``"1 full : 3 gla"`` or an entry for every layer; ``"full"`` keeps the teacher's own.
+        options: options of the new layers by the mixer's name, over those with which it has the teacher's shape.
 
     Raises:
-        ValueError: an unknown mixer or option, a number of layers that does not fit, kept and new layers with different
-            windows, or biases of attention that a new mixer has not.
+        ValueError: an unknown mixer or option, another number of layers, options of a mixer that no new layer has, or
+            attention with biases where a new mixer has none.
     """
     old, options = teacher.config, options or {}
-    names = expand_pattern(mixers, len(old.mixers)) if isinstance(mixers, str) else list(mixers)
-    if len(names) != len(old.mixers):
-        raise ValueError(f"mixers: expected one for each of the {len(old.mixers)} layers, got {len(names)}")
-    kept = {own for name, own in zip(names, old.mixers, strict=True) if name == "full"}
-    names = [own if name == "full" else name for name, own in zip(names, old.mixers, strict=True)]
-    if unused := sorted(set(options) - set(names)):
-        raise ValueError(f"mixer_options: expected mixers of {sorted(set(names))}, got {unused}")
-    attention = old.mixer_options[old.mixers[0]]
-    chosen = {name: {**starting_options(name, attention), **options.get(name, {})} for name in sorted(set(names))}
-    for name in kept:
-        if (asked := {**old.mixer_options[name], **options.get(name, {})}) != old.mixer_options[name]:
-            raise ValueError(f"mixer_options: expected {name} as in the layers that are kept, got {asked}")
-        chosen[name] = old.mixer_options[name]
-    if attention.get("bias") and (without := sorted(set(names) - {"full", "window"})):
+    entries = expand(mixers, len(old.layer_mixers) if isinstance(mixers, str) else None)
+    if len(entries) != len(old.layer_mixers):
+        raise ValueError(f"mixers: expected one for each of the {len(old.layer_mixers)} layers, got {len(entries)}")
+    layers, replaced = [], set()
+    for entry, own, (name, given) in zip(entries, old.layer_mixers, layer_mixers(entries, options), strict=True):
+        if entry == "full":
+            layers.append(own)
+            continue
+        replaced.add(name)
+        layers.append(LayerMixer(name, {**starting_options(name, own), **given}))
+    if unused := sorted(options.keys() - replaced):
+        raise ValueError(f"mixer_options: expected mixers of {sorted(replaced)}, the new layers, got {unused}")
+    if old.layer_mixers[0].options.get("bias") and (without := sorted(replaced - {"full", "window"})):
         raise ValueError(f"attention_bias: expected False where layers become {without}, got True")
-    config = HybridAttnConfig(**{name: getattr(old, name) for name in SHARED}, mixers=names, mixer_options=chosen)
+    names, defaults = shared_options(layers)
+    config = HybridAttnConfig(**{name: getattr(old, name) for name in SHARED}, mixers=names, mixer_options=defaults)
     student = HybridAttnForCausalLM._from_config(config, dtype=config.dtype)
     student.load_state_dict(inherited(student, teacher), strict=False)
     return student
 
 
-def starting_options(mixer: str, attention: dict[str, Any]) -> dict[str, Any]:
-    """Options of a mixer with heads as those of the softmax attention with these options, where it has such."""
-    heads = {"num_heads": attention["num_heads"]}
-    theta, values = {"rope_theta": attention["rope_theta"]}, {"value_dim": attention["head_dim"]}
-    same = {**heads, "key_dim": attention["head_dim"], **values}
-    few = {**heads, "key_dim": min(attention["head_dim"], MOST_TAYLOR_KEYS), **values}
+def starting_options(mixer: str, own: LayerMixer) -> dict[str, Any]:
+    """Return options with which a mixer has heads as the softmax attention ``own``, if it has such options."""
+    if mixer == own.name:
+        return own.options
+    attention = {name: value for name, value in own.options.items() if name != "window"}
+    if mixer in ("full", "window"):
+        return attention
+    heads, theta = {"num_heads": attention["num_heads"]}, {"rope_theta": attention["rope_theta"]}
+    same = {**heads, "key_dim": attention["head_dim"], "value_dim": attention["head_dim"]}
+    few = {**same, "key_dim": min(attention["head_dim"], MOST_TAYLOR_KEYS)}
     return {
-        "full": attention,
-        "window": {name: value for name, value in attention.items() if name != "window"},
         "gla": {**same, **theta, "gate_bias_range": (4.0, 6.0)},
         "linear": same,
         "taylor": few,
@@ -158,10 +159,9 @@ def starting_options(mixer: str, attention: dict[str, Any]) -> dict[str, Any]:
 
 
 def replaced_layers(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> list[int]:
-    """The layers whose mixers are of another kind, or have other options."""
-    new, old = student.config, teacher.config
-    pairs = enumerate(zip(new.mixers, old.mixers, strict=True))
-    return [i for i, (a, b) in pairs if a != b or new.mixer_options[a] != old.mixer_options[b]]
+    """Return the layers whose mixers are of another kind, or have other options."""
+    pairs = enumerate(zip(student.config.layer_mixers, teacher.config.layer_mixers, strict=True))
+    return [layer for layer, (new, old) in pairs if new != old]
 
 
 def mixer_of(model: HybridAttnForCausalLM, layer: int) -> Any:

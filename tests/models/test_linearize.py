@@ -128,25 +128,26 @@ def test_what_cannot_be_mapped_is_refused_by_name(change: dict[str, Any], named:
         from_softmax(tmp_path)
 
 
-def test_a_window_of_other_kept_layers_is_refused_and_of_none_is_not(tmp_path: Path):
+def test_new_windows_stand_beside_kept_ones(tmp_path: Path):
     saved(CONFIGS["mistral"], tmp_path)
     teacher = from_softmax(tmp_path)
-    narrow = {"window": {"window": 2}}
-    assert replaced_layers(swap(teacher, "1 window", narrow), teacher) == [0, 1, 2, 3]
+    assert replaced_layers(swap(teacher, "1 window", {"window": {"window": 2}}), teacher) == [0, 1, 2, 3]
     assert replaced_layers(swap(teacher, "1 full : 1 window"), teacher) == []
-    with pytest.raises(ValueError, match="mixer_options: expected window as in the layers that are kept"):
-        swap(teacher, "1 full : 1 window", narrow)
+    student = swap(teacher, "1 full : 1 window", {"window": {"window": 2}})
+    own = mixer_of(teacher, 0).window
+    assert [mixer_of(student, layer).window for layer in range(4)] == [own, 2, own, 2]
+    student = swap(teacher, ["full", "gla", {"mixer": "window", "window": 3}, "full"])
+    assert (replaced_layers(student, teacher), mixer_of(student, 2).window) == ([1, 2], 3)
 
 
 @pytest.mark.parametrize(
     ("mixers", "options", "named"),
     [
         (["full", "gla"], None, "mixers: expected one for each of the 4 layers, got 2"),
-        ("1 full : 2 gla", None, "num_hidden_layers: expected a multiple of 3"),
         ("1 full : 1 mamba", None, "got 'mamba'"),
-        ("1 full : 1 gla", {"window": {}}, "mixer_options: expected mixers of ['full', 'gla'], got ['window']"),
-        ("1 full : 1 gla", {"gla": {"gates": 3}}, "mixer_options['gla']"),
-        ("1 full : 1 gla", {"full": {"rope_theta": 5.0}}, "mixer_options: expected full as in the layers"),
+        ("1 full : 1 gla", {"window": {}}, "mixer_options: expected mixers of ['gla'], the new layers, got ['window']"),
+        ("1 full : 1 gla", {"gla": {"gates": 3}}, "mixers[1] ('gla'): gates: expected one of"),
+        ("1 full : 1 gla", {"full": {"rope_theta": 5.0}}, "['gla'], the new layers, got ['full']"),
     ],
 )
 def test_bad_patterns_are_named(mixers: Any, options: Any, named: str, tmp_path: Path):

@@ -25,6 +25,7 @@ from hybridattn.evals.report.document import one_line
 from hybridattn.evals.report.rows import TIMED, row_key, rows, run_of
 from hybridattn.evals.report.store import Store
 from hybridattn.evals.speed import latency, memory, models
+from hybridattn.layers import SoftmaxAttention
 from hybridattn.measure.cpu_probe import probe_seconds
 from hybridattn.measure.provenance import cpu_name
 from hybridattn.models.decoder import HybridAttnConfig
@@ -250,8 +251,8 @@ def facts(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config
     return {
         "type": config.model_type,
-        "mixers": list(config.mixers) if isinstance(config, HybridAttnConfig) else None,
-        "reach": _reach(config) if isinstance(config, HybridAttnConfig) else None,
+        "mixers": [mixer.name for mixer in config.layer_mixers] if isinstance(config, HybridAttnConfig) else None,
+        "reach": _reach(model) if isinstance(config, HybridAttnConfig) else None,
         "attn_implementation": config._attn_implementation,
         "attention_operators": latency.attention_operators(model),
         "parameters": model.num_parameters(),
@@ -259,12 +260,15 @@ def facts(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _reach(config: HybridAttnConfig) -> int | None:
-    """Tokens after which the cache of a model is declared to grow no more; None if it always grows."""
-    if "full" in config.mixers:
-        return None
-    options = config.mixer_options or {}
-    return max([1, *(options.get(name, {}).get("window") or 1 for name in config.mixers)])
+def _reach(model: PreTrainedModel) -> int | None:
+    """Return the tokens after which the model's cache no longer grows; None if it always grows."""
+    reach = 1
+    for layer in model.modules():
+        if isinstance(layer, SoftmaxAttention):
+            if layer.window is None:
+                return None
+            reach = max(reach, layer.window)
+    return reach
 
 
 def time_pass(

@@ -1,7 +1,6 @@
 """Suites: models, how they are trained, and what is measured of them, from a YAML file or from arguments."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from hybridattn.evals.recall import mqar
 from hybridattn.evals.speed.models import configuration, definition
@@ -167,20 +167,17 @@ def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[st
         given = each.get("mixer_options", {})
         is_mapping = isinstance(given, dict) and all(isinstance(options, dict) for options in given.values())
         _expect("mixer_options", is_mapping, f"a mapping of mappings ({label})", given)
-    options = shared.get("mixer_options", {}) | entry.get("mixer_options", {})
     wanted = entry["mixers"]
     _expect("mixers", isinstance(wanted, str | list), f"a list or a pattern ({label})", wanted)
-    used = re.findall(r"\w+", wanted) if isinstance(wanted, str) else wanted
-    merged = {
-        name: shared.get("mixer_options", {}).get(name, {}) | entry.get("mixer_options", {}).get(name, {})
-        for name in options
-        if name in used
-    }
     _expect("steps", steps is None or _is_positive(steps), f"a positive integer ({label})", steps)
-    given = {"config": {**shared, **entry, "mixer_options": merged}}
+    defaults, own = shared.get("mixer_options", {}), entry.get("mixer_options", {})
+    merged = {name: defaults.get(name, {}) | own.get(name, {}) for name in defaults | own}
+    given = {**shared, **entry, "mixer_options": merged}
     try:
         with without_models():
-            configuration(given)
-    except (ValueError, TypeError) as error:
+            config = configuration({"config": given})
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"models: expected a configuration of {label!r}, got: {error}") from error
-    return {"model": given, "steps": steps}
+    used = {mixer.name for mixer in config.layer_mixers}
+    given["mixer_options"] = {name: options for name, options in merged.items() if name in used}
+    return {"model": {"config": given}, "steps": steps}

@@ -76,7 +76,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
     def __init__(self, config: HybridAttnConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(len(config.mixers))])
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(len(config.layer_mixers))])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -139,7 +139,9 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             position_ids = packing.pack(position_ids.expand(batch, tokens))
         reads_prefix = any(isinstance(layer.mixer, PrefixLinearAttention) for layer in self.layers)
         if prefix_lengths is not None and not reads_prefix:
-            raise ValueError(f"prefix_lengths: expected None without 'prefix' in mixers {self.config.mixers}, got some")
+            raise ValueError(
+                f"prefix_lengths: expected None without a 'prefix' mixer in {self.config.mixers}, got a tensor"
+            )
         if past_key_values is not None:
             check_cache(past_key_values, len(self.layers))
         for layer in self.layers:
