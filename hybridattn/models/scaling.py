@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..layers import GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
-from ..layers.decayed_linear_attention import DecayedLinearAttention
+from ..layers import GatedLinearAttention, ShortConvolution, SoftmaxAttention
 from ..layers.parallel.state_passing import TOKENS_AT_ONCE
+from ..layers.recurrent import RecurrentMixer
 from .decoder import HybridAttnConfig
 from .decoder.loss import LOGITS_PER_CHUNK
 from .decoder.sizes import blocks, parameters_of
@@ -66,12 +66,11 @@ class State(NamedTuple):
 
 def state_of(module: nn.Module) -> State | None:
     """None for layers without one."""
-    if isinstance(module, DecayedLinearAttention):
-        per_channel = isinstance(module, GatedLinearAttention) and module.gate_per == "channel"
-        return State(module.num_heads, module.key_dim, module.value_dim, module.key_dim if per_channel else 1)
-    if isinstance(module, LinearAttention):  # a normaliser is one more value
-        return State(module.num_heads, module.state_dim, module.value_dim + module.normalize, 1)
-    return None
+    if not isinstance(module, RecurrentMixer):
+        return None
+    per_channel = isinstance(module, GatedLinearAttention) and module.gate_per == "channel"
+    values = module.value_dim + module.normalize  # a normaliser is one more value
+    return State(module.num_heads, module.state_dim, values, module.state_dim if per_channel else 1)
 
 
 def traffic(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hybridattn.layers import LinearAttention, ShortConvolution, SoftmaxAttention
-from hybridattn.layers.decayed_linear_attention import DecayedLinearAttention
+from hybridattn.layers import ShortConvolution, SoftmaxAttention
+from hybridattn.layers.recurrent import RecurrentMixer
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ def count(model: nn.Module) -> Flops:
             cost, trained = 2 * module.in_features * module.out_features, module.weight.requires_grad
         elif isinstance(module, ShortConvolution):
             cost, trained = 2 * module.kernel_size * module.hidden_size, module.weight.requires_grad
-        elif isinstance(module, DecayedLinearAttention):
-            cost = 4 * module.num_heads * module.key_dim * module.value_dim
-        elif isinstance(module, LinearAttention):  # Taylor features too: state_dim counts them
+        elif isinstance(module, RecurrentMixer):
             cost = 4 * module.num_heads * module.state_dim * module.value_dim
         elif isinstance(module, SoftmaxAttention):
             attention.append((4 * module.num_heads * module.head_dim, module.window))
