@@ -4,13 +4,13 @@ Notation: B batch, Tq and Tk queries and keys, Hq query heads, H key/value heads
 """
 
 import math
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend
-from ..runtime.checks import check_shape, check_tensors, reads_values
+from ..runtime.checks import check_layout, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import blocked, reference
 from .options import BlockMask, Options, check_block_mask, check_number, check_window
@@ -19,6 +19,44 @@ from .triton import launch
 MOST_NEW_TOKENS = 16  # of one flash_decode: beyond, flash_attention is the faster operator
 
 
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    block_mask: BlockMask | None = None,
+    return_lse: Literal[False] = False,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    block_mask: BlockMask | None = None,
+    return_lse: Literal[True],
+    check_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -36,7 +74,7 @@ def flash_attention(
     return_lse: bool = False,
     check_values: bool = False,
     backend: str | None = None,
-) -> Any:  # a tensor, or a pair of them with return_lse
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention without the T x T matrix: ``o_t = softmax(scale * q_t k^T) v`` over the keys t may see.
 
     Dao, "FlashAttention-2" (2023). With different lengths the last query and the last key are the same moment: query t
@@ -48,9 +86,9 @@ def flash_attention(
         k: [B,Tk,H,D]; Hq is a multiple of H, and each key head serves Hq / H neighbouring query heads.
         v: [B,Tk,H,V].
         causal: a query sees no later key.
-        window: a query sees itself and the ``window - 1`` keys before it (causal only); or a pair (left, right) of
-            numbers of keys before and after itself, right 0 where causal; None is all of them. Beltagy et al.,
-            "Longformer" (2020), section 3.1.
+        window: number of keys that a query sees, itself and the ``window - 1`` before it (causal only); or a pair
+            (left, right) of numbers of keys before and after itself, with right 0 if causal. So ``window=4`` is
+            ``window=(3, 0)``. None: all keys. Beltagy et al., "Longformer" (2020), section 3.1.
         scale: factor of the scores; D^-0.5 by default.
         cu_seqlens_q, cu_seqlens_k: integer offsets [N+1] of sequences packed into one row (B = 1); keys default to
             the offsets of the queries.
@@ -76,6 +114,7 @@ def flash_attention(
         ValueError: a shape, dtype, device, head ratio or option is not as above; the message names it.
     """
     sizes = _check(q, k, v, "B Tk H D")
+    check_layout(q, k, v, cu_seqlens_q)
     _check_per_head(sizes, q, alibi_slopes, sinks)
     options = _options(sizes, causal, window, scale, alibi_slopes, sinks, softcap, block_mask)
     if block_mask is not None:
@@ -104,6 +143,40 @@ def flash_attention(
     return _results(o.to(dtype), lse, return_lse)
 
 
+@overload
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lengths: Tensor,
+    start_positions: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lengths: Tensor,
+    start_positions: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+    check_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def flash_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -119,7 +192,7 @@ def flash_decode(
     return_lse: bool = False,
     check_values: bool = False,
     backend: str | None = None,
-) -> Any:  # a tensor, or a pair of them with return_lse
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of the newest tokens of every row against its key/value cache.
 
     The cache keeps position p in slot p % S: a cache that is never full keeps it in slot p, and a ring buffer the last

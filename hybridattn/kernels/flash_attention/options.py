@@ -118,7 +118,10 @@ def check_window(window: int | tuple[int, int] | None, causal: bool) -> tuple[in
         if window <= 0:
             raise ValueError(f"window: expected a positive integer, a pair (left, right) or None, got {window}")
         if not causal:
-            raise ValueError(f"window: expected a pair (left, right) or None without causal=True, got {window}")
+            raise ValueError(
+                f"window: expected a pair (left, right) or None without causal=True, got {window}; "
+                f"a causal window={window} is ({window - 1}, 0)"
+            )
         return window - 1, 0
     if not isinstance(window, tuple | list) or len(window) != 2 or not all(_is_int(x) and x >= 0 for x in window):
         raise ValueError(
@@ -126,7 +129,9 @@ def check_window(window: int | tuple[int, int] | None, causal: bool) -> tuple[in
         )
     left, right = window
     if causal and right:
-        raise ValueError(f"window: expected a pair (left, 0) with causal=True, got {window!r}")
+        raise ValueError(
+            f"window: expected a pair (left, 0) with causal=True, got {window!r}; a number w is the pair (w - 1, 0)"
+        )
     return left, right
 
 

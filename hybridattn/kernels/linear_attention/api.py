@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
-from ..runtime.checks import check_inference, check_log_decay, check_shape, check_tensors, reads_values
+from ..runtime.checks import check_inference, check_layout, check_log_decay, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
 from .segment_state import GATE_SHAPES, linear_attention_state
@@ -60,6 +60,7 @@ def linear_attention(
         ValueError: a shape, dtype, device or option is not as above; the message names it.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     q, k, v = autocast(q, k, v)
     if not normalize:
         o, state = _attend(sizes, q, k, v, None, _scale(scale, sizes), initial_state, cu_seqlens, backend)
@@ -103,6 +104,7 @@ def gated_linear_attention(
         ValueError: a shape, dtype, device, option or gate is not as above; the message names it.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     g = _check_gates(sizes, q, g, check_values)
     q, k, v = autocast(q, k, v)
     o, state = _attend(sizes, q, k, v, g, _scale(scale, sizes), initial_state, cu_seqlens, backend)
@@ -143,6 +145,7 @@ def taylor_linear_attention(
         ValueError: a shape, dtype, device or option is not as above; the message names it.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     taylor = _taylor_scale(scale, sizes)
     q, k, v = autocast(q, k, v)
     sizes["K"] = features.count(sizes["K"])
@@ -219,6 +222,7 @@ def prefix_linear_attention(
         ValueError: a shape, dtype, device or option is not as above; the message names it.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     check_shape(sizes, "k_prefix", k_prefix, "N M H K")
     check_shape(sizes, "v_prefix", v_prefix, "N M Hv V")
     check_tensors("q", q=q, k_prefix=k_prefix, v_prefix=v_prefix)

@@ -1,7 +1,12 @@
 """Argument checks of the public operators: every message names the argument, what was expected and what was given."""
 
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
+
+LIKELY_TOKENS = 32  # a second dimension shorter than a third one of at least this is likely the heads
 
 
 def check_shape(sizes: dict[str, int], name: str, x: Tensor, pattern: str) -> None:
@@ -51,3 +56,20 @@ def check_inference(name: str, *tensors: Tensor | None) -> None:
             f"{name}: expected inputs without gradients (the state is updated in place), got requires_grad=True; "
             "use torch.no_grad() or the operator without _step"
         )
+
+
+def check_layout(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Warn once of operands that look like [B,H,T,D]: batches with fewer tokens than heads, and many heads."""
+    if cu_seqlens is not None or torch.compiler.is_compiling():
+        return
+    if all(x.shape[0] > 1 and 0 < x.shape[1] < x.shape[2] >= LIKELY_TOKENS for x in (q, k, v)):
+        _warn_of_layout()
+
+
+@cache
+def _warn_of_layout() -> None:
+    warnings.warn(
+        "q, k, v: expected [batch, time, heads, dim], got fewer tokens than heads; "
+        "if they are [batch, heads, time, dim], pass x.transpose(1, 2)",
+        stacklevel=4,
+    )

@@ -168,6 +168,15 @@ def _check_positions(position_ids: Tensor) -> None:
         raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
 
 
+def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int | Tensor) -> None:
+    if labels.shape != hidden_states.shape[:2]:
+        raise ValueError(f"labels: expected shape {list(hidden_states.shape[:2])}, got {list(labels.shape)}")
+    if not isinstance(logits_to_keep, int) or logits_to_keep:
+        raise ValueError(
+            "logits_to_keep: expected 0 beside labels, whose loss is that of all tokens, got another value"
+        )
+
+
 class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
@@ -237,6 +246,8 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
+        if labels is not None:
+            _check_labels(labels, outputs.last_hidden_state, logits_to_keep)
         if labels is not None and context is not None:
             kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), context)
         if skip_logits and labels is not None:
