@@ -233,9 +233,9 @@ def test_opcheck_and_one_graph():
 def test_what_is_not_served_is_named():
     q, k, v = (x.float() for x in make(1))
     lengths = torch.tensor([1, 2, 3, 4])
-    with pytest.raises(ValueError, match=r"k_cache: expected a tensor without gradients, got requires_grad=True with"):
+    with pytest.raises(ValueError, match=r"k_cache: expected a tensor without gradients, got requires_grad=True \("):
         flash_decode(q, k.clone().requires_grad_(), v, cache_lengths=lengths, backend="triton")
     with torch.no_grad():
         flash_decode(q, k.clone().requires_grad_(), v, cache_lengths=lengths, backend="triton")
-    with pytest.raises(ValueError, match=r"q: expected float32, float16 or bfloat16, got torch.float64 with backend="):
+    with pytest.raises(ValueError, match=r"q: expected float32, float16 or bfloat16, got torch.float64 \(with"):
         flash_decode(q.double(), k, v, cache_lengths=lengths, backend="triton")

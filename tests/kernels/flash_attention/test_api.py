@@ -92,7 +92,7 @@ def test_bad_options_are_named(name: str):
 
 def test_bad_tensors_are_named():
     q, k, v = inputs(query_heads=3)
-    with pytest.raises(ValueError, match="q: expected a multiple of k's 2 heads, got 3"):
+    with pytest.raises(ValueError, match="q: expected a multiple of the 2 heads of k, got 3"):
         flash_attention(q, k, v)
     q, k, v = inputs()
     with pytest.raises(ValueError, match=r"v: expected shape \[B=2, Tk=9, H=2, V\], got \[2, 8, 2, 8\]"):

@@ -64,7 +64,7 @@ BAD = {
     "v heads": (
         lambda q, k, v, g: (q, k, v[:, :, :2], g),
         {},
-        r"v: expected a multiple of k's 3 heads, got 2",
+        r"v: expected a multiple of the 3 heads of k, got 2",
     ),
     "q heads": (
         lambda q, k, v, g: (q[:, :, :2], k, v, g),
@@ -108,7 +108,7 @@ def test_bad_input_is_named(name: str):
 
 def test_queries_and_values_are_not_grouped_both():
     q, k, v = torch.randn(B, T, 4, K), torch.randn(B, T, 2, K), torch.randn(B, T, 4, V)
-    with pytest.raises(ValueError, match="q: expected k's 2 heads, or a multiple of those of k and v, got 4"):
+    with pytest.raises(ValueError, match="q: expected the 2 heads of k, or a multiple of those of k and v, got 4"):
         linear_attention(q, k, v)
 
 

@@ -51,12 +51,13 @@ def said_of(*rows: tuple[str, str, bool]) -> list[str]:
 
 def test_an_unverified_row_is_said_once():
     said = said_of(("sm_90", "step K16", False), ("sm_90", "step K16", False), ("sm_90", "step K32", False))
-    assert said == [f"launch row 'step {k}' was compiled for sm_90 but not verified there" for k in ("K16", "K32")]
+    expected = "launch row 'step {}' was compiled for sm_90 but not verified on that GPU"
+    assert said == [expected.format(k) for k in ("K16", "K32")]
 
 
 def test_a_fallback_is_said_once_for_all_rows():
     said = said_of(("sm_89", "step K16", True), ("sm_89", "step K32", True), ("sm_89", "step K16", True))
-    assert said == ["no launch rows for sm_89: taking those of sm_80"]
+    assert said == ["no launch rows for sm_89: using those of sm_80"]
 
 
 def test_a_row_that_does_not_fit_is_named():
@@ -81,4 +82,4 @@ def test_the_torch_backend_on_a_gpu_is_said_once():
             chosen = choose_backend(None, on_gpu, lacks)
             assert chosen == ("triton" if lacks is None else "torch")
         choose_backend(None, SimpleNamespace(is_cuda=True, dtype=torch.float64), "q: expected float32, got float64")
-    assert [str(x.message) for x in said] == [f"{LACKS} by the Triton kernels; the torch backend takes it"]
+    assert [str(x.message) for x in said] == [f"{LACKS}: unsupported by the Triton kernels, using the torch backend"]
