@@ -431,5 +431,5 @@ def test_bad_options_are_named(name: str):
 
 def test_a_block_mask_is_not_for_packed_rows():
     q, k, v = (x[:1] for x in make_inputs(9, 9))
-    with pytest.raises(ValueError, match="block_mask: expected None beside cu_seqlens_q"):
+    with pytest.raises(ValueError, match="block_mask: expected None with cu_seqlens_q"):
         flash_attention(q, k, v, cu_seqlens_q=torch.tensor([0, 9]), block_mask=block_mask(9, 9))
