@@ -163,7 +163,7 @@ def fails(o: torch.Tensor):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(lambda o: 1.001 * o, "against the reference, at most"), (lambda o: o * torch.nan, "error nan"), (fails, "image")],
+    [(lambda o: 1.001 * o, "against the reference, limit"), (lambda o: o * torch.nan, "error nan"), (fails, "image")],
 )
 def test_a_wrong_result_has_no_speed(change, reason: str, tmp_path: Path, monkeypatch, capsys):
     for name in ("gated, per channel", "softmax, causal"):
@@ -224,8 +224,8 @@ def test_the_plan_has_every_workload_and_the_lengths_of_the_goals():
 
 def test_bad_options(monkeypatch: pytest.MonkeyPatch):
     for options in ({"samples": 1}, {"lengths": [4096, 10]}):
-        with pytest.raises(ValueError, match="expected samples >= 3 and tokens >= 64, got samples="):
+        with pytest.raises(ValueError, match="samples, tokens: expected samples >= 3 and tokens >= 64, got samples="):
             bench.run_benchmark("cpu", **options)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"plot: expected matplotlib \(pip install hybridattn\[demo\]\)"):
+    with pytest.raises(ValueError, match=r"plot: expected matplotlib, which is not installed; pip install hybridattn\[demo\]"):
         bench.run_benchmark("cpu", plot=Path("roofline.png"))

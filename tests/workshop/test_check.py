@@ -83,7 +83,7 @@ def other_bits(results):
 
 @pytest.mark.parametrize(
     ("spoil", "told"),
-    [(wrong_by_a_percent, "of o, at most"), (unwritten, "error nan of o"), (other_bits, "gave other bits")],
+    [(wrong_by_a_percent, "of o, limit"), (unwritten, "error nan of o"), (other_bits, "gave other bits")],
 )
 def test_planted_faults_of_a_backend_are_told(spoil, told: str, tmp_path: Path, monkeypatch, capsys):
     name = "linear_attention_step"

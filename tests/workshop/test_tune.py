@@ -31,7 +31,7 @@ def test_candidates_take_turns_and_the_row_comes_back():
     ]
     assert rows == {64: (1, 4), 128: (9, 9)}
     told = describe("sweep", 64, lines).splitlines()
-    assert told[0] == "sweep 64: 2 of 5 rows run and are right"
+    assert told[0] == "sweep 64: 2 of 5 rows run with correct results"
     assert [line.split()[0:2] for line in told[1:]] == [["(2,", "4)"], ["(1,", "4)"]]
     assert told[2].endswith("shipped")
 

@@ -442,7 +442,7 @@ def _match(x: Tensor, heads: int, dim: int) -> Tensor:
 
 
 def _repeated(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """Run the reference with shared heads repeated."""
+    """Run the reference, with shared heads repeated."""
     heads, states = max(q.shape[2], v.shape[2]), state.shape[1]
     q, k, v = (_match(x, heads, 2) for x in (q, k, v))
     g = None if g is None else _match(g, heads, 2)

@@ -77,8 +77,8 @@ BAD = {
         {"backend": "cuda"},
         r"backend: expected one of \['reference', 'torch', 'triton', None\], got 'cuda'",
     ),
-    "backend on a CPU": ({"backend": "triton"}, r"q: expected float32, float16 or bfloat16, got torch.float64 with"),
-    "offsets of keys alone": ({"cu_seqlens_k": torch.tensor([0, 9])}, "cu_seqlens_q: expected offsets beside"),
+    "backend on a CPU": ({"backend": "triton"}, r"q: expected float32, float16 or bfloat16, got torch.float64 \("),
+    "offsets of keys alone": ({"cu_seqlens_k": torch.tensor([0, 9])}, "cu_seqlens_q: expected offsets with"),
     "packed batch": ({"cu_seqlens_q": torch.tensor([0, 9])}, r"cu_seqlens_q: expected one packed row \(batch size 1\)"),
 }
 

@@ -69,7 +69,7 @@ BAD = {
     "q heads": (
         lambda q, k, v, g: (q[:, :, :2], k, v, g),
         {},
-        "q: expected k's 3 heads, or a multiple of those of k and v",
+        "q: expected the 3 heads of k, or a multiple of those of k and v",
     ),
     "not a tensor": (lambda q, k, v, g: (q, k, None, g), {}, r"v: expected a tensor \[B, T, Hv, V\], got NoneType"),
     "integer": (lambda q, k, v, g: (q, k.long(), v, g), {}, "k: expected a floating-point dtype, got torch.int64"),
