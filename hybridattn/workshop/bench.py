@@ -25,7 +25,7 @@ from hybridattn.workshop.records import Record, origin, read, reason_of, writer
 from hybridattn.workshop.workloads import COMPARED, WORKLOADS, Call, Inputs, Shape, error_of, make_inputs, work_of
 
 OURS, GOALS = "hybridattn", "goals of a CPU"
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # limit of the relative L2 error; rounding the operands stays below
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative L2 error; rounding the operands causes less
 SOFTMAX = [name for name in WORKLOADS if name.startswith("softmax")]
 LINEAR = [name for name in WORKLOADS if name not in (*SOFTMAX, "gated step")]
 CPU_LENGTHS, CPU_SOFTMAX_LENGTHS = (4096,), (1024,)
