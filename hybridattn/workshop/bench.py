@@ -132,7 +132,7 @@ def _figures(
     """
     workload = WORKLOADS[group.workload]
     with torch.inference_mode():
-        runs = _that_run({name: partial(call, *x.values()) for name, call in calls.items()}, records)
+        runs = _without_failures({name: partial(call, *x.values()) for name, call in calls.items()}, records)
         found = _timed("forward", runs, device, samples, replay=True)
     flop, moved = work_of(workload, group.shape, x)
     for each in found.values():
@@ -146,7 +146,7 @@ def _figures(
     def both(call: Call) -> None:
         torch.autograd.grad(call(*leaves), leaves, do)
 
-    runs = _that_run({name: partial(both, calls[name]) for name in found}, records)
+    runs = _without_failures({name: partial(both, calls[name]) for name in found}, records)
     for name, each in _timed("forward_backward", runs, device, samples).items():
         found[name] |= each
         if device.type == "cuda":
@@ -158,7 +158,7 @@ def _figures(
     return found
 
 
-def _that_run(runs: dict[str, Any], records: dict[str, Record]) -> dict[str, Any]:
+def _without_failures(runs: dict[str, Any], records: dict[str, Record]) -> dict[str, Any]:
     """Return the runs that raise no error when called once; add the ``reason`` to the records of the others."""
     fine = {}
     for name, run in runs.items():

@@ -80,7 +80,8 @@ def measure(row: CompileRow, architecture: str) -> Figures:
         start = time.perf_counter()
         compiled = triton.compile(_source(row), target=target, options=options)
         seconds = time.perf_counter() - start
-        figures = _of_cubin(compiled, Path(folder)) if target.backend == "cuda" else _of_amdgcn(compiled.asm["amdgcn"])
+        is_cuda = target.backend == "cuda"
+        figures = _cubin_figures(compiled, Path(folder)) if is_cuda else _amdgcn_figures(compiled.asm["amdgcn"])
     metadata = compiled.metadata
     memory = {"shared_memory": metadata.shared, "tensor_memory": getattr(metadata, "tmem_size", None) or 0}
     return {**figures, **memory, "seconds": round(seconds, 2)}
@@ -90,7 +91,7 @@ def _source(row: CompileRow) -> ASTSource:
     """Return the row as a source for the compiler, specialised like the JIT's: on ones and on divisibility by 16."""
     signature, constants, attributes = {}, {}, {}
 
-    def one(place: tuple[int, ...], kind: str) -> str:
+    def specialised(place: tuple[int, ...], kind: str) -> str:
         kind, _, known = kind.partition(":")
         if known == "1":
             constants[place] = 1
@@ -103,13 +104,13 @@ def _source(row: CompileRow) -> ASTSource:
         if name in row.constexprs:
             signature[name], constants[place,] = "constexpr", row.constexprs[name]
         elif isinstance(kind := row.signature[name], tuple):
-            signature[name] = tuple(one((place, n), part) for n, part in enumerate(kind))
+            signature[name] = tuple(specialised((place, n), part) for n, part in enumerate(kind))
         else:
-            signature[name] = one((place,), kind)
+            signature[name] = specialised((place,), kind)
     return ASTSource(row.kernel, signature, constants, attributes)
 
 
-def _of_cubin(compiled: CompiledKernel, folder: Path) -> Figures:
+def _cubin_figures(compiled: CompiledKernel, folder: Path) -> Figures:
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _output("cuobjdump", "-res-usage", cubin)
@@ -130,7 +131,7 @@ def _output(tool: str, *arguments: Any) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _of_amdgcn(code: str) -> Figures:
+def _amdgcn_figures(code: str) -> Figures:
     def named(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", code)
         assert found, key

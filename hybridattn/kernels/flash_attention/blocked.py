@@ -158,8 +158,8 @@ def _plan(queries: int, keys: int, heads: int, options: Options) -> Plan:
             last = min(first + rows, block.stop)
             low = 0 if left is None else max(0, first + past - left)
             high = keys if right is None else min(keys, last + past + right)
-            inner_low = 0 if left is None else last - 1 + past - left  # all these queries attend to keys from here ..
-            inner_high = keys if right is None else first + past + right + 1  # .. to here
+            inner_low = 0 if left is None else last - 1 + past - left  # every query attends to keys inner_low ..
+            inner_high = keys if right is None else first + past + right + 1  # .. inner_high - 1
             tiles = []
             for a, b in spans:
                 tiles += _tiles(max(a, low), min(b, high), columns, inner_low, inner_high)

@@ -59,7 +59,7 @@ def test_queries_without_any_keys_get_zeros(backend: str, causal: bool):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_queries_without_dims_see_all_keys_alike(causal: bool):
+def test_queries_of_dim_zero_weight_all_keys_equally(causal: bool):
     _, _, v = inputs()
     q = v[..., :0]
     o = flash_attention(q, q, v, causal=causal)
