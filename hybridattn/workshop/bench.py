@@ -235,7 +235,8 @@ def run_benchmark(
         device: "cuda" or "cpu".
         with_peers: also time implementations of PyTorch and, if installed, of flash-linear-attention.
         samples: number of rounds, at least 3.
-        lengths: tokens of sequences and caches, at least 64 each; if empty, those of the performance goals and others.
+        lengths: tokens of sequences and caches, at least 64 each; if empty, default lengths that include those of the
+            performance goals.
         out: file of JSON lines. A workload is not measured again if the file has records of all its implementations
             with the same code, versions, device and configuration.
         plot: image file for a roofline plot of the records, or None.

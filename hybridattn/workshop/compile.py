@@ -1,9 +1,9 @@
 """The check ``hybridattn kernels compile``: compiles every launch row without a GPU and compares it with ceilings.
 
-The machine code and its metadata give these figures: registers per thread, spill instructions (local loads and stores),
-spilled bytes per thread, bytes of shared memory per program, columns of tensor memory (sm_100), matrix and TMA
-instructions. ``ceilings.json`` holds the ceiling of each figure. They belong to one version of Triton, since they
-depend on its compiler.
+The machine code and its metadata give the figures per thread: registers, spill instructions (local loads and stores),
+spilled bytes. They also give bytes of shared memory and columns of tensor memory (sm_100) per program, and the numbers
+of matrix and TMA instructions. ``ceilings.json`` holds a ceiling for each figure. The ceilings belong to one version of
+Triton, since the figures depend on its compiler.
 """
 
 import json

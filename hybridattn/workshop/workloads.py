@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """An operator of this package and what the benchmark has to know of it.
+    """An operator of this package, and the properties that the benchmark needs.
 
     Attributes:
         operator: function of q, k, v [batch, time, heads, dim], then g, state or cache lengths if it has them, and of

@@ -72,8 +72,8 @@ def flash_attention(
     Returns:
         o [B,Tq,Hq,V] in v's dtype; with ``return_lse`` the pair (o, lse). lse [B,Tq,Hq], fp32 (fp64 if an input is
         fp64), is the natural log of the softmax denominator of o, sink included; -inf for no keys and no sink. Both are
-        differentiable once. Results for two parts of the keys, with the sinks passed to one part only, combine to
-        ``lse = logaddexp(lse_1, lse_2)``, ``o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2``.
+        differentiable once. Results for two parts of the keys combine to ``lse = logaddexp(lse_1, lse_2)``,
+        ``o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2``, if only one call is given the sinks.
 
     Raises:
         ValueError: a shape, dtype, device, head ratio or option is not as above.

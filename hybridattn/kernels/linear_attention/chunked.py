@@ -9,8 +9,8 @@ chunk and S the state before the chunk:
     state   S   <- Diag(exp b_C) S + (k * exp(b_C - b))^T v
 
 (Yang et al., "Gated Linear Attention Transformers", section 4). Each exponential except exp b_C is the product of a
-factor for the query's token and a factor for the key's token, so that all work is matrix products. The factors depend
-on a reference token, which depends on the gates of the row. Both choices are exact:
+factor for the query's token and a factor for the key's token. So all work is matrix products. The factors depend on a
+reference token, which depends on the gates of the row. Both choices are exact:
 
     cool    The reference is the chunk's middle token: q * exp(b_t - b_mid) and k * exp(b_mid - b_s), at most
             exp(+-COOL). The decay between middle and edges (``entry``, ``exit``) multiplies the states.

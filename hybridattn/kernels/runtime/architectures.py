@@ -116,12 +116,12 @@ def warn_of_torch(lacks: str) -> None:
 @cache
 def warn_of_launch(name: str, row: str, verified: bool) -> None:
     """Warn once if an architecture has no rows of its own, and once per row that is compiled only."""
-    if (served := nearest_architecture(name)) != name:
-        _warn_of_architecture(name, served)
+    if (nearest := nearest_architecture(name)) != name:
+        _warn_of_architecture(name, nearest)
     if not verified:
         warnings.warn(f"launch row {row!r} was compiled for {name} but not verified on that GPU", stacklevel=4)
 
 
 @cache
-def _warn_of_architecture(name: str, served: str) -> None:
-    warnings.warn(f"no launch rows for {name}: using those of {served}", stacklevel=5)
+def _warn_of_architecture(name: str, nearest: str) -> None:
+    warnings.warn(f"no launch rows for {name}: using those of {nearest}", stacklevel=5)

@@ -1,8 +1,8 @@
 """The decoding kernels and op of softmax attention: a fixed number of programs divides the key tiles of all caches.
 
 B batch, S slots of a cache, n new tokens, H key heads, Hq query heads, D key dim, V value dim. The n queries of the
-Hq / H heads that share a key head are the rows of one tile (several tiles, if they are many), so that keys are read
-once. A *segment* is one such tile of rows with all its key tiles. The key tiles of all segments, in order, are divided
+Hq / H heads that share a key head are the rows of one tile, or of several if they are many. So keys are read once per
+tile. A *segment* is one such tile of rows with all its key tiles. The key tiles of all segments, in order, are divided
 into *shares*, one per program, which differ by at most one tile for any lengths. "Stream-K" (Osama et al., 2023)
 divides matrix products the same way.
 

@@ -89,11 +89,11 @@ def attention_launch(kernel: str, architecture: str, key_dim: int, value_dim: in
         key_dim, value_dim: D and V, 1 to 256.
         bits: bits of an operand's element, 16 or 32.
     """
-    served = nearest_architecture(architecture)
+    nearest = nearest_architecture(architecture)
     block_d, block_v = _padded(key_dim), _padded(value_dim)
-    row = KERNELS[kernel][served if bits == 16 else "fp32"][max(block_d, block_v, 32)]
-    precision = "ieee" if served == "gfx942" else "tf32x3"
-    launch = Launch(kernel, row[0], row[1], block_d, block_v, row[2], row[3], served in HAS_TMA, precision)
+    row = KERNELS[kernel][nearest if bits == 16 else "fp32"][max(block_d, block_v, 32)]
+    precision = "ieee" if nearest == "gfx942" else "tf32x3"
+    launch = Launch(kernel, row[0], row[1], block_d, block_v, row[2], row[3], nearest in HAS_TMA, precision)
     return replace(launch, verified=launch.name in read_verified(Path(__file__).parent).get(architecture, {}))
 
 
@@ -128,11 +128,11 @@ def decode_launch(architecture: str, rows: int, key_dim: int, value_dim: int, bi
         architecture, key_dim, value_dim, bits: as in ``attention_launch``.
         rows: queries per key head: query heads that share it times new tokens.
     """
-    served = nearest_architecture(architecture)
+    nearest = nearest_architecture(architecture)
     block_d, block_v = _padded(key_dim), _padded(value_dim)
     block_m = DECODE_ROWS[rows > DECODE_ROWS[0]]
-    row = DECODE[served if bits == 16 else "fp32"][max(block_d, block_v, 32)]
-    precision = "ieee" if served == "gfx942" else "tf32x3"
+    row = DECODE[nearest if bits == 16 else "fp32"][max(block_d, block_v, 32)]
+    precision = "ieee" if nearest == "gfx942" else "tf32x3"
     launch = DecodeLaunch(block_m, row[0], block_d, block_v, row[1], row[2], row[3], precision)
     return replace(launch, verified=launch.name in read_verified(Path(__file__).parent).get(architecture, {}))
 

@@ -4,9 +4,9 @@
                   contributes
     scan_states   computes the states before all segments from the contributions
 
-``forward`` defines the recurrence. If there are fewer programs than the device has processors, the sequences are split
-into segments, and one program sweeps each segment from the state before it. With REVERSE both kernels carry the
-gradient of the state instead, from the last token to the first, with q in place of k and do in place of v.
+``forward`` defines the recurrence. If a launch would have fewer programs than the device has processors, the sequences
+are split into segments, each of which one program sweeps from the state before it. With REVERSE both kernels carry the
+gradient of the state instead, from the last token to the first. Then q takes the place of k, and do that of v.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false

@@ -239,8 +239,8 @@ def _row(
 def sweep_traffic(launch: ChunkLaunch, x: dict[str, Tensor], heads: int) -> Traffic:
     """Return the traffic bounds of a sweep: every byte once, except for tensors that several programs read.
 
-    A tensor of which a program needs all columns is read once per block of the columns that programs divide, and once
-    per head that shares it.
+    If a program needs all columns of a tensor, each program reads it: one per head that shares the tensor and per block
+    of the columns that programs divide.
 
     Args:
         launch: the launch row.

@@ -6,7 +6,7 @@ B batch, T time, N sequences, K key dim, V value dim. Per chunk of 64 tokens, wi
     S  <- D S + (k 2^(bits - b))^T v,   bits = b of the last token, D = 2^bits
 
 (Yang et al., "Gated Linear Attention Transformers", section 4; gates in base 2.) The gradient of v is the same sweep in
-reverse order, with keys in place of queries and the gradient of o in place of v. Hence the neutral names: output y_t
+reverse order. Keys take the place of queries, and the gradient of o that of v. Hence the neutral names: output y_t
 reads the state with row a_t, and the state accumulates w_s^T u_s.
 
 A channel is *hot* in a chunk if its gates sum to less than -86 bits there, so that 2^-b could overflow. The kernel

@@ -21,8 +21,8 @@ from .primitives import bounded, find_sequence, gate_sums, load_tile, operand, p
 def find_chunk(hot, cu_seqlens, T, K: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr):
     """Find the chunk and head of this program.
 
-    Returns the sequence (-1 if no channel is hot), the batch row, the first token of the chunk, the end of the
-    sequence, the head, and a pointer to the flags of this chunk and head.
+    Returns the sequence (-1 if no channel is hot) and its batch row; the first token of the chunk and the end of the
+    sequence; the head; and a pointer to the flags of this chunk and head.
     """
     head, flags, channel = tl.program_id(0) % HEADS, hot + tl.program_id(0).to(tl.int64) * K, tl.arange(0, KEYS)
     n = tl.max(tl.load(flags + channel, mask=channel < K, other=0), 0) - 1

@@ -134,21 +134,21 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
         key_dim, value_dim: K, 1 to 256, and V, 1 to 512. A row of ``sweep_keys`` may take fewer values per launch.
         operands: "bf16", "fp16" or "fp32"; ``chunk_lacks`` has to be None for it.
     """
-    served = nearest_architecture(architecture)
+    nearest = nearest_architecture(architecture)
     block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
     if kernel == "states":
-        most, (num_warps, num_stages) = 64, STATES[served]
+        most, (num_warps, num_stages) = 64, STATES[nearest]
     elif kernel == "sweep_keys":
-        rows = KEYS[served][operands]
+        rows = KEYS[nearest][operands]
         most = min((most for most in rows if value_dim <= most), default=max(rows))
         columns, num_warps, num_stages = rows[most]
         block_k = min(block_k, columns)
     else:
-        rows = VALUES[served][operands]
+        rows = VALUES[nearest][operands]
         most = min(most for most in rows if key_dim <= most)
         columns, num_warps, num_stages = rows[most]
         block_v = min(block_v, columns)
-    tma = served in ("sm_90", "sm_100")
+    tma = nearest in ("sm_90", "sm_100")
     row = ChunkLaunch(kernel, operands, most, block_k, block_v, num_warps, num_stages, tma, False)
     return replace(row, verified=row.name in read_verified(Path(__file__).parent).get(architecture, {}))
 
