@@ -11,8 +11,8 @@ reads the state with row a_t, and the state accumulates w_s^T u_s.
 
 A channel is *hot* in a chunk if its gates sum to less than -86 bits there, so that 2^-b could overflow. The kernel
 then uses the keys k 2^(bits - b) for both state and scores. The state stays exact. The channel's contribution to the
-chunk's own scores shrinks by 2^bits, to nothing; the kernels of ``hot_channels`` add it. So this kernel needs no branch
-and no clamp for gates down to -inf.
+chunk's own scores shrinks by 2^bits, to nothing; the kernels of ``hot_channels`` add it. So this kernel has no branch
+for hot channels, and takes gates down to -inf.
 
 A gate per head multiplies the scores instead; its factors cannot overflow.
 
