@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "heads that do not group": (
         lambda: ha.flash_attention(Q, Q[:, :, :3], Q[:, :, :3]),
-        "q: expected a multiple of k's 3 heads, got 4",
+        "q: expected a multiple of the 3 heads of k, got 4",
     ),
     "numpy arrays": (
         lambda: ha.flash_attention(Q.numpy(), Q, Q),
