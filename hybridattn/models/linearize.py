@@ -1,8 +1,9 @@
-"""Softmax decoders of transformers as hybrids of this library: first every weight as it is, then other mixers.
+"""Load a Llama, Mistral or Qwen3 into this library's decoder and replace some of its attention layers by other mixers.
 
-New mixers start from the attention they replace, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into
-RNNs", 2021), SUPRA (Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al.,
-2024) and LoLCATs (Zhang et al., 2024).
+``from_softmax`` loads the model unchanged, ``swap`` replaces mixers. A new mixer starts from the weights of the
+attention that it replaces, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into RNNs", 2021), SUPRA
+(Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al., 2024) and LoLCATs
+(Zhang et al., 2024).
 """
 
 import re
@@ -18,9 +19,9 @@ from .decoder import HybridAttnConfig, HybridAttnForCausalLM
 from .decoder.configuration import expand_pattern
 
 FAMILIES = ("llama", "mistral", "qwen3")
-# Fields of these that would change the function, and the value they must have.
+# Required values of fields that this library's decoder has no option for.
 EXPECTED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0}
-MOST_TAYLOR_KEYS = 16  # BASED's d'; features grow with its square
+MOST_TAYLOR_KEYS = 16  # BASED's d'; the number of features grows with its square
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps", "initializer_range", "dtype"),
@@ -29,11 +30,17 @@ SHARED = (
 
 
 def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
-    """The saved Llama, Mistral or Qwen3 in folder ``source``, with ``full`` or ``window`` mixers: the same function.
+    """Load a saved Llama, Mistral or Qwen3 into this library's decoder, as the same function.
+
+    Args:
+        source: folder with config.json and weights.
+
+    Returns:
+        A model with ``full`` and ``window`` mixers.
 
     Raises:
-        ValueError: the source is none of these, a field of its configuration asks for what this library has nothing
-            for, or a weight is unknown, missing or of another shape.
+        ValueError: the source is another model, its configuration has an unsupported value, or a weight is unknown,
+            missing or of another shape.
     """
     source = Path(source)
     if not (source / "config.json").is_file():
@@ -64,8 +71,8 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, None for full attention."""
-    if config.model_type == "llama":  # does not read such a field, which rewritten configurations may still have
+    """Return the sliding window of each layer, None for full attention."""
+    if config.model_type == "llama":  # ignores sliding_window, which configurations converted from Mistral may have
         return [None] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -77,12 +84,12 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def _attention(config: Any) -> dict[str, Any]:
-    """The options of ``SoftmaxAttention`` that all layers share."""
+    """Return the options of ``SoftmaxAttention`` that all layers share."""
     rope = dict(config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor: expected 1.0 in a model to linearise, got less")
-    if kind == "yarn":  # the length that transformers takes where none is given
+        raise ValueError("partial_rotary_factor: expected 1.0 in a model to linearise, got another value")
+    if kind == "yarn":  # the default of transformers
         rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)
     options: dict[str, Any] = {
         "num_heads": config.num_attention_heads,
@@ -102,20 +109,20 @@ def _attention(config: Any) -> dict[str, Any]:
 def swap(
     teacher: HybridAttnForCausalLM, mixers: str | Sequence[str], options: dict[str, dict[str, Any]] | None = None
 ) -> HybridAttnForCausalLM:
-    """A copy of a softmax model in which some layers have another mixer, which starts from the weights it can take.
+    """Copy a softmax model and replace the mixers of some layers.
 
-    What the two mixers both have under one name and in one shape is copied: the projections of queries, keys, values
-    and outputs, heads of keys and values repeated where several queries shared one. Other weights of a new mixer, such
-    as gates and norms, are initialised as in a new model; norms of queries and keys that it has not are left out.
+    A new mixer starts from the teacher's weights of the same name and head size: the projections of queries, keys,
+    values and outputs. Key and value heads that several query heads share are repeated. Other weights of a new mixer,
+    such as gates and norms, are initialised as in a new model. Query and key norms are dropped if it has none.
 
     Args:
-        teacher: as from ``from_softmax``.
-        mixers: a pattern such as ``"1 full : 3 gla"`` or the mixer of every layer; ``full`` keeps the teacher's own.
-        options: for a mixer's name, options of its layer, over those that make it of the teacher's shape.
+        teacher: a softmax model, as from ``from_softmax``.
+        mixers: a pattern such as ``"1 full : 3 gla"``, or the mixer of every layer; ``full`` keeps the teacher's mixer.
+        options: by mixer name, options that override those of ``starting_options``.
 
     Raises:
         ValueError: an unknown mixer or option, a number of layers that does not fit, kept and new layers with different
-            windows, or biases of attention that a new mixer has not.
+            windows, or biases of attention that a new mixer does not have.
     """
     old, options = teacher.config, options or {}
     names = expand_pattern(mixers, len(old.mixers)) if isinstance(mixers, str) else list(mixers)
@@ -128,8 +135,8 @@ def swap(
     attention = old.mixer_options[old.mixers[0]]
     chosen = {name: {**starting_options(name, attention), **options.get(name, {})} for name in sorted(set(names))}
     for name in kept:
-        if (asked := {**old.mixer_options[name], **options.get(name, {})}) != old.mixer_options[name]:
-            raise ValueError(f"mixer_options: expected {name} as in the layers that are kept, got {asked}")
+        if (wanted := {**old.mixer_options[name], **options.get(name, {})}) != old.mixer_options[name]:
+            raise ValueError(f"mixer_options: expected {name} as in the layers that are kept, got {wanted}")
         chosen[name] = old.mixer_options[name]
     if attention.get("bias") and (without := sorted(set(names) - {"full", "window"})):
         raise ValueError(f"attention_bias: expected False where layers become {without}, got True")
@@ -140,7 +147,7 @@ def swap(
 
 
 def starting_options(mixer: str, attention: dict[str, Any]) -> dict[str, Any]:
-    """Options of a mixer with heads as those of the softmax attention with these options, where it has such."""
+    """Return options that give a mixer the heads of a softmax attention with the options ``attention``."""
     heads = {"num_heads": attention["num_heads"]}
     theta, values = {"rope_theta": attention["rope_theta"]}, {"value_dim": attention["head_dim"]}
     same = {**heads, "key_dim": attention["head_dim"], **values}
@@ -158,20 +165,20 @@ def starting_options(mixer: str, attention: dict[str, Any]) -> dict[str, Any]:
 
 
 def replaced_layers(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> list[int]:
-    """The layers whose mixers are of another kind, or have other options."""
+    """Return the indices of the layers whose mixers differ in kind or options."""
     new, old = student.config, teacher.config
     pairs = enumerate(zip(new.mixers, old.mixers, strict=True))
     return [i for i, (a, b) in pairs if a != b or new.mixer_options[a] != old.mixer_options[b]]
 
 
 def mixer_of(model: HybridAttnForCausalLM, layer: int) -> Any:
-    """The token mixer of a layer."""
+    """Return the token mixer of a layer."""
     block: Any = model.model.layers[layer]
     return block.mixer
 
 
 def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> dict[str, Tensor]:
-    """The teacher's weights that a student takes, by name, in the student's shapes."""
+    """Return the teacher's weights from which the student starts, by name, in the student's shapes."""
     taken = {name: x for name, x in teacher.state_dict().items() if name in student.state_dict()}
     for i in replaced_layers(student, teacher):
         new, old = mixer_of(student, i), mixer_of(teacher, i)
@@ -184,7 +191,7 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
                 del taken[name]
             elif part in ("k_proj", "v_proj"):
                 rows = len(student.get_parameter(name))
-                if rows % len(taken[name]):  # fewer heads than the teacher has
+                if rows % len(taken[name]):  # the student has fewer heads than the teacher
                     del taken[name]
                 else:
                     taken[name] = _repeated(taken[name], old.head_dim, rows)
@@ -192,5 +199,5 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
 
 
 def _repeated(x: Tensor, head_dim: int, rows: int) -> Tensor:
-    """Weights [G D,..] or biases [G D] of shared heads as [rows,..], each head once for every one that reads it."""
+    """Repeat shared heads: weights [G D,..] or biases [G D] become [rows,..], one copy of a head per query head."""
     return x.unflatten(0, (-1, head_dim)).repeat_interleave(rows // len(x), 0).flatten(0, 1)
