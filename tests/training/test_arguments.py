@@ -76,9 +76,9 @@ def test_fields_over_a_file(tmp_path: Path):
     ("text", "named"),
     [
         ("max_step: 5", "max_step"),
-        ("- a", "fields and values"),
+        ("- a", "expected a mapping of fields"),
         ("a: [", "expected YAML"),
-        ("", "none of them"),
+        ("", "got neither"),
         ("preset: gla_340m", "tokenizer: expected"),
         ("preset: gla_340m\ntokenizer: bytes", "max_steps"),
         ("preset: gla_340m\ntokenizer: bytes\nmax_steps: 2\nfp16: true", "fp16"),

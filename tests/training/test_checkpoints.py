@@ -21,8 +21,8 @@ def test_the_last_whole_one_is_found(tmp_path: Path):
     (paths[1] / "part" / "optimizer").unlink()
     found, faults = checkpoints.latest(tmp_path)
     assert found == paths[0]
-    assert "model should have 100 bytes and has 3" in faults[0]
-    assert "part/optimizer should have 1 bytes and is missing" in faults[1]
+    assert "model: expected 100 bytes, got 3 bytes" in faults[0]
+    assert "part/optimizer: expected 1 bytes, got no file" in faults[1]
     (paths[0] / checkpoints.COMPLETE).write_text("{")
     assert checkpoints.latest(tmp_path)[0] is None
 
