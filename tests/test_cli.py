@@ -194,5 +194,5 @@ def test_a_cache_that_is_not_its_formula_fails_the_command(
     few = ("--lengths", "32", "--contexts", "16", "--batches", "1", "--rounds", "1", "--device", "cpu")
     code, _, told = run("throughput", "--model", str(tmp_path / "gla"), *few, "--out", str(tmp_path / "out"))
     assert code == 1
-    assert "the cache after 16 tokens has" in told
-    assert "contradict" in (tmp_path / "out" / "report.md").read_text()
+    assert "cache after 16 tokens: expected" in told
+    assert "differ from their declaration" in (tmp_path / "out" / "report.md").read_text()

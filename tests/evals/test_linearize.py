@@ -148,7 +148,7 @@ def test_the_report_says_what_was_measured(made: Path, results: dict[str, Any]):
 @pytest.mark.parametrize("swapped", [1.0, 0.9])
 def test_nothing_is_recovered_where_the_swap_cost_nothing(swapped: float, results: dict[str, Any]):
     assert recovery({"teacher": 1.0, "swapped": swapped, "final": 0.8}) is None
-    assert "**none, since the swap cost nothing**" in report({**results, "recovery": None})
+    assert "**none, since the swap did not increase the loss**" in report({**results, "recovery": None})
 
 
 @torch.no_grad()

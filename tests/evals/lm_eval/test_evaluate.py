@@ -120,7 +120,7 @@ def test_the_report(run: Callable[..., int], checkpoint: str, tmp_path: Path):
     report = (out / "report.md").read_text()
     assert "## By length" in report
     assert "from 64" in report
-    assert "trained on 70 tokens" in report
+    assert "trained on sequences of 70 tokens" in report
     assert "| hybridattn_kv " in report
     assert {path.name for path in out.iterdir()} == {
         "results.json",
@@ -166,11 +166,14 @@ def test_truncated_prompts_fail_the_run(run: Callable[..., int], tmp_path: Path,
     out = tmp_path / "out"
     flags = (*FLAGS, "--model_args", "max_length=380")
     assert run(out, *flags) == 1
-    assert "6 of 12 prompts are longer than max_length=380" in capsys.readouterr().err
+    assert (
+        "expected at most max_length=380 tokens with the tokens to generate, got more in 6 of 12"
+        in capsys.readouterr().err
+    )
     assert not out.exists()
     assert run(out, *flags, "--allow_truncation") == 0
     assert read(out)["truncated"] == 6
-    assert "Prompts truncated: 6." in (out / "report.md").read_text()
+    assert "Truncated prompts: 6." in (out / "report.md").read_text()
 
 
 def test_nothing_is_scored_when_a_gate_fails(
@@ -186,7 +189,9 @@ def test_nothing_is_scored_when_a_gate_fails(
     monkeypatch.setattr(harness.CheckedLM, "generate_until", lambda *args, **options: pytest.fail("scored"))
     assert run(tmp_path / "out", *FLAGS) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("hybridattn: parity gates failed, nothing was scored: padded = unpadded (error ")
+    assert error.startswith(
+        "hybridattn: parity: expected all gates to pass before scoring, got failed: padded = unpadded (error "
+    )
     assert "cached" not in error
     assert not (tmp_path / "out").exists()
 

@@ -178,7 +178,7 @@ def test_weights_of_another_model_are_refused(tiny: Suite, tmp_path: Path):
     measure(small, tmp_path)
     (weights,) = (tmp_path / "weights").iterdir()
     save_file({"nonsense": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match="GLA: expected the model's weights, missing"):
+    with pytest.raises(ValueError, match="GLA: expected the model's weights, got missing"):
         measure(replace(small, prefill=(32,)), tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_what_is_wrong_is_not_a_result(tiny: Suite, tmp_path: Path, monkeypatch:
     [
         ((0, 2), "shard: expected i/n with 1 <= i <= n, got 0/2"),
         ((3, 2), "shard: expected i/n with 1 <= i <= n, got 3/2"),
-        ((9, 9), "shard: expected a part with a model, there are 3, got 9/9"),
+        ((9, 9), "shard: expected i up to the number of models, 3, got 9/9"),
     ],
 )
 def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int], named: str):
@@ -230,7 +230,7 @@ def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int,
 
 def test_a_part_only_trains(tiny: Suite, tmp_path: Path):
     for suite, again in ((tiny, True), (only(tiny, "Llama"), False)):
-        with pytest.raises(ValueError, match="shard: expected models to train"):
+        with pytest.raises(ValueError, match="shard: expected a suite with models to train"):
             measure(suite, tmp_path, shard=(1, 1), again=again)
 
 

@@ -32,5 +32,5 @@ def test_it_depends_on_the_seed_alone():
 
 
 def test_convolutions_keep_no_pairs():
-    with pytest.raises(ValueError, match="mixer: expected one that keeps keys and values, got 'conv'"):
+    with pytest.raises(ValueError, match="mixer: expected one with a state of keys and values, got 'conv'"):
         capacity("conv", 4)

@@ -57,11 +57,11 @@ def test_every_file_is_written(built: Path):
         assert 0.005 < ink < 0.3, name
 
 
-def test_contradictions_are_on_the_page(report: Path, add: Callable[..., None]):
+def test_problems_are_on_the_page(report: Path, add: Callable[..., None]):
     add("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
     assert build(report, title="x")["problems"]
     for name in ("report.html", "report.md"):
-        assert "the cache after 256 tokens has 9 bytes, by its formula 8" in (report / name).read_text()
+        assert "cache after 256 tokens: expected 8 bytes by its formula, got 9" in (report / name).read_text()
 
 
 def test_a_report_of_speed_alone_has_no_fronts(tmp_path: Path, add: Callable[..., None]):

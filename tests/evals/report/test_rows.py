@@ -50,13 +50,13 @@ def test_rows_of_one_name_are_told_apart(report: Path, add: Callable[..., None])
     assert points(found)[0]["name"] == "attention (a machine, float32)"
 
 
-def test_contradictions_are_told(report: Path, add: Callable[..., None]):
+def test_problems_are_listed(report: Path, add: Callable[..., None]):
     add("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
     add("window", "state", {"allocated": 5004, "formula": 5004}, tokens=16)  # just full
     add("window", "state", {"allocated": 7, "formula": 7}, tokens=8)  # before the window is full
     assert problems(rows(read(report))) == [
-        "attention: the cache after 256 tokens has 9 bytes, by its formula 8",
-        "window: the cache is declared constant and has 5000 and 5004 bytes",
+        "attention: cache after 256 tokens: expected 8 bytes by its formula, got 9",
+        "window: cache: expected a constant size, got 5000 and 5004 bytes",
     ]
 
 

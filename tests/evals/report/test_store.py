@@ -55,12 +55,12 @@ def test_a_measurement_without_its_origin_is_refused(tmp_path: Path, name: str, 
     origin, *lines = (tmp_path / FILE).read_text().splitlines()
     without = {key: value for key, value in json.loads(origin).items() if key != name}
     (tmp_path / FILE).write_text("\n".join([json.dumps(without), *lines, ""]))
-    with pytest.raises(ValueError, match=f"{FILE}, line 1: expected a measurement, got: {name}: expected"):
+    with pytest.raises(ValueError, match=f"{FILE}, line 1: expected a measurement, got an error: {name}: expected"):
         store.read(tmp_path)
     known = store.provenance
     monkeypatch.setattr(store, "provenance", lambda config: {**known(config), name: None})
     device = "" if name == "device" else "a machine"
-    with pytest.raises(ValueError, match=f"{name}: expected in the provenance of every measurement"):
+    with pytest.raises(ValueError, match=f"{name}: expected a value in a measurement's provenance"):
         Store(tmp_path / "new").add("prefill", CONFIG, {"seconds": [1.0]}, device=device)
     assert not (tmp_path / "new").exists()
 
@@ -73,7 +73,7 @@ def test_a_line_that_was_changed_by_hand_is_named(tmp_path: Path, old: str, new:
     text = (tmp_path / FILE).read_text()
     assert text.count(old) == 1
     (tmp_path / FILE).write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=f"{FILE}, line 2: expected a measurement, got: "):
+    with pytest.raises(ValueError, match=f"{FILE}, line 2: expected a measurement, got an error: "):
         store.read(tmp_path)
 
 
