@@ -37,7 +37,7 @@ def test_fit_measures_little_and_never_exceeds(rate: float, most: int):
 
 
 def test_what_cannot_be_filled_is_said():
-    with pytest.raises(DoesNotFitError, match="at least 5 tokens, for the facts and the question, got 4"):
+    with pytest.raises(DoesNotFitError, match="at least 5 tokens for the facts and the question, got 4"):
         fit(lambda size: "x" * (size + 5), len, 3, 4)
     with pytest.raises(ValueError, match="expected 8 to 9 tokens, got 5 or 10"):
         fit(lambda size: "x" * 5 * (size + 1), len, 8, 9)
