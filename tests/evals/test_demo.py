@@ -28,7 +28,7 @@ def test_bad_options_are_named(tmp_path: Path, options: dict, message: str):
 
 def test_it_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"matplotlib.*: pip install hybridattn\[demo\]"):
+    with pytest.raises(ValueError, match=r"matplotlib.*; pip install 'hybridattn\[demo\]'"):
         demo.run_demo(out=tmp_path / "out")
 
 

@@ -172,7 +172,7 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(made: Path
     assert json.loads((made / "results.json").read_text())["losses"] == results["losses"]
     capsys.readouterr()
     assert linearize(made.parent, "out", "--pattern", "1 full : 2 window") == 2
-    assert "pattern: expected '1 full : 2 gla' as before" in capsys.readouterr().err
+    assert "pattern: expected '1 full : 2 gla' as in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(made: Path
         (("--pattern", "full,gla,dance"), "got 'dance'"),
         (("--pattern", "1 gla", "--transfer_tokens", "511"), "transfer_tokens: expected at least the 512 tokens"),
         (("--pattern", "1 gla", "--lora_tokens", "0"), "lora_tokens: expected at least the 512 tokens"),
-        (("--pattern", "1 gla", "--max_steps", "3"), "max_steps: expected none"),
-        (("--pattern", "1 gla", "--learning-rate=3"), "learning_rate: expected none"),
+        (("--pattern", "1 gla", "--max_steps", "3"), "max_steps: expected no such flag"),
+        (("--pattern", "1 gla", "--learning-rate=3"), "learning_rate: expected no such flag"),
         (("--pattern", "1 gla", "--mixer_options", "{"), "mixer_options: expected JSON"),
         (("--pattern", "1 gla", "--mixer_options", '{"gla": {"gates": 1}}'), "mixer_options['gla']"),
         (("--pattern", "1 gla", "--dance", "3"), "--dance"),

@@ -51,7 +51,7 @@ models:
     ("text", "named"),
     [
         ("models: {}", "models: expected at least one"),
-        ("[]", "expected a mapping with models"),
+        ("[]", "expected a mapping with the field models"),
         ("models: {a: {preset: gla_340m}}\nspeed: 3", r"expected fields of .*'decode'.*, got \['speed'\]"),
         ("models: {a: {preset: gla_340m, path: x}}", r"models: expected 'a' with one of .*, got \['path', 'preset'\]"),
         ("models: {a: {steps: 3}}", "models: expected 'a' with one of"),

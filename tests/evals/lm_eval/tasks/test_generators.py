@@ -175,7 +175,7 @@ def test_usual_lengths_are_those_the_model_can_read(tokenizer: str):
 def test_bad_options_are_named(tokenizer: str):
     with pytest.raises(ValueError, match=r"tokenizer: expected a folder or name, .* got None"):
         kv.dataset()
-    with pytest.raises(ValueError, match=r"max_seq_lengths: expected integers above 48, .* max_length=500"):
+    with pytest.raises(ValueError, match=r"max_seq_lengths: expected integers above 48 .* max_length=500"):
         kv.dataset(tokenizer=tokenizer, max_length=500)
     with pytest.raises(ValueError, match=r"max_seq_lengths: expected .* hold the facts of kv \(once\), got 60"):
         kv.dataset(tokenizer=tokenizer, max_seq_lengths=60)
