@@ -152,15 +152,15 @@ def _from_gla(source: Path) -> HybridAttnForCausalLM:
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"source: expected weights in {str(source)!r}, got an error: {error}") from error
-    theirs, info = loaded
+    source_model, info = loaded
     _check_names(info["unexpected_keys"], info["missing_keys"])
     _check_shapes({name: (got, wanted) for name, got, wanted in info["mismatched_keys"]})
     shared = (
         *("vocab_size", "hidden_size", "intermediate_size", "mixers", "mixer_options", "rms_norm_eps", "dtype"),
         *("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
     )
-    config = HybridAttnConfig(**{name: getattr(theirs.config, name) for name in shared})
-    return filled(config, theirs.state_dict())
+    config = HybridAttnConfig(**{name: getattr(source_model.config, name) for name in shared})
+    return filled(config, source_model.state_dict())
 
 
 def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
@@ -259,9 +259,9 @@ def _needed(fields: dict[str, Any], name: str, where: str = "config.json") -> An
 
 
 def _based_names(name: str, x: Tensor, mixers: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a weight with its new name, or the parts of a fused weight with theirs."""
-    for theirs, ours in NAMES.items():
-        name = re.sub(theirs, ours, name)
+    """Yield a weight with its new name, or the parts of a fused weight with new names."""
+    for pattern, replacement in NAMES.items():
+        name = re.sub(pattern, replacement, name)
     layer = re.match(r"model\.layers\.(\d+)\.mixer\.out_proj\.", name)
     if layer and int(layer[1]) < len(mixers) and mixers[int(layer[1])] != "conv":
         name = name.replace("out_proj", "o_proj")

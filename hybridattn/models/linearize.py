@@ -45,18 +45,18 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
     source = Path(source)
     if not (source / "config.json").is_file():
         raise ValueError(f"model: expected a folder with config.json, got {str(source)!r}")
-    theirs = AutoConfig.from_pretrained(source)
-    if theirs.model_type not in FAMILIES:
-        raise ValueError(f"model: expected a model_type of {list(FAMILIES)}, got {theirs.model_type!r}")
+    source_config = AutoConfig.from_pretrained(source)
+    if source_config.model_type not in FAMILIES:
+        raise ValueError(f"model: expected a model_type of {list(FAMILIES)}, got {source_config.model_type!r}")
     for name, expected in EXPECTED.items():
-        if (got := getattr(theirs, name, expected)) != expected:
+        if (got := getattr(source_config, name, expected)) != expected:
             raise ValueError(f"{name}: expected {expected!r} in a model to linearise, got {got!r}")
-    windows = _windows(theirs)
+    windows = _windows(source_config)
     mixers = ["full" if window is None else "window" for window in windows]
-    attention = _attention(theirs)
+    attention = _attention(source_config)
     options = {"full": attention, "window": {**attention, "window": max(filter(None, windows), default=None)}}
     config = HybridAttnConfig(
-        **{name: getattr(theirs, name) for name in SHARED},
+        **{name: getattr(source_config, name) for name in SHARED},
         mixers=mixers,
         mixer_options={name: options[name] for name in sorted(set(mixers))},
     )

@@ -53,7 +53,7 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """Size of what a linear layer sends per row and segment: a state [heads,keys,values] and decays [heads,decays]."""
+    """Shape of the state [heads,keys,values] and decays [heads,decays] that a linear layer sends per row and segment."""
 
     heads: int
     keys: int

@@ -1,4 +1,4 @@
-"""The command in small: what it trains, what it leaves, what it counts and says."""
+"""The command `hybridattn linearize` on a tiny model: training, files, token counts, report and errors."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ FLAGS = ["--length", str(LENGTH), "--report_to", "none", "--disable_tqdm", "true
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With texts in which what came before says what comes next, and a softmax model trained on them."""
+    """A folder with predictable texts and a softmax model trained on them."""
     folder = tmp_path_factory.mktemp("linearize")
     generator = torch.Generator().manual_seed(0)
     lines = []
@@ -77,7 +77,7 @@ def linearize(folder: Path, out: str, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> Path:
-    """The folder of a whole run."""
+    """The folder of a complete run."""
     seen: list[torch.Tensor] = []
     trainers: list[tuple[str, float | None]] = []
     step = StreamTrainer.training_step
@@ -146,13 +146,13 @@ def test_the_report_says_what_was_measured(made: Path, results: dict[str, Any]):
 
 
 @pytest.mark.parametrize("swapped", [1.0, 0.9])
-def test_nothing_is_recovered_where_the_swap_cost_nothing(swapped: float, results: dict[str, Any]):
+def test_there_is_no_recovery_without_an_increase_in_loss(swapped: float, results: dict[str, Any]):
     assert recovery({"teacher": 1.0, "swapped": swapped, "final": 0.8}) is None
     assert "**none, since the swap did not increase the loss**" in report({**results, "recovery": None})
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads the old name
 def test_the_result_is_a_model_with_its_adapters_merged(made: Path, results: dict[str, Any]):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
     assert isinstance(model, HybridAttnForCausalLM)

@@ -1,4 +1,4 @@
-"""The shipped configurations, and what is said over them."""
+"""The shipped configurations, defaults, and overrides."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ PARAMETERS = {
 }
 
 
-def test_these_are_shipped():
+def test_shipped_configurations():
     assert set(shipped()) == {*PUBLISHED, "tiny_cpu", "finetune_lora", "linearize", "tiny_llama"}
 
 
@@ -92,7 +92,7 @@ def test_bad_files(tmp_path: Path, text: str, named: str):
         parse([str(path)])
 
 
-def test_files_that_are_not_there():
+def test_missing_files():
     for arguments in ([], ["--max_steps", "3"], ["no_such"]):
         with pytest.raises(ValueError, match="tiny_cpu"):
             parse(arguments)

@@ -11,7 +11,7 @@ TEST = np.frombuffer(b"a cadabra, abrakadabra? zabra", np.uint8)
 
 
 def probability(history: list[int], token: int, order: int) -> float:
-    """P_order(token | history), straight from the definition, by recursion."""
+    """Compute P_order(token | history) by recursion, as defined."""
     if order < 0:
         return 1 / ngram.VOCAB_SIZE
     context = history[len(history) - order :]

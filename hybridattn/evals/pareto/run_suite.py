@@ -64,9 +64,9 @@ def run_suite(
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
     if again:
-        ours = {row_key(base(suite, name)) for name in suite.models}
+        row_keys = {row_key(base(suite, name)) for name in suite.models}
         timed = ("model", "state", "largest_batch", *TIMED)
-        store.remove(lambda each: each["kind"] in timed and row_key(each["config"]) in ours)
+        store.remove(lambda each: each["kind"] in timed and row_key(each["config"]) in row_keys)
     try:
         train(suite, list(suite.models)[part - 1 :: parts], store)
         if shard is None:
@@ -175,9 +175,9 @@ def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> N
 
 def rows_of(suite: Suite, store: Store) -> list[dict[str, Any]]:
     """Return the report rows of the suite's models."""
-    ours = {row_key(base(suite, name)) for name in suite.models}
+    row_keys = {row_key(base(suite, name)) for name in suite.models}
     known = (each for each in store.found.values() if "name" in each["config"])
-    return rows([each for each in known if row_key(each["config"]) in ours])
+    return rows([each for each in known if row_key(each["config"]) in row_keys])
 
 
 def missing_in(suite: Suite, store: Store, turn: int) -> dict[str, list[Planned]]:

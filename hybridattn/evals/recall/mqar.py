@@ -238,14 +238,14 @@ class Procedure(NamedTuple):
     Attributes:
         batches: ``(seed, vocab_size=..) -> Iterator[Rows]``, endless.
         recall: recall of a trained model by number of pairs.
-        telling: the number of pairs, a key of ``recall``, that is used to compare models.
-        look: recall at that number of pairs during training, on fewer rows.
+        curve_pairs: the number of pairs, a key of ``recall``, of learning curves.
+        curve_recall: recall at ``curve_pairs`` during training, on fewer rows.
     """
 
     batches: Callable[..., Iterator[Rows]]
     recall: Callable[[PreTrainedModel], dict[int, float]]
-    telling: int
-    look: Callable[[PreTrainedModel], float]
+    curve_pairs: int
+    curve_recall: Callable[[PreTrainedModel], float]
 
 
 def _recipe_recall(model: PreTrainedModel) -> dict[int, float]:
@@ -256,13 +256,13 @@ def _published_recall(model: PreTrainedModel) -> dict[int, float]:
     return {pairs: score for (_, pairs), score in published_recall(model).items()}
 
 
-def _published_look(model: PreTrainedModel) -> float:
+def _published_curve_recall(model: PreTrainedModel) -> float:
     generator = torch.Generator().manual_seed(TEST_SEED)
     return accuracy(model, published_rows(100, 256, 64, generator=generator, vocab_size=model.config.vocab_size))
 
 
 PROCEDURES = {
     "recipe": Procedure(recipe_batches, _recipe_recall, 32, partial(recall, pairs=32, count=64)),
-    "published": Procedure(published_batches, _published_recall, 64, _published_look),
+    "published": Procedure(published_batches, _published_recall, 64, _published_curve_recall),
 }
 """By name, the CPU recipe and the published procedure."""

@@ -47,7 +47,7 @@ class Trained(NamedTuple):
     Attributes:
         weights: weights by name.
         recall: share of correct answers, by number of pairs.
-        curve: (steps, recall at the procedure's ``telling`` number of pairs) at every test, the final one included.
+        curve: (steps, recall at the procedure's ``curve_pairs``) at every test, the final one included.
         seconds: duration of training, tests during it included.
     """
 
@@ -131,7 +131,7 @@ def train_one(job: Job, on_tick: Callable[[], None] = lambda: None) -> Trained:
     seconds = time.perf_counter() - start
     recall = procedure.recall(model)
     weights = {name: p.cpu().numpy() for name, p in model.state_dict().items()}
-    return Trained(weights, recall, [*curve, (job.steps, recall[procedure.telling])], seconds)
+    return Trained(weights, recall, [*curve, (job.steps, recall[procedure.curve_pairs])], seconds)
 
 
 def _on_step(
@@ -146,5 +146,5 @@ def _on_step(
         on_tick()
     if job.looks and step % job.looks == 0 and step < job.steps:
         model.eval()
-        curve.append((step, mqar.PROCEDURES[job.procedure].look(model)))
+        curve.append((step, mqar.PROCEDURES[job.procedure].curve_recall(model)))
         model.train()

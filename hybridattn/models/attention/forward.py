@@ -100,8 +100,8 @@ def _check_mask(mask: Tensor | None, keys: int, sliding_window: int | None) -> T
     """Return the mask, or None if it only signals that the layer has a window."""
     if mask is None:
         return None
-    ours = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] <= 2 and mask.dtype in (torch.uint8, torch.int32)
-    if not ours:
+    known = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] <= 2 and mask.dtype in (torch.uint8, torch.int32)
+    if not known:
         raise ValueError(
             "attention_mask: expected [B, T] with zeros for padding with attn_implementation='hybridattn', "
             f"got {mask.dtype} {list(mask.shape)}; other patterns need 'eager' or 'sdpa'"
