@@ -53,7 +53,7 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """Shape of the state [heads,keys,values] and decays [heads,decays] that a linear layer sends per row and segment."""
+    """Shape of a linear layer's state [heads,keys,values] and decays [heads,decays], sent once per row and segment."""
 
     heads: int
     keys: int
