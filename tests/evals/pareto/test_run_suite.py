@@ -37,7 +37,7 @@ def only(suite: Suite, *names: str, **changes: Any) -> Suite:
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip plots and train in this process, except in the first test."""
-    if "killed" not in request.node.name:
+    if "interrupted" not in request.node.name:
         monkeypatch.setattr(run_suite, "train_all", train_here)
         monkeypatch.setattr(run_suite, "build", lambda out, title: summarize(store.read(out)))
 
