@@ -1,8 +1,9 @@
-"""Softmax decoders of transformers as hybrids of this library: first every weight as it is, then other mixers.
+"""Load a Llama, Mistral or Qwen3 into this library's decoder and replace some of its attention layers by other mixers.
 
-New mixers start from the attention they replace, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into
-RNNs", 2021), SUPRA (Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al.,
-2024) and LoLCATs (Zhang et al., 2024).
+``from_softmax`` loads the model unchanged, ``swap`` replaces mixers. A new mixer starts from the weights of the
+attention that it replaces, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into RNNs", 2021), SUPRA
+(Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al., 2024) and LoLCATs
+(Zhang et al., 2024).
 """
 
 import re
@@ -18,9 +19,9 @@ from .decoder import HybridAttnConfig, HybridAttnForCausalLM
 from .decoder.mixer_list import Entry, LayerMixer, expand, layer_mixers, shared_options
 
 FAMILIES = ("llama", "mistral", "qwen3")
-# Fields of these that would change the function, and the value they must have.
+# Required values of fields that this library's decoder has no option for.
 EXPECTED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0}
-MOST_TAYLOR_KEYS = 16  # BASED's d'; features grow with its square
+MOST_TAYLOR_KEYS = 16  # BASED's d'; the number of features grows with its square
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps", "initializer_range", "dtype"),
@@ -29,28 +30,36 @@ SHARED = (
 
 
 def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
-    """The saved Llama, Mistral or Qwen3 in folder ``source``, with ``full`` or ``window`` mixers: the same function.
+    """Load a saved Llama, Mistral or Qwen3 into this library's decoder, as the same function.
+
+    Args:
+        source: folder with config.json and weights.
+
+    Returns:
+        A model with ``full`` and ``window`` mixers.
 
     Raises:
-        ValueError: the source is none of these, a field of its configuration asks for what this library has nothing
-            for, or a weight is unknown, missing or of another shape.
+        ValueError: the source is another model, its configuration has an unsupported value, or a weight is unknown,
+            missing or of another shape.
     """
     source = Path(source)
     if not (source / "config.json").is_file():
         raise ValueError(f"model: expected a folder with config.json, got {str(source)!r}")
-    theirs = AutoConfig.from_pretrained(source)
-    if theirs.model_type not in FAMILIES:
-        raise ValueError(f"model: expected a model_type of {list(FAMILIES)}, got {theirs.model_type!r}")
+    source_config = AutoConfig.from_pretrained(source)
+    if source_config.model_type not in FAMILIES:
+        raise ValueError(f"model: expected a model_type of {list(FAMILIES)}, got {source_config.model_type!r}")
     for name, expected in EXPECTED.items():
-        if (got := getattr(theirs, name, expected)) != expected:
+        if (got := getattr(source_config, name, expected)) != expected:
             raise ValueError(f"{name}: expected {expected!r} in a model to linearise, got {got!r}")
-    windows = _windows(theirs)
-    attention = _attention(theirs)
+    windows = _windows(source_config)
+    attention = _attention(source_config)
     mixers, options = shared_options(
         LayerMixer("full", attention) if window is None else LayerMixer("window", {**attention, "window": window})
         for window in windows
     )
-    config = HybridAttnConfig(**{name: getattr(theirs, name) for name in SHARED}, mixers=mixers, mixer_options=options)
+    config = HybridAttnConfig(
+        **{name: getattr(source_config, name) for name in SHARED}, mixers=mixers, mixer_options=options
+    )
     weights = {
         name.replace(".self_attn.", ".mixer."): x
         for name, x in read_weights(source).items()
@@ -62,8 +71,8 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, None for full attention."""
-    if config.model_type == "llama":  # does not read such a field, which rewritten configurations may still have
+    """Return the sliding window of each layer, None for full attention."""
+    if config.model_type == "llama":  # ignores sliding_window, which configurations converted from Mistral may have
         return [None] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -75,12 +84,12 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def _attention(config: Any) -> dict[str, Any]:
-    """The options of ``SoftmaxAttention`` that all layers share."""
+    """Return the options of ``SoftmaxAttention`` that all layers share."""
     rope = dict(config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor: expected 1.0 in a model to linearise, got less")
-    if kind == "yarn":  # the length that transformers takes where none is given
+        raise ValueError("partial_rotary_factor: expected 1.0 in a model to linearise, got another value")
+    if kind == "yarn":  # the default of transformers
         rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)
     options: dict[str, Any] = {
         "num_heads": config.num_attention_heads,
@@ -165,13 +174,13 @@ def replaced_layers(student: HybridAttnForCausalLM, teacher: HybridAttnForCausal
 
 
 def mixer_of(model: HybridAttnForCausalLM, layer: int) -> Any:
-    """The token mixer of a layer."""
+    """Return the token mixer of a layer."""
     block: Any = model.model.layers[layer]
     return block.mixer
 
 
 def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> dict[str, Tensor]:
-    """The teacher's weights that a student takes, by name, in the student's shapes."""
+    """Return the teacher's weights from which the student starts, by name, in the student's shapes."""
     taken = {name: x for name, x in teacher.state_dict().items() if name in student.state_dict()}
     for i in replaced_layers(student, teacher):
         new, old = mixer_of(student, i), mixer_of(teacher, i)
@@ -184,7 +193,7 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
                 del taken[name]
             elif part in ("k_proj", "v_proj"):
                 rows = len(student.get_parameter(name))
-                if rows % len(taken[name]):  # fewer heads than the teacher has
+                if rows % len(taken[name]):  # the student has fewer heads than the teacher
                     del taken[name]
                 else:
                     taken[name] = _repeated(taken[name], old.head_dim, rows)
@@ -192,5 +201,5 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
 
 
 def _repeated(x: Tensor, head_dim: int, rows: int) -> Tensor:
-    """Weights [G D,..] or biases [G D] of shared heads as [rows,..], each head once for every one that reads it."""
+    """Repeat shared heads: weights [G D,..] or biases [G D] become [rows,..], one copy of a head per query head."""
     return x.unflatten(0, (-1, head_dim)).repeat_interleave(rows // len(x), 0).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The text of a report: sections of sentences, tables and one picture each, for Markdown and for the page alike."""
+"""Compose a report's sections: sentences, tables and plots, which are rendered as Markdown and as HTML."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from hybridattn.measure.cpu_probe import describe_load
 
 
 class Entry(NamedTuple):
-    """A table's entry: its text, and the number it is sorted by, None for text."""
+    """A table's entry: its text, and the number to sort by (None: sort by text)."""
 
     text: str
     value: float | None = None
 
 
 class Table(NamedTuple):
-    """Heads and rows; the first column names the rows."""
+    """Headings and rows; the first column has the rows' names."""
 
     heads: list[str]
     rows: list[list[Entry]]
@@ -24,7 +24,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report; ``figure`` is the name of its picture, ``code`` a text that is shown as it is."""
+    """A section of the report; ``figure`` is the name of its plot, ``code`` a preformatted text."""
 
     title: str
     texts: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Section:
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
-    """The report's parts that there are measurements for, from the content of ``results.json``."""
+    """Return the report's sections that there are measurements for, from the content of ``results.json``."""
     rows, points = results["rows"], results["points"]
     made = [overview(rows, points) if rows else None, language_model(results["language_model"])]
     if rows:
@@ -45,7 +45,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
 
 # ------------------------------------------------------------------------------------------------------------- overview
 def overview(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> Section:
-    """One configuration, one row."""
+    """Return the section with the main table: recall, parameters, memory and speed of every row."""
     pairs = list(dict.fromkeys(n for row in rows for n in row["recall"]))
     prefill = [tokens for (tokens,) in _settings(rows, "prefill", ("tokens",))][:1]
     steps = _settings(rows, "decode", ("tokens", "batch", "graph"))
@@ -74,13 +74,13 @@ def overview(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -
 
 
 def _baseline(rows: Sequence[dict[str, Any]]) -> str:
-    """The row that others are compared with, or what it is where there are several; empty if there is none."""
+    """Return the label of the baseline row, a description if there are several, or an empty string if there is none."""
     compared = {row["baseline"] for row in rows if row["baseline"] not in (None, row["label"])}
     return "the first model of its suite" if len(compared) > 1 else "".join(compared)
 
 
 def _settings(rows: Sequence[dict[str, Any]], kind: str, names: Sequence[str]) -> list[Any]:
-    """The settings that any row was timed at, in order."""
+    """Return the settings at which any row was timed, sorted."""
     return sorted({tuple(each[name] for name in names) for row in rows for each in row[kind]})
 
 
@@ -93,17 +93,17 @@ def _step(tokens: int, batch: int, graph: bool) -> str:
 
 
 def one_line(row: dict[str, Any]) -> str:
-    """A row for a terminal: recall, and of bytes, prefill and decoding the first that was measured."""
+    """Format a row for a terminal: recall, and the first measurement each of state bytes, prefill and decoding."""
     recall = "/".join(f"{found['median']:.3f}" for found in row["recall"].values())
-    told = [f"recall {recall} of {'/'.join(row['recall'])} pairs"] if recall else []
-    told += [f"state after {int(n):,}: {_size(sizes).text} bytes" for n, sizes in row["state"].items()][:1]
+    parts = [f"recall {recall} of {'/'.join(row['recall'])} pairs"] if recall else []
+    parts += [f"state after {int(n):,}: {_size(sizes).text} bytes" for n, sizes in row["state"].items()][:1]
     for kind, work in (("prefill", "of"), ("decode", "after")):
         for timed in row[kind][:1]:
             text = _rate(row, kind, **_named(_setting(timed))).text
             rate, _, faster = text.partition(" (") if "median" in timed else (text, "", "")
             unit = f" tokens/s{f' ({faster}' if faster else ''}" if "median" in timed else ""
-            told.append(f"{kind} {work} {timed['tokens']:,}: {rate}{unit}")
-    return f"{row['label']}: {', '.join(told)}"
+            parts.append(f"{kind} {work} {timed['tokens']:,}: {rate}{unit}")
+    return f"{row['label']}: {', '.join(parts)}"
 
 
 def _setting(timed: dict[str, Any]) -> tuple[int, int, bool]:
@@ -111,7 +111,7 @@ def _setting(timed: dict[str, Any]) -> tuple[int, int, bool]:
 
 
 def number(value: float | None, text: str) -> Entry:
-    """An entry that is sorted by a number; an empty one where there is none."""
+    """Return an entry that is sorted by a number, or an empty entry for None."""
     return Entry("") if value is None else Entry(text.format(value), value)
 
 
@@ -144,7 +144,7 @@ def _rate(row: dict[str, Any], kind: str, **wanted: Any) -> Entry:
 
 # ------------------------------------------------------------------------------------------------------- language model
 def language_model(found: dict[str, Any] | None) -> Section | None:
-    """A language model on real text beside n-gram models."""
+    """Return the section on the language model and the n-gram models."""
     if found is None:
         return None
     corpus, training, sample = found["corpus"], found["training"], found["continuation"]
@@ -168,7 +168,7 @@ def language_model(found: dict[str, Any] | None) -> Section | None:
 
 # --------------------------------------------------------------------------------------------------------------- fronts
 def fronts(points: Sequence[dict[str, Any]]) -> Section:
-    """The best recall within a budget."""
+    """Return the section with the best recall within budgets of memory and time."""
     recalls = [point["recall"] for point in points]
     tables = []
     for name, what, scale, unit in (
@@ -198,7 +198,7 @@ def fronts(points: Sequence[dict[str, Any]]) -> Section:
 
 # ---------------------------------------------------------------------------------------------------------------- times
 def times(rows: Sequence[dict[str, Any]]) -> Section | None:
-    """Time against length."""
+    """Return the section with times of prefill, decoding and training by length."""
     lengths = [_named((*each, False)) for each in _settings(rows, "prefill", ("tokens", "batch"))]
     steps = [_named(each) for each in _settings(rows, "decode", ("tokens", "batch", "graph"))]
     trained = [_named((*each, False)) for each in _settings(rows, "training", ("tokens", "batch"))]
@@ -235,7 +235,7 @@ def times(rows: Sequence[dict[str, Any]]) -> Section | None:
 
 
 def _time(timed: dict[str, Any] | None) -> Entry:
-    """Median and quartiles in milliseconds, and the speed relative to the baseline."""
+    """Format median and quartiles in milliseconds, and the speed relative to the baseline."""
     if timed is None or "reason" in timed:
         return Entry("" if timed is None else timed["reason"])
     middle, low, high = (timed[name] * 1e3 for name in ("median", "lower_quartile", "upper_quartile"))
@@ -272,11 +272,11 @@ _LAST_COLUMNS = {
 
 # ----------------------------------------------------------------------------------------------------- memory, learning
 def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
-    """The largest batches."""
+    """Return the section with the largest batches within the memory budget."""
     found = [row for row in rows if "tried" in (row["largest_batch"] or {})]
     if not found:
         return None
-    heads = ["model", "budget, MB", "prompt, tokens", "largest batch", "MB with it", "the next one tried"]
+    heads = ["model", "budget, MB", "prompt, tokens", "largest batch", "its memory, MB", "next larger batch tried"]
     body = []
     for row in found:
         largest = row["largest_batch"]
@@ -287,8 +287,8 @@ def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
         numbers += [number(largest["batch"], "{:,}"), number(_mega(taken), "{:,.1f}")]
         body.append([Entry(row["label"]), *numbers, Entry(over)])
     texts = [
-        "Sequences that are decoded together within the budget, found by bisection: weights, caches and a decoding "
-        "step at their peak, all of it tensors."
+        "The largest number of sequences that can be decoded together within the memory budget, found by bisection. "
+        "Memory is the peak of all tensors: weights, caches and temporaries of prefill and a decoding step."
     ]
     return Section("Largest batch", texts, [Table(heads, body)])
 
@@ -299,7 +299,7 @@ def _attempt(tried: dict[str, Any]) -> str:
 
 
 def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
-    """How reliably the models learnt."""
+    """Return the section on recall over seeds and training steps."""
     found = [row for row in rows if row["learnability"] is not None]
     if not found:
         return None
@@ -325,11 +325,11 @@ def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
 
 # --------------------------------------------------------------------------------------------------------------- origin
 def origin(results: dict[str, Any]) -> Section:
-    """Where the figures come from, and how disturbed the machine was."""
+    """Return the section on the origin of the measurements and the load of the CPU during them."""
     body = []
     for row in results["rows"]:
-        told = ", ".join((row["facts"] or {}).get("attention_operators") or []) or "not measured"
-        body.append([Entry(row["label"]), Entry(row["config_sha256"][:16]), Entry(told)])
+        operators = ", ".join((row["facts"] or {}).get("attention_operators") or []) or "not measured"
+        body.append([Entry(row["label"]), Entry(row["config_sha256"][:16]), Entry(operators)])
     texts = []
     for source in results["provenance"]:
         versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items() if version)
