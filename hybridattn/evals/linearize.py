@@ -321,9 +321,9 @@ def report(results: dict[str, Any]) -> str:
             table(["model", "held-out loss, nats per token", "trained on, tokens"], cells),
             "",
             f"Recovery, (swapped - final) / (swapped - teacher): **{recovered}**.{share} "
-            f"Losses are those of {tokens['held out']:,} held-out tokens.",
+            f"Losses are means over {tokens['held out']:,} held-out tokens.",
             "",
-            table(["squared error of layer, over its output's", "swapped", "after attention transfer"], errors),
+            table(["relative squared error, by layer", "swapped", "after attention transfer"], errors),
             "",
             f"    {results['command']}",
             "",

@@ -60,15 +60,15 @@ def overview(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -
     ]
     table = Table([head for head, _ in columns], [[entry(row) for _, entry in columns] for row in rows])
     texts = [
-        "Every row is one configuration: recall is the "
-        "median of the training seeds at the best learning rate, in brackets the lowest and the highest where they "
-        "differ; cache and speed are those of the first of these seeds. The bytes of a cache are those that were "
-        "allocated. Speeds are at the median time of all samples."
+        "Every row is one configuration. Recall is the median over the training seeds at the best learning rate; "
+        "brackets give the lowest and highest seed if they differ. Cache size and speed are measured on the first of "
+        "these seeds. The size of a cache is its allocated memory. Speeds are computed from the median time of all "
+        "samples."
     ]
     if baseline := _baseline(rows):
         texts.append(
-            f"In brackets after a speed: how many times as fast as {baseline}, compared within each round; the median "
-            "of the rounds."
+            f"Brackets after a speed give the speed relative to {baseline}: the median over rounds of the ratio within "
+            "a round."
         )
     return Section("One configuration, one row", texts, [table], "pareto" if points else None)
 
@@ -156,9 +156,9 @@ def language_model(found: dict[str, Any] | None) -> Section | None:
         f"A byte-level hybrid of {found['parameters']:,} parameters ({', '.join(found['mixers'])}), trained for "
         f"{training['seconds']:.0f} s ({training['steps']} steps, {training['tokens_per_second']:,.0f} tokens/s, "
         f"{training['threads']} threads{', bf16' if training['bf16'] else ''}) on the Python standard library: "
-        f"{corpus['train_bytes']:,} bytes in {corpus['train_files']} files; {corpus['held_out_files']} others were "
-        "held out. Beside it interpolated Witten-Bell models of order 0 to 4, fitted to the same files, scored on the "
-        f"same {found['scored_bytes']:,} bytes: the last 256 of every 512-byte window.",
+        f"{corpus['train_bytes']:,} bytes in {corpus['train_files']} files; {corpus['held_out_files']} other files "
+        "were held out. The baselines are interpolated Witten-Bell n-gram models of order 0 to 4, fitted to the same "
+        f"files. All are scored on the same {found['scored_bytes']:,} bytes: the last 256 of every 512-byte window.",
         "The text below was sampled at temperature 0.8 from the saved model, reloaded in a new process with "
         f"`AutoModelForCausalLM` and `AutoTokenizer`: {sample['tokens_per_second']:,.0f} tokens/s "
         f"({sample['threads']} thread).",
@@ -190,8 +190,8 @@ def fronts(points: Sequence[dict[str, Any]]) -> Section:
             )
         tables.append(Table([what, "best recall", "recall", "it takes"], rows))
     texts = [
-        f"The best recall of {points[0]['pairs']} pairs within a budget of memory or of time. In the picture, dashed "
-        "lines join the rows that no other row matches in both and beats in one."
+        f"The best recall of {points[0]['pairs']} pairs within a budget of memory or of time. In the plot, dashed "
+        "lines connect the Pareto front: rows that no other row equals in both quantities and exceeds in one."
     ]
     return Section("Pareto fronts", texts, tables)
 
@@ -222,16 +222,17 @@ def times(rows: Sequence[dict[str, Any]]) -> Section | None:
     if not tables:
         return None
     texts = [
-        "Median, and in brackets lower and upper quartile of all samples, as they were taken. The exponent b is that "
-        "of a * T^b, fitted to all lengths. Prefill ends with the first new token."
+        "Entries are the median of all samples, with lower and upper quartile in brackets. The exponent is b in "
+        "a * T^b, fitted to the median times of all lengths T. Prefill ends with the first new token."
     ]
     if baseline := _baseline(rows):
         texts.append(
-            f"After the semicolon: how many times as fast as {baseline}, compared within each round; the median and "
-            "the range of the rounds."
+            f"After the semicolon is the speed relative to {baseline}: median and range, over rounds, of the ratio "
+            "within a round."
         )
     has = any(row["prefill_exponent"] is not None for row in rows)
-    return Section("Time against length", texts, tables, "scaling" if has else None, "One sequence; bars: quartiles.")
+    caption = "For one sequence; bars show quartiles."
+    return Section("Time against length", texts, tables, "scaling" if has else None, caption)
 
 
 def _time(timed: dict[str, Any] | None) -> Entry:
@@ -314,13 +315,12 @@ def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
         body.append([*cells, number(learnt["steps_to_threshold"], "{:,.0f}")])
     threshold = found[0]["learnability"]["threshold"]
     texts = [
-        "Recall of the number of pairs with the largest spread between models, at the learning rate with the best "
-        f"median, over the seeds; the threshold is {threshold:g}, and the steps to it are the median of the runs that "
-        "reached it."
+        "Recall over the seeds at the learning rate with the best median, for the number of pairs of the learning "
+        f"curve. The threshold is {threshold:g}. Steps to it are the median over the runs that reached it."
     ]
     drawn = any(len(curve) > 1 for row in found for curve in row["curves"])
     figure = "learnability" if drawn else None
-    return Section("Learnability", texts, [Table(heads, body)], figure, "A line per seed, at the best rate.")
+    return Section("Learnability", texts, [Table(heads, body)], figure, "One line per seed, at the best rate.")
 
 
 # --------------------------------------------------------------------------------------------------------------- origin
