@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from hybridattn.kernels.linear_attention.chunked import CHUNK
+from hybridattn.kernels.linear_attention.chunks import CHUNK
 from hybridattn.measure.provenance import provenance
 from hybridattn.measure.timing import ratio, summary
 from hybridattn.workshop.gpu_timing import interleaved

@@ -15,7 +15,7 @@ from hybridattn.kernels.linear_attention import (
     linear_attention,
     taylor_linear_attention,
 )
-from hybridattn.kernels.linear_attention.chunked import CHUNK
+from hybridattn.kernels.linear_attention.chunks import CHUNK
 from hybridattn.workshop.check import error
 
 COMPARED = 768  # tokens, from the first, whose results are compared with the reference

@@ -5,7 +5,6 @@ kernels.
 """
 
 from .api import (
-    NormalizedState,
     gated_linear_attention,
     gated_linear_attention_step,
     linear_attention,
@@ -14,11 +13,15 @@ from .api import (
     taylor_linear_attention,
     taylor_linear_attention_step,
 )
+from .delta_rule import gated_delta_rule, gated_delta_rule_step
+from .operands import NormalizedState
 from .segment_state import SegmentState, linear_attention_state, merge_states
 
 __all__ = [
     "NormalizedState",
     "SegmentState",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "linear_attention",

@@ -3,31 +3,26 @@
 B batch, T time, H heads, K key dim, V value dim, N sequences (B, or the number of sequences in ``cu_seqlens``).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
-from ..runtime.checks import check_inference, check_layout, check_log_decay, check_shape, check_tensors, reads_values
-from ..runtime.sequences import check_cu_seqlens
+from ..runtime.checks import check_inference, check_layout, check_shape, check_tensors, reads_values
 from . import chunked, features, reference
-from .segment_state import GATE_SHAPES, linear_attention_state
+from .operands import (
+    NormalizedState,
+    check_gates,
+    check_operands,
+    check_pair,
+    check_scale,
+    join_state,
+    match_heads,
+    taylor_scale,
+)
+from .segment_state import linear_attention_state
 from .triton.launch import MOST_TOKENS, chunk_lacks, step_lacks
 
 EPS = 1e-12  # added to the normaliser, against division by 0
-
-
-class NormalizedState(NamedTuple):
-    """State of a normalised operator.
-
-    Attributes:
-        kv: sum of k^T v, fp32 [N,H,K,V].
-        k_sum: sum of k, fp32 [N,H,K].
-    """
-
-    kv: Tensor
-    k_sum: Tensor
 
 
 def linear_attention(
@@ -65,13 +60,15 @@ def linear_attention(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
-    sizes = _check(q, k, v, cu_seqlens, check_values)
+    sizes = check_operands(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     q, k, v = autocast(q, k, v)
     if not normalize:
-        o, state = _attend(sizes, q, k, v, None, _scale(scale, sizes), initial_state, cu_seqlens, backend)
+        o, state = _attend(sizes, q, k, v, None, check_scale(scale, sizes), initial_state, cu_seqlens, backend)
         return o, state if output_final_state else None
-    return _normalized(sizes, q, k, v, _scale(scale, sizes), initial_state, output_final_state, cu_seqlens, backend)
+    return _normalized(
+        sizes, q, k, v, check_scale(scale, sizes), initial_state, output_final_state, cu_seqlens, backend
+    )
 
 
 def gated_linear_attention(
@@ -112,11 +109,11 @@ def gated_linear_attention(
     Raises:
         ValueError: a shape, dtype, device, option or gate is not as above.
     """
-    sizes = _check(q, k, v, cu_seqlens, check_values)
+    sizes = check_operands(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
-    g = _check_gates(sizes, q, g, check_values)
+    g = check_gates(sizes, q, g, check_values)
     q, k, v = autocast(q, k, v)
-    o, state = _attend(sizes, q, k, v, g, _scale(scale, sizes), initial_state, cu_seqlens, backend)
+    o, state = _attend(sizes, q, k, v, g, check_scale(scale, sizes), initial_state, cu_seqlens, backend)
     return o, state if output_final_state else None
 
 
@@ -154,9 +151,9 @@ def taylor_linear_attention(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
-    sizes = _check(q, k, v, cu_seqlens, check_values)
+    sizes = check_operands(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
-    taylor = _taylor_scale(scale, sizes)
+    taylor = taylor_scale(scale, sizes)
     q, k, v = autocast(q, k, v)
     sizes["K"] = features.count(sizes["K"])
     if normalize:
@@ -188,8 +185,8 @@ def taylor_linear_attention_step(
     Raises:
         ValueError: as in ``taylor_linear_attention``; also if an input requires a gradient.
     """
-    sizes = _check(q, k, v, None, False)
-    root = _taylor_scale(scale, sizes) ** 0.5
+    sizes = check_operands(q, k, v, None, False)
+    root = taylor_scale(scale, sizes) ** 0.5
     dtype = compute_dtype(q, k, v)
     q, k = (features.taylor(x.to(dtype) * root) for x in (q, k))
     return linear_attention_step(q, k, v, state, scale=1.0, normalize=normalize, backend=backend)
@@ -231,7 +228,7 @@ def prefix_linear_attention(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
-    sizes = _check(q, k, v, cu_seqlens, check_values)
+    sizes = check_operands(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     check_shape(sizes, "k_prefix", k_prefix, "N M H K")
     check_shape(sizes, "v_prefix", v_prefix, "N M Hv V")
@@ -249,7 +246,7 @@ def prefix_linear_attention(
         raise ValueError(f"prefix_lengths: expected 0 to {sizes['M']}, got {prefix_lengths.tolist()}")
     inside = torch.arange(sizes["M"], device=q.device) < prefix_lengths[:, None]
     k_prefix, v_prefix = autocast(k_prefix, v_prefix)
-    taylor = _taylor_scale(scale, sizes)
+    taylor = taylor_scale(scale, sizes)
     # Masking sets the values and the normaliser's ones to zero: a key that is set to zero still has the feature 1.
     columns = torch.cat((v_prefix, v_prefix.new_ones(*v_prefix.shape[:3], 1)), -1) * inside[:, :, None, None]
     sizes["K"] = features.count(k_prefix.shape[-1])
@@ -258,11 +255,11 @@ def prefix_linear_attention(
         _, state = _attend(sizes, k_prefix, k_prefix, columns, None, 1.0, None, None, "triton", taylor)
     else:
         dtype = compute_dtype(k_prefix, v_prefix)
-        phi = _match(features.taylor(k_prefix.to(dtype) * taylor**0.5), sizes["Hs"], 2)
+        phi = match_heads(features.taylor(k_prefix.to(dtype) * taylor**0.5), sizes["Hs"], 2)
         state = linear_attention_state(phi, columns.to(dtype)).state
     if normalize:
         if initial_state is not None:
-            state = state + _join_state(_check_pair("initial_state", initial_state, sizes))
+            state = state + join_state(check_pair("initial_state", initial_state, sizes))
         start = NormalizedState(state[..., :-1], state[..., -1])
     else:
         start = state[..., :-1]
@@ -307,17 +304,17 @@ def linear_attention_step(
     Raises:
         ValueError: as in ``linear_attention``; also if an input requires a gradient.
     """
-    sizes = _check(q, k, v, None, False)
+    sizes = check_operands(q, k, v, None, False)
     if not normalize:
         return _step(sizes, q, k, v, None, state, scale, backend)
-    pair = _check_pair("state", state, sizes)
+    pair = check_pair("state", state, sizes)
     check_inference("state", pair.k_sum)  # before either of the two tensors is updated
     dtype, heads = pair.kv.dtype, pair.kv.shape[1]
-    sums = pair.k_sum[:, None] + _match(k.to(dtype).cumsum(1), heads, 2)
+    sums = pair.k_sum[:, None] + match_heads(k.to(dtype).cumsum(1), heads, 2)
     o = _step(sizes, q, k, v.to(dtype), None, pair.kv, scale, backend)
     pair.k_sum.copy_(sums[:, -1] if sizes["T"] else pair.k_sum)
-    normalizer = (_match(q.to(dtype), o.shape[2], 2) * _match(sums, o.shape[2], 2)).sum(-1, keepdim=True)
-    return (o / (_scale(scale, sizes) * normalizer + EPS)).to(v.dtype)
+    normalizer = (match_heads(q.to(dtype), o.shape[2], 2) * match_heads(sums, o.shape[2], 2)).sum(-1, keepdim=True)
+    return (o / (check_scale(scale, sizes) * normalizer + EPS)).to(v.dtype)
 
 
 def gated_linear_attention_step(
@@ -344,74 +341,11 @@ def gated_linear_attention_step(
     Raises:
         ValueError: as in ``gated_linear_attention``; also if an input requires a gradient.
     """
-    sizes = _check(q, k, v, None, False)
-    return _step(sizes, q, k, v, _check_gates(sizes, q, g, check_values), state, scale, backend)
+    sizes = check_operands(q, k, v, None, False)
+    return _step(sizes, q, k, v, check_gates(sizes, q, g, check_values), state, scale, backend)
 
 
 # ----------------------------------------------------------------------------------------- helpers of all the operators
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, check_values: bool) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    check_shape(sizes, "q", q, "B T Hq K")
-    check_shape(sizes, "k", k, "B T H K")
-    check_shape(sizes, "v", v, "B T Hv V")
-    check_tensors("q", q=q, k=k, v=v)
-    queries, keys, values = sizes["Hq"], sizes["H"], sizes["Hv"]
-    if queries != keys and (keys == 0 or queries % keys or values != keys):
-        raise ValueError(f"q: expected the {keys} heads of k, or a multiple of those of k and v, got {queries}")
-    if values != keys and (keys == 0 or values % keys):
-        raise ValueError(f"v: expected a multiple of the {keys} heads of k, got {values}")
-    sizes["Hs"] = max(keys, values)
-    sizes["N"] = sizes["B"]
-    if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, sizes["B"], sizes["T"], check_values)
-        sizes["N"] = cu_seqlens.numel() - 1
-    return sizes
-
-
-def _check_gates(sizes: dict[str, int], q: Tensor, g: Tensor, check_values: bool) -> Tensor:
-    """Check g and return it as [B,T,heads,K] or [B,T,heads,1]; heads are those of the keys or of the state."""
-    if not isinstance(g, Tensor) or g.dim() not in GATE_SHAPES:
-        given = list(g.shape) if isinstance(g, Tensor) else type(g).__name__
-        raise ValueError(f"g: expected shape [H], [B, T, H] or [B, T, H, K], got {given}")
-    heads = g.shape[0] if g.dim() == 1 else g.shape[2]
-    if heads == sizes["Hs"]:  # value heads that share a key head may each have their own gates
-        check_shape({**sizes, "H": heads}, "g", g, GATE_SHAPES[g.dim()])
-    else:
-        check_shape(sizes, "g", g, GATE_SHAPES[g.dim()])
-    check_tensors("q", q=q, g=g)
-    check_log_decay(g, check_values)
-    if g.dim() == 4:
-        return g
-    return g.expand(sizes["B"], sizes["T"], heads)[..., None]
-
-
-def _check_pair(name: str, state: Tensor | NormalizedState, sizes: dict[str, int]) -> NormalizedState:
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise ValueError(
-            f"{name}: expected a NormalizedState (kv, k_sum) with normalize=True, got {type(state).__name__}"
-        )
-    check_shape(sizes, f"{name}.kv", state[0], "N Hs K V")
-    check_shape(sizes, f"{name}.k_sum", state[1], "N Hs K")
-    return NormalizedState(*state)
-
-
-def _join_state(state: NormalizedState) -> Tensor:
-    return torch.cat((state.kv, state.k_sum[..., None]), -1)
-
-
-def _taylor_scale(scale: float | None, sizes: dict[str, int]) -> float:
-    positive = _scale(scale, sizes)
-    if positive <= 0:
-        raise ValueError(f"scale: expected a positive number, got {scale!r}")
-    return positive
-
-
-def _scale(scale: float | None, sizes: dict[str, int]) -> float:
-    if scale is not None and not (isinstance(scale, int | float) and abs(scale) < float("inf")):
-        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
-    return max(sizes["K"], 1) ** -0.5 if scale is None else scale
-
-
 def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None, wide=False) -> tuple[Tensor, Tensor]:
     """Compute outputs and final states on the chosen backend.
 
@@ -440,17 +374,12 @@ def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None, w
     return o.to(v.dtype), state
 
 
-def _match(x: Tensor, heads: int, dim: int) -> Tensor:
-    """Repeat the heads of x along ``dim`` until there are ``heads``; neighbours share a head of x."""
-    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
-
-
 def _repeated(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
     """Run the reference, with shared heads repeated."""
     heads, states = max(q.shape[2], v.shape[2]), state.shape[1]
-    q, k, v = (_match(x, heads, 2) for x in (q, k, v))
-    g = None if g is None else _match(g, heads, 2)
-    o, after = reference.attend(q, k, v, g, scale, _match(state, heads, 1), cu_seqlens)
+    q, k, v = (match_heads(x, heads, 2) for x in (q, k, v))
+    g = None if g is None else match_heads(g, heads, 2)
+    o, after = reference.attend(q, k, v, g, scale, match_heads(state, heads, 1), cu_seqlens)
     return o, after if heads == states else after[:, :: heads // states]
 
 
@@ -484,7 +413,7 @@ def _normalized(sizes, q, k, v, scale, state, output_final_state, cu_seqlens, ba
 
     The output of that column is the sum of the weights; its state is the sum of k.
     """
-    joined = None if state is None else _join_state(_check_pair("initial_state", state, sizes))
+    joined = None if state is None else join_state(check_pair("initial_state", state, sizes))
     ones = v.new_ones(*v.shape[:-1], 1)
     columns = torch.cat((v, ones), -1)
     sizes = {**sizes, "V": sizes["V"] + 1}
@@ -499,7 +428,7 @@ def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
         raise ValueError(f"state: expected float32 or float64, got {state.dtype}")
     check_tensors("q", q=q, state=state)
     check_inference("state", q, k, v, g, state)
-    scale = _scale(scale, sizes)
+    scale = check_scale(scale, sizes)
     few = sizes["T"] <= MOST_TOKENS or backend is not None
     chosen = choose_backend(backend, q, step_lacks(q, k, v, g, state)) if few else None
     if chosen == "triton":
@@ -513,8 +442,8 @@ def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
     qt, kt, vt = (x[:, 0].to(state.dtype) for x in (q, k, v))
     heads = state.shape[1]
     if g is not None:
-        state.mul_(_match(g[:, 0, :, :, None].to(state.dtype).exp(), heads, 1))
-    state.addcmul_(_match(kt, heads, 1)[..., None], vt[..., None, :])
+        state.mul_(match_heads(g[:, 0, :, :, None].to(state.dtype).exp(), heads, 1))
+    state.addcmul_(match_heads(kt, heads, 1)[..., None], vt[..., None, :])
     with no_autocast(q):  # query heads that share a state are rows of one matrix product
-        o = _match(qt, max(heads, qt.shape[1]), 1).reshape(*state.shape[:2], -1, state.shape[2]) @ state
+        o = match_heads(qt, max(heads, qt.shape[1]), 1).reshape(*state.shape[:2], -1, state.shape[2]) @ state
     return (scale * o.flatten(1, 2))[:, None].to(v.dtype)

@@ -2,10 +2,13 @@
 
 B batch, T time, H heads, K key dim, V value dim; per head the state S is K x V:
 
-    S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
+    S'_t = Diag(exp g_t) S_{t-1}          S_t = S'_t + k_t^T u_t          o_t = scale * q_t S_t
 
-Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", section 4; without g this is
-Katharopoulos et al., "Transformers are RNNs", section 3.
+Linear attention has u_t = v_t, the delta rule u_t = beta_t (v_t - k_t S'_t).
+
+Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), section 4; without g this is
+Katharopoulos et al., "Transformers are RNNs" (2020), section 3. Delta rule: Yang et al., "Gated Delta Networks" (2025),
+section 3.1.
 """
 
 import torch
@@ -15,7 +18,14 @@ from ..runtime.sequences import sequence_slices
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute outputs and final states, in the state's dtype; differentiable by autograd.
 
@@ -26,6 +36,7 @@ def attend(
         scale: factor of q.
         state: initial states [N,H,K,V].
         cu_seqlens: offsets [N+1] of packed sequences, or None.
+        beta: strength of writing of the delta rule, [B,T,H], or None.
 
     Returns:
         o [B,T,H,V] and final states [N,H,K,V].
@@ -33,8 +44,8 @@ def attend(
     if cu_seqlens is not None:
         outputs, states = [], []
         for n, span in enumerate(sequence_slices(cu_seqlens)):
-            part = [None if x is None else x[:, span] for x in (q, k, v, g)]
-            o, s = attend(part[0], part[1], part[2], part[3], scale, state[n : n + 1], None)  # pyright: ignore
+            *part, strength = [None if x is None else x[:, span] for x in (q, k, v, g, beta)]
+            o, s = attend(*part, scale, state[n : n + 1], None, strength)  # pyright: ignore
             outputs.append(o)
             states.append(s)
         rest = v.shape[1] - int(cu_seqlens[-1])
@@ -45,6 +56,8 @@ def attend(
         qt, kt, vt = (x[:, t].to(state.dtype) for x in (q, k, v))
         if g is not None:
             state = g[:, t].to(state.dtype).exp().unsqueeze(-1) * state
+        if beta is not None:
+            vt = beta[:, t, :, None].to(state.dtype) * (vt - (kt.unsqueeze(-2) @ state).squeeze(-2))
         state = state + kt.unsqueeze(-1) * vt.unsqueeze(-2)
         outputs.append(scale * (qt.unsqueeze(-2) @ state).squeeze(-2))
     return torch.stack(outputs, 1) if outputs else state.new_zeros(v.shape), state

@@ -1,0 +1,231 @@
+"""The torch backend of the gated delta rule: in a chunk it is gated linear attention with other values.
+
+With the notation of ``chunked``, beta the writing strength, L[t,s] = (k_t exp b_t) . (k_s exp -b_s) for s < t the scores
+of the keys as queries, and S the state before the chunk:
+
+    u = (I + diag(beta) L)^-1 diag(beta) (v - (k exp b) S)
+
+Then o and the next state are those of gated linear attention on (q, k, u). (Yang et al., "Gated Delta Networks" (2025),
+section 3.3; Kimi Team, "Kimi Linear" (2025), section 3.) The keys take part as one more query head that sees earlier
+tokens only, so scores, gates and gradients are those of ``chunked``. With w = (I + diag(beta) L)^-T du, backwards:
+
+    -diag(beta) w is the gradient of the output of the keys as queries
+    dv = diag(beta) w, and dbeta = w . (v - (k exp b) S - L u)
+
+The state between chunks follows S <- D S + (k exp(b_C - b))^T u with u = W - Y S, and likewise backwards: two products a
+chunk that depend on the chunk before. All other products are batched over the chunks of a segment.
+"""
+
+import torch
+from torch import Tensor
+
+from ..runtime.backend import compute_dtype, no_autocast
+from ..runtime.opaque_ops import opaque_op
+from .chunked import Rows, gradients_of_scores, stack
+from .chunks import Layout, time_segments, time_spans
+
+
+class DeltaRows(Rows):
+    """A segment of the gated delta rule: rows of gated linear attention whose values are u."""
+
+    def __init__(self, q, k, v, g, beta, state, layout: Layout, dtype: torch.dtype):
+        super().__init__(q, k, g, None, layout, dtype, keys_too=True)
+        chunk = self.k.shape[1]
+        self.beta, self.given = layout.split(beta[..., None], dtype), layout.split(v, dtype)
+        self.key_queries, self.key_scores = self.q[:, -chunk:], self.scores[:, -chunk:]
+        system = self.key_scores * self.beta
+        eye = torch.eye(chunk, dtype=dtype, device=system.device).expand_as(system)
+        self.inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+        self.leaving_keys = self.k if self.decay is None else self.k * self.decay.exit.mT
+        queries = self.key_queries if self.decay is None else self.key_queries * self.decay.entry.mT
+        solved = self.inverse * self.beta.mT
+        self._sweep(solved @ self.given, solved @ queries, state, layout.counts)
+
+    def _sweep(self, fresh: Tensor, read: Tensor, state: Tensor, counts: list[int]) -> None:
+        """Compute u = fresh - read S chunk by chunk, and the states."""
+        heads = state.shape[1]
+        state = state.flatten(0, 1).clone()
+        self.v, self.before = fresh, fresh.new_empty(len(fresh), *state.shape[1:])
+        parts = (x.split([n * heads for n in counts]) for x in (self.v, read, self.leaving_keys, self.before))
+        totals = [None] * len(counts) if self.total is None else self.total.split([n * heads for n in counts])
+        for u, y, k, before, total in zip(*parts, totals, strict=True):
+            running = state[: len(u)]
+            before.copy_(running)
+            u.baddbmm_(y, before, alpha=-1)
+            if total is not None:
+                running.mul_(total)
+            running.baddbmm_(k.mT, u)
+        self.state = state.unflatten(0, (-1, heads))
+        self.update = torch.bmm(self.leaving_keys.mT, self.v)
+
+    def sweep_backward(self, du: Tensor, dentry: Tensor, dstate: Tensor, counts: list[int]):
+        """Compute w [R,C,V], the gradients of the states after each chunk [R,K,V], and of the initial states.
+
+        Args:
+            du: gradients of u through the outputs of the chunk, [R,C,V].
+            dentry: gradients of the states before each chunk through the outputs, [R,K,V].
+            dstate: gradients of the final states [N,H,K,V].
+            counts: as in ``Layout``.
+        """
+        heads = dstate.shape[1]
+        dstate = dstate.flatten(0, 1).clone()
+        queries = self.key_queries if self.decay is None else self.key_queries * self.decay.entry.mT
+        w, left = self.inverse.mT @ du, self.inverse.mT @ self.leaving_keys
+        back, after = queries * self.beta, torch.empty_like(dentry)
+        sizes = [n * heads for n in counts]
+        totals = [None] * len(counts) if self.total is None else self.total.split(sizes)
+        steps = list(zip(*(x.split(sizes) for x in (w, left, back, dentry, after)), totals, strict=True))
+        for part, keys, out, entry, kept, total in reversed(steps):
+            running = dstate[: len(part)]
+            kept.copy_(running)
+            part.baddbmm_(keys, kept)
+            if total is not None:
+                running.mul_(total)
+            running.add_(entry).baddbmm_(out.mT, part, alpha=-1)
+        return w, after, dstate.unflatten(0, (-1, heads))
+
+
+@opaque_op("hybridattn::gated_delta_rule_chunked")
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute outputs and states.
+
+    Args:
+        q: [B,T,J*H,K].
+        k: [B,T,H,K].
+        v: [B,T,H,V].
+        g: [B,T,H,K], [B,T,H,1] or None.
+        beta: [B,T,H].
+        scale: factor of the outputs.
+        state: [N,H,K,V].
+        cu_seqlens: [N+1] or None.
+
+    Returns:
+        o [B,T,J*H,V] in v's dtype, final states [N,H,K,V], and the states before every segment [S,N,H,K,V].
+    """
+    dtype = compute_dtype(q, k, v, g, beta)
+    starts = state.new_empty(len(time_spans(q, v, cu_seqlens)), *state.shape)
+    o, state = v.new_empty(*q.shape[:3], v.shape[3]), state.clone()
+    if not len(starts):
+        o.zero_()
+    for n, (t, layout) in enumerate(time_segments(q, v, cu_seqlens)):
+        starts[n] = state
+        gt = None if g is None else g[:, t]
+        r = DeltaRows(q[:, t], k[:, t], v[:, t], gt, beta[:, t], layout.sort(state), layout, dtype)
+        chunk = r.k.shape[1]
+        layout.join(torch.bmm(r.scores[:, :-chunk], r.v).baddbmm_(r.q[:, :-chunk], r.entering()), o[:, t], scale)
+        state = layout.unsort(r.state)
+    return o, state, starts
+
+
+@forward.register_fake
+def _(q, k, v, g, beta, scale, state, cu_seqlens):
+    starts = state.new_empty(len(time_spans(q, v, cu_seqlens)), *state.shape)
+    return v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(state), starts
+
+
+@opaque_op("hybridattn::gated_delta_rule_chunked_backward")
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    starts: Tensor,
+    cu_seqlens: Tensor | None,
+    do: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of q, k, v, g (empty without gates), beta and the initial state.
+
+    Args:
+        q, k, v, g, beta, scale, cu_seqlens: as in ``forward``.
+        starts: states before every segment, from ``forward``.
+        do: gradient of the outputs.
+        dstate: gradient of the final states.
+    """
+    dtype, dstate = compute_dtype(q, k, v, g, beta), dstate.clone()
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in _inputs(q, k, v, g, beta)]
+    with no_autocast(q):
+        for (t, layout), start in reversed(list(zip(time_segments(q, v, cu_seqlens), starts, strict=True))):
+            gt = None if g is None else g[:, t]
+            r = DeltaRows(q[:, t], k[:, t], v[:, t], gt, beta[:, t], layout.sort(start), layout, dtype)
+            do_rows = stack(layout.split(do[:, t], dtype, scale), r.group - 1)
+            *rows, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
+            for grad, part in zip(grads, rows, strict=True):
+                if part is not None:
+                    layout.join(part, grad[:, t])
+            dstate = layout.unsort(dstate)
+    dq, dk, dv, dg, dbeta = grads
+    return dq, dk, dv, dg, dbeta.squeeze(-1), dstate
+
+
+@backward.register_fake
+def _(q, k, v, g, beta, scale, starts, cu_seqlens, do, dstate):
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _inputs(q, k, v, g, beta)]
+    dq, dk, dv, dg, dbeta = grads
+    return dq, dk, dv, dg, dbeta.squeeze(-1), torch.empty_like(dstate)
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> list[Tensor]:
+    """Return the tensors that have gradients, beta as [B,T,H,1]."""
+    return [q, k, v, q.new_empty(0) if g is None else g, beta[..., None]]
+
+
+def _backward_rows(r: DeltaRows, do: Tensor, dstate: Tensor, counts: list[int]) -> list[Tensor | None]:
+    """Compute the gradients of the rows of q, k, v, g (None without gates), beta, and of the states before."""
+    chunk = r.k.shape[1]
+    entry = 1.0 if r.decay is None else r.decay.entry
+    dentry = torch.bmm(r.q[:, :-chunk].mT, do) * entry
+    w, after, dstate = r.sweep_backward(torch.bmm(r.scores[:, :-chunk].mT, do), dentry, dstate, counts)
+    leaving = after if r.decay is None else after * r.decay.exit
+    dv = r.beta * w
+    dentry -= torch.bmm(r.key_queries.mT, dv) * entry
+    dq, dk, dg = gradients_of_scores(r, torch.cat((do, -dv), 1), dentry, after, leaving)
+    dk += dq[:, -chunk:]
+    written = r.given - torch.bmm(r.key_scores, r.v).baddbmm_(r.key_queries, r.entering())
+    dbeta = (w * written).sum(-1, keepdim=True)
+    return [dq[:, :-chunk].contiguous(), dk, dv, dg, dbeta, dstate]
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, g, beta, ctx.scale, _, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, g, beta, output[2], cu_seqlens)
+
+
+def _backward(ctx, do, dstate, _dstarts):
+    q, k, v, g, beta, starts, cu_seqlens = ctx.saved_tensors
+    do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do
+    dstate = starts.new_zeros(starts.shape[1:]) if dstate is None else dstate
+    dq, dk, dv, dg, dbeta, dstate = backward(q, k, v, g, beta, ctx.scale, starts, cu_seqlens, do, dstate)
+    return dq, dk, dv, None if g is None else dg, dbeta, None, dstate, None
+
+
+forward.register_autograd(_backward, setup_context=_save)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute outputs [B,T,J*H,V] in v's dtype and final states [N,H,K,V]; differentiable once.
+
+    The arguments are those of ``forward``.
+    """
+    o, state, _ = forward(q, k, v, g, beta, scale, state, cu_seqlens)
+    return o, state
