@@ -1,7 +1,7 @@
 """A tiny Llama becomes a hybrid: swap its mixers, transfer its attention, then LoRA.
 
-Run it with `python examples/linearise_llama.py`. It needs `pip install -e '.[train]'`. The Llama is made on the spot, and
-all budgets are tiny: every stage is seen, but the losses mean nothing, and recovery may exceed 100 %.
+Run it with `python examples/linearise_llama.py`. It needs `pip install -e '.[train]'`. The Llama is made on the
+spot, and all budgets are tiny: every stage runs, but the losses mean nothing, and recovery may exceed 100 %.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from hybridattn.evals.linearize import linearize
 from hybridattn.training.train import main
 
 LLAMA, HYBRID = Path("runs/llama"), Path("runs/hybrid")
-DATA = "--data texts.txt --eval_data held_out.txt --eval_rows 16 --length 128 --report_to none --logging_steps 10".split()
+DATA = ["--data", "texts.txt", "--eval_data", "held_out.txt", "--eval_rows", "16", "--length", "128"]
+QUIET = ["--report_to", "none", "--logging_steps", "10"]
 
 if __name__ == "__main__":
     Path("texts.txt").write_text(inspect.getsource(tarfile), encoding="utf-8")
@@ -26,14 +27,14 @@ if __name__ == "__main__":
 
     # A byte-level Llama of 4 layers, as `hybridattn train tiny_llama` makes it, with fewer steps.
     steps = ["--max_steps", "40", "--eval_strategy", "no", "--save_strategy", "no"]
-    if main(["tiny_llama", "--output_dir", str(LLAMA), *steps, *DATA]):
+    if main(["tiny_llama", "--output_dir", str(LLAMA), *steps, *DATA, *QUIET]):
         sys.exit("pretraining failed")
 
     # The same as: hybridattn linearize runs/llama runs/hybrid --pattern "1 full : 3 gla" --transfer_tokens 10240 ..
     code = linearize(
         LLAMA,
         HYBRID,
-        DATA,
+        [*DATA, *QUIET],
         pattern="1 full : 3 gla",
         transfer_tokens=10_240,
         lora_tokens=5_120,

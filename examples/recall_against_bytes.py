@@ -63,4 +63,4 @@ for name, point in points.items():
     axes.annotate(name, point, xytext=(6, -12), textcoords="offset points")
 axes.set(xlabel=f"bytes of state after {3 * PAIRS} tokens", ylabel=f"recall of {PAIRS} pairs", xscale="log")
 figure.savefig("recall_against_bytes.png", dpi=120)
-figure
+figure  # noqa: B018 (a notebook shows it)

@@ -14,6 +14,8 @@ import typer.main
 
 import hybridattn
 from hybridattn.cli import app
+from hybridattn.evals.pareto.suite import load
+from hybridattn.training.arguments import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -107,3 +109,14 @@ def test_the_site_opens_without_a_network(tmp_path: Path):
     for page in pages:
         loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text())
         assert not [url for url in loaded if re.match(r"(\w+:)?//", url)]
+
+
+def test_configurations_can_be_read(tmp_path: Path):
+    readers = {"training.md": lambda file: parse([file]), "benchmarks.md": load}
+    pages = {page for page, text in DOCS.items() if "```yaml" in text}
+    assert pages == set(readers)
+    for page in pages:
+        for number, code in enumerate(code for kind, code in FENCED.findall(DOCS[page]) if kind == "yaml"):
+            file = tmp_path / f"{number}-{page}.yaml"
+            file.write_text(code, encoding="utf-8")
+            assert readers[page](str(file))

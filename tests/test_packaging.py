@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hybridattn
 
@@ -72,6 +73,11 @@ def test_parts_of_evals_that_do_not_know_each_other(part: str, other: str) -> No
     assert found
     name = f"hybridattn.evals.{other}"
     assert not {module: file for module, file in found.items() if f"{module}.".startswith(f"{name}.")}
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == hybridattn.__version__
 
 
 def build(target: str, folder: Path) -> Path:
