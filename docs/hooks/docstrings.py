@@ -8,6 +8,7 @@ import griffe
 
 # "    q, k: [B,T,H,K] .." and its further lines, which are indented by eight.
 SEVERAL = re.compile(r"^    (\w+(?:(?:, | or )\w+)+): (.*(?:\n {8}.*)*)", flags=re.MULTILINE)
+ONE = re.compile(r"^    (\w+): .*(?:\n {8}.*)*", flags=re.MULTILINE)
 
 
 class Hybridattn(griffe.Extension):
@@ -21,15 +22,21 @@ class Hybridattn(griffe.Extension):
                     mod.set_member(folder.name, griffe.Module(folder.name, filepath=folder / "__init__.py"))
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Give each of several names its own entry; show the fields of a configuration as attributes."""
+        """Give each of several names its own entry, and the fields of a configuration their types and defaults."""
         if obj.docstring is None:
             return
         text = SEVERAL.sub(_one_by_one, obj.docstring.value)
         text = re.sub(r"^    (Other arguments as in .*)$", r"\n\1", text, flags=re.MULTILINE)
         if obj.is_class and "__init__" not in obj.members:
+            values = {name: field.value for name, field in obj.attributes.items() if field.value is not None}
             text = re.sub(r"^Args:$", "Attributes:", text, flags=re.MULTILINE)
+            text = ONE.sub(lambda entry: entry[0] + _default(values.get(entry[1])), text)
         obj.docstring.value = text
 
 
 def _one_by_one(entry: re.Match[str]) -> str:
     return "\n".join(f"    {name}: {entry[2]}" for name in re.split(", | or ", entry[1]))
+
+
+def _default(value: Any) -> str:
+    return "" if value is None or str(value).startswith("field(") else f" Default: ``{value}``."
