@@ -20,6 +20,7 @@ from hybridattn.training.arguments import parse
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PROSE = ["README.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md", "examples/README.md"]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", flags=re.DOTALL)
 COMMAND = re.compile(r"^hybridattn (kernels [a-z]+|[a-z]+)([^\n#]*)", flags=re.MULTILINE)
 
@@ -86,7 +87,7 @@ def test_the_api_pages_have_every_public_name():
     assert all(inspect.getdoc(value) for value in objects.values())
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "DESIGN.md", *(f"docs/{name}" for name in DOCS)])
+@pytest.mark.parametrize("page", [*PROSE, *(f"docs/{name}" for name in DOCS)])
 def test_links_lead_to_files_and_headings(page: str):
     """Links to names of the API are for the site's builder to check."""
     text = FENCED.sub("", (ROOT / page).read_text(encoding="utf-8"))
