@@ -1,4 +1,4 @@
-"""The `hybridattn` command. Nothing heavy is imported before a verb needs it."""
+"""The command line `hybridattn <command>`; a command imports its dependencies only when it runs, to start quickly."""
 
 import math
 import os
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hybridattn.evals.pareto.suite import Suite
     from hybridattn.layers.mixer import CacheSpec
     from hybridattn.models.decoder import HybridAttnConfig
+    from hybridattn.models.decoder.mixer_list import Entry
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,10 +31,10 @@ CONTEXT_LENGTHS = {"2k": 2**11, "32k": 2**15, "1M": 2**20}
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line `args` (default: the process's own) and exit; bad input is one line on stderr and code 2."""
+    """Run the command line `args` (default: the process's own) and exit; bad input prints one line and exits with 2."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a row that was measured is seen at once, in a pipe too
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler, which counts memory, logs its every start
+        sys.stdout.reconfigure(line_buffering=True)  # shows a measured row at once, also in a pipe
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler logs every start of a memory profile
     try:
         code = app(args, prog_name="hybridattn", standalone_mode=False)
     except typer.TyperException as error:
@@ -69,9 +70,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for measurements and report; an interrupted run resumes there.")
     ] = Path("reports/demo"),
-    only: Annotated[list[str] | None, typer.Option(help="Run text or recall alone; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Part to run, text or recall; may be repeated.")] = None,
 ) -> None:
-    """Train, generate and measure small hybrid models on this machine's CPU, in six minutes on two cores."""
+    """Train small hybrid models on the CPU, sample text, and measure them, in six minutes on two cores."""
     from hybridattn.evals.demo import run_demo
 
     _show(out, run_demo(out=out, steps=steps, only=only))
@@ -80,23 +81,24 @@ def demo(
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Option("--model", "-M", help="A checkpoint's folder, or its name on the Hub.")],
+    model: Annotated[str, typer.Option("--model", "-M", help="Folder of a checkpoint, or its name on the Hub.")],
     lengths: Annotated[
-        str | None, typer.Option("--lengths", help="Tokens of prompt and answer, such as 1024,4096.")
+        str | None, typer.Option("--lengths", help="Lengths of prompt and answer in tokens, such as 1024,4096.")
     ] = None,
     out: Annotated[Path, typer.Option("--output_path", "-o", help="Folder for the report.")] = Path("reports/eval"),
     allow_truncation: Annotated[
-        bool, typer.Option("--allow_truncation", help="Go on when prompts are longer than the model's input.")
+        bool, typer.Option("--allow_truncation", help="Truncate prompts longer than the model's maximum input.")
     ] = False,
     trained_length: Annotated[
-        int | None, typer.Option("--trained_length", help="Also bits per token by position, up to 16 times this.")
+        int | None,
+        typer.Option("--trained_length", help="Training length in tokens: also measure bits per token up to 16x it."),
     ] = None,
 ) -> None:
-    """Score recall with lm-eval: --tasks recall_offline, and any other flag of `lm_eval run`."""
+    """Score recall with lm-eval, e.g. --tasks recall_offline; accepts all other flags of `lm_eval run`."""
     try:
         from hybridattn.evals.lm_eval.evaluate import evaluate
     except ModuleNotFoundError as error:
-        raise ValueError(f"eval: expected pip install 'hybridattn[eval]', got: {error}") from error
+        raise ValueError(f"eval: expected lm-eval, got an error: {error}; pip install 'hybridattn[eval]'") from error
 
     options = {"out": out, "allow_truncation": allow_truncation, "trained_length": trained_length}
     wanted = None if lengths is None else _integers("lengths", lengths)
@@ -107,22 +109,25 @@ def evaluate(
 @app.command()
 def throughput(
     model: Annotated[list[str], typer.Option("--model", "-M", help="Folder, Hub name or preset; may be repeated.")],
-    lengths: Annotated[str | None, typer.Option(help="Prompts to read, in tokens, such as 1024,4096.")] = None,
-    contexts: Annotated[str, typer.Option(help="Prompts before one sequence's timed steps.")] = "1024,8192",
-    batches: Annotated[str | None, typer.Option(help="Sequences decoded together, after the first context.")] = None,
-    training: Annotated[str | None, typer.Option(help="Rows for forward and backward, in tokens.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Find the largest batch within so many GB.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: by device.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Prompt lengths for prefill, in tokens: 1024,4096.")] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths for decoding one sequence, in tokens.")] = "1024,8192",
+    batches: Annotated[str | None, typer.Option(help="Batch sizes for decoding, at the first context.")] = None,
+    training: Annotated[str | None, typer.Option(help="Row lengths for forward and backward, in tokens.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Find the largest batch within this memory, in GB.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads per operation, on a CPU.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every model is timed once in each.")] = 5,
-    graphs: Annotated[bool, typer.Option(help="Decode with CUDA graphs as well.")] = False,
+    graphs: Annotated[bool, typer.Option(help="Also time decoding with CUDA graphs.")] = False,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    again: Annotated[bool, typer.Option(help="Time again what has been timed.")] = False,
+    again: Annotated[bool, typer.Option(help="Repeat timings that are already in the folder.")] = False,
     out: Annotated[
         Path, typer.Option(help="Folder for measurements and report; an interrupted run resumes there.")
     ] = Path("reports/throughput"),
 ) -> None:
-    """Time models: prefill, decoding, training, memory; any Hugging Face model, with random weights if it has none."""
+    """Measure prefill, decoding, training and memory of any Hugging Face model; random weights if none are saved."""
     from hybridattn.evals.pareto.suite import Suite
     from hybridattn.evals.speed import models
 
@@ -151,15 +156,15 @@ def throughput(
 
 @app.command()
 def pareto(
-    suite: Annotated[str, typer.Option(help="cpu, gpu, or a YAML file of your own.")] = "cpu",
-    shard: Annotated[str | None, typer.Option(help="Only train the i-th of n parts, as i/n.")] = None,
+    suite: Annotated[str, typer.Option(help="cpu, gpu, or a YAML file.")] = "cpu",
+    shard: Annotated[str | None, typer.Option(help="Only train the i-th of n parts of the models, as i/n.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing, instead of the suite's.")] = None,
-    again: Annotated[bool, typer.Option(help="Time again what has been timed.")] = False,
+    again: Annotated[bool, typer.Option(help="Repeat timings that are already in the folder.")] = False,
     out: Annotated[
         Path, typer.Option(help="Folder for measurements and report; an interrupted run resumes there.")
     ] = Path("reports/pareto"),
 ) -> None:
-    """Train or load the models of a suite, measure recall, memory and speed of each, and write one report."""
+    """Train or load the models of a suite; report the recall, memory and speed of each."""
     from hybridattn.evals.pareto.suite import load
 
     part = None
@@ -194,11 +199,11 @@ def _show(out: Path, results: dict[str, Any]) -> None:
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Reports: one to write again, two to compare, or to merge.")],
-    merge: Annotated[Path | None, typer.Option(help="Write one report of all folders here.")] = None,
+    folders: Annotated[list[Path], typer.Argument(help="Folders: one to rewrite, two to compare, or any to merge.")],
+    merge: Annotated[Path | None, typer.Option(help="Folder for one report on all measurements.")] = None,
     title: Annotated[str, typer.Option(help="Title of the report.")] = "Recall and throughput",
 ) -> None:
-    """List what changed from the first report to the second, write one report again, or merge reports into one."""
+    """Compare two reports, rewrite one from its measurements, or merge reports."""
     from hybridattn.evals.report import build, compare, store
 
     if merge is not None:
@@ -209,15 +214,15 @@ def report(
     elif len(folders) == 2:
         print(compare.report(*folders))
     else:
-        raise ValueError(f"folders: expected one to write again, two to compare, or --merge OUT, got {len(folders)}")
+        raise ValueError(f"folders: expected one to rewrite, two to compare, or --merge OUT, got {len(folders)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="A file, or the name of a shipped one.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="A file, or a configuration of the package.")],
 ) -> None:
-    """Pretrain or fine-tune as CONFIG.yaml says; --field value changes it, and the same command again resumes."""
+    """Pretrain or fine-tune with CONFIG.yaml; --field value overrides a field. Repeat the command to resume."""
     from hybridattn.training.train import main
 
     raise typer.Exit(main([config, *context.args]))
@@ -227,29 +232,32 @@ def train(
 def linearize(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Folder of a Llama, Mistral or Qwen3.")],
-    out: Annotated[Path, typer.Argument(help="New folder, or that of the same run.")],
+    out: Annotated[Path, typer.Argument(help="New folder, or the folder of the run to resume.")],
     pattern: Annotated[
-        str, typer.Option("--pattern", help="Such as '1 full : 3 gla', or full,gla,..; full layers stay as they are.")
+        str,
+        typer.Option(
+            "--pattern", help="Mixers, such as '1 full : 3 gla' or full,gla,..; full keeps the layer's attention."
+        ),
     ],
     mixer_options: Annotated[
-        str, typer.Option("--mixer_options", help='Of new mixers (JSON): {"window": {"window": 64}}.')
+        str, typer.Option("--mixer_options", help='Options of new mixers (JSON): {"window": {"window": 64}}.')
     ] = "{}",
     transfer_tokens: Annotated[
-        int, typer.Option("--transfer_tokens", help="At most, for attention transfer.")
+        int, typer.Option("--transfer_tokens", help="Maximum tokens of attention transfer.")
     ] = 20_000_000,
-    lora_tokens: Annotated[int, typer.Option("--lora_tokens", help="At most, for LoRA.")] = 20_000_000,
+    lora_tokens: Annotated[int, typer.Option("--lora_tokens", help="Maximum tokens of LoRA training.")] = 20_000_000,
     transfer_learning_rate: Annotated[float, typer.Option("--transfer_learning_rate")] = 1e-3,
     lora_learning_rate: Annotated[float, typer.Option("--lora_learning_rate")] = 1e-4,
     lora_rank: Annotated[int, typer.Option("--lora_rank", min=1)] = 8,
     distill: Annotated[
-        float, typer.Option("--distill", help="Share of the teacher's predictions in LoRA's loss, from 0 to 1.")
+        float, typer.Option("--distill", help="Weight of the divergence from the teacher in LoRA's loss, 0 to 1.")
     ] = 0.5,
     scratch_learning_rate: Annotated[
         float | None,
-        typer.Option("--scratch_learning_rate", help="Also train the hybrid from scratch on the same tokens."),
+        typer.Option("--scratch_learning_rate", help="Also train the hybrid from scratch, at this rate."),
     ] = None,
 ) -> None:
-    """Turn a softmax model into a hybrid: swap mixers, transfer attention, LoRA; --data, --seed, .. as of `train`."""
+    """Convert a softmax model to a hybrid by attention transfer and LoRA; accepts --data and other flags of `train`."""
     from hybridattn.evals.linearize import linearize
     from hybridattn.training.arguments import read_mapping
 
@@ -276,10 +284,10 @@ def linearize(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_PRESET", help="A saved model's folder, or a preset.")],
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the cache.")] = "bfloat16",
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_PRESET", help="Folder of a saved model, or a preset.")],
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the cache.")] = "bfloat16",
 ) -> None:
-    """Show each layer's mixer, parameters and state per sequence at 2k, 32k and 1M tokens."""
+    """Show the mixer, parameters and state size of each layer, per sequence of 2k, 32k and 1M tokens."""
     import torch
     from rich import box
     from rich.console import Console
@@ -297,7 +305,8 @@ def info(
         for tokens in CONTEXT_LENGTHS.values()
     ]
     rows = [
-        (mixer, f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs)) for i, mixer in enumerate(config.mixers)
+        (_described(entry), f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs))
+        for i, entry in enumerate(config.mixers or ())
     ]
 
     title = f"{model}: elements and bytes of state per sequence, {dtype}"
@@ -316,6 +325,13 @@ def info(
     Console().print(table)
 
 
+def _described(entry: "Entry") -> str:
+    """A mixer's name, and below it the options of its own."""
+    if isinstance(entry, str):
+        return entry
+    return "\n".join([entry["mixer"], *(f"{name}={value}" for name, value in entry.items() if name != "mixer")])
+
+
 def _state(layers: "list[CacheSpec]") -> str:
     from hybridattn.models.decoder.sizes import cache_elements
 
@@ -332,15 +348,16 @@ def _load_config(model: str) -> "HybridAttnConfig":
     from transformers import AutoConfig
 
     if not Path(model, "config.json").is_file():
-        raise ValueError(f"expected a folder with config.json or one of the presets {sorted(PRESETS)}, got {model!r}")
+        presets = sorted(PRESETS)
+        raise ValueError(f"model: expected a folder with config.json or one of the presets {presets}, got {model!r}")
     config = AutoConfig.from_pretrained(model)
     if not isinstance(config, HybridAttnConfig):
-        raise ValueError(f"expected a hybridattn model, got model_type {config.model_type!r} in {model!r}")
+        raise ValueError(f"model: expected a hybridattn model, got model_type {config.model_type!r} in {model!r}")
     return config
 
 
 def _bytes(size: float) -> str:
-    """Decimal units with three digits: 5.73 MB."""
+    """Format bytes in decimal units with three digits, such as 5.73 MB."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -350,10 +367,10 @@ def _bytes(size: float) -> str:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder with GLA of flash-linear-attention, or a released BASED.")],
+    source: Annotated[Path, typer.Argument(help="Folder of a flash-linear-attention GLA or a released BASED model.")],
     target: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
-    """Rewrite a checkpoint of another library to this library's configuration and names."""
+    """Convert a checkpoint of another library to this library's format."""
     from hybridattn.models import convert as conversion
 
     model = conversion.convert(source, target)
@@ -362,7 +379,7 @@ def convert(
 
 @app.command()
 def env() -> None:
-    """Show the versions and the hardware that a report about a problem should name."""
+    """Show versions and hardware, for bug reports."""
     import torch
 
     from hybridattn.measure.provenance import cpu_name, installed_version

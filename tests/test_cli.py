@@ -150,7 +150,7 @@ def test_info_on_a_saved_model(run, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("verb", ["bench", "check"])
-def test_a_gpu_that_is_not_there_is_named(run, verb: str, tmp_path: Path) -> None:
+def test_a_missing_gpu_is_named(run, verb: str, tmp_path: Path) -> None:
     code, _, err = run("kernels", verb, "--device", "cuda", "--out", str(tmp_path / "out.jsonl"))
     assert (code, err) == (2, "hybridattn: device: expected 'cpu' without a GPU, got 'cuda'\n")
 
@@ -160,7 +160,9 @@ def test_throughput_of_any_model_is_a_report_that_can_be_compared_and_merged(run
     from transformers import LlamaConfig
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    LlamaConfig(vocab_size=64, **sizes).save_pretrained(tmp_path / "llama")  # no weights: random ones
+    LlamaConfig(vocab_size=64, **sizes).save_pretrained(
+        tmp_path / "llama"
+    )  # without weights, so that random ones are used
     HybridAttnConfig(vocab_size=64, hidden_size=16, mixers=["gla"]).save_pretrained(tmp_path / "gla")
     few = ("--lengths", "32,64", "--contexts", "16,32", "--batches", "1,2", "--rounds", "1", "--device", "cpu")
     for name in ("llama", "gla"):
@@ -183,7 +185,7 @@ def test_throughput_of_any_model_is_a_report_that_can_be_compared_and_merged(run
     assert f"Only in {tmp_path / 'both'}: {tmp_path / 'gla'}." in printed
 
 
-def test_a_cache_that_is_not_its_formula_fails_the_command(
+def test_a_cache_that_differs_from_its_formula_fails_the_command(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hybridattn.evals.speed import memory
@@ -194,5 +196,5 @@ def test_a_cache_that_is_not_its_formula_fails_the_command(
     few = ("--lengths", "32", "--contexts", "16", "--batches", "1", "--rounds", "1", "--device", "cpu")
     code, _, told = run("throughput", "--model", str(tmp_path / "gla"), *few, "--out", str(tmp_path / "out"))
     assert code == 1
-    assert "the cache after 16 tokens has" in told
-    assert "contradict" in (tmp_path / "out" / "report.md").read_text()
+    assert "cache after 16 tokens: expected" in told
+    assert "differ from their declaration" in (tmp_path / "out" / "report.md").read_text()

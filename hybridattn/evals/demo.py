@@ -1,4 +1,4 @@
-"""The demonstration: a language model on real text, and recall against memory and speed, in minutes on a CPU."""
+"""Run the demo in minutes on a CPU: train a small language model, and measure recall, memory and speed of mixers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,18 +17,18 @@ TITLE = "hybridattn demo"
 def run_demo(
     *, out: Path | str = Path("reports/demo"), steps: int | None = None, only: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Train, generate and measure, and write a report; a run that was interrupted goes on.
+    """Train, generate, measure, and write a report; resume if the folder has measurements of an interrupted run.
 
     Args:
-        out: the folder of measurements, models and report.
-        steps: training steps of every model, instead of the recipes'; with few the figures mean nothing.
-        only: the parts to run, of ``"text"`` and ``"recall"``; both if None or empty.
+        out: folder of measurements, models and report.
+        steps: training steps of every model, instead of the recipes'; too few steps give meaningless results.
+        only: parts to run, of ``"text"`` and ``"recall"``; both if None or empty.
 
     Returns:
         The content of the report's ``results.json``.
 
     Raises:
-        ValueError: a bad argument; the message names it, what was expected and what was given.
+        ValueError: a bad argument; the message has its name, the expected and the given value.
     """
     wanted = [only] if isinstance(only, str) else [*(only or PARTS)]
     if unknown := [part for part in wanted if part not in PARTS]:
@@ -36,7 +36,7 @@ def run_demo(
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ValueError(f"steps: expected a positive integer, got {steps!r}")
     if find_spec("matplotlib") is None:
-        raise ValueError("demo: expected matplotlib, which the report draws with: pip install hybridattn[demo]")
+        raise ValueError("demo: expected matplotlib, got no such package; pip install 'hybridattn[demo]'")
     from hybridattn.evals.pareto import run_suite
     from hybridattn.evals.report.build import build
     from hybridattn.evals.report.store import Store
@@ -51,14 +51,15 @@ def run_demo(
 
 
 def measure_text(store: "Store", steps: int | None) -> None:
-    """Train and sample the language model, unless that has been done; print its scores and the sampled text."""
+    """Train the language model and sample from it, unless the store has its results; print scores and sampled text."""
     from hybridattn.evals.text import language_model
     from hybridattn.measure import markdown
     from hybridattn.measure.provenance import cpu_name
 
     config, folder = language_model.configuration(steps), store.out / "model"
     newest = [each for each in store.found.values() if each["kind"] == "language_model"][-1:]
-    found = newest[0]["figures"] if newest and newest[0]["config"] == config else None  # whose model is in the folder
+    # Only the newest measurement belongs to the model in the folder.
+    found = newest[0]["figures"] if newest and newest[0]["config"] == config else None
     if found is None or not (folder / "config.json").is_file():
         found = language_model.measure(folder, steps=steps)
         store.add("language_model", config, found, device=cpu_name())
@@ -69,7 +70,7 @@ def measure_text(store: "Store", steps: int | None) -> None:
 
 
 def suite(steps: int | None = None) -> "Suite":
-    """The suite for CPUs, cut to minutes: one seed, fewer rounds, lengths up to 8,192."""
+    """Return the suite "cpu", shortened to minutes: one seed, fewer rounds, lengths up to 8,192 tokens."""
     from hybridattn.evals.pareto.suite import load
 
     cpu = load("cpu")

@@ -1,8 +1,8 @@
-"""`hybridattn linearize`: a pretrained softmax model becomes a hybrid in two stages, and a report says what that cost.
+"""The command `hybridattn linearize`: convert a softmax model to a hybrid in two training stages, and report losses.
 
-First the new mixers learn the outputs of the attention they replace (`TransferTrainer`), then adapters on the whole
-learn to predict the text and what the teacher would say, and are merged. Recovery is the share of what the swap costs
-in held-out loss that the training wins back.
+First the new mixers learn the outputs of the attention that they replace (`TransferTrainer`). Then LoRA adapters on the
+whole model learn to predict the text and the teacher's predictions (`DistillTrainer`), and are merged. Recovery is the
+share of the increase in held-out loss, caused by the swap of mixers, that training removes.
 """
 
 import json
@@ -31,8 +31,8 @@ from hybridattn.training.train import held_out_batches, train
 from hybridattn.training.trainer import STREAM, StreamTrainer
 from hybridattn.training.transfer import DistillTrainer, TransferTrainer, taught
 
-SETTINGS = "settings.json"  # beside the stages, what decides them all
-# Fields of `hybridattn train` that the stages are told here.
+SETTINGS = "settings.json"  # in the output folder: the arguments that determine the run
+# Fields of `hybridattn train` that this command sets for each stage.
 OURS = (
     *("model", "config", "preset", "tokenizer", "lora", "freeze"),
     *("max_steps", "learning_rate", "output_dir", "resume_from_checkpoint"),
@@ -54,55 +54,55 @@ def linearize(
     distill: float = 0.5,
     scratch_learning_rate: float | None = None,
 ) -> int:
-    """Linearise a model, measure it beside its teacher, and write ``report.md`` and ``results.json``.
+    """Linearise a model, measure it and its teacher, and write ``report.md`` and ``results.json``.
 
-    ``out`` will hold the hybrid and its tokenizer, its adapters, the report, and the stages ``swapped``,
-    ``transferred`` and, if asked for, ``scratch``, each a model. The same command again goes on where it was
-    interrupted.
+    Afterwards ``out`` contains the hybrid with its tokenizer and adapters, the report, and a folder with a model for
+    each stage: ``swapped``, ``transferred`` and, if requested, ``scratch``. The same command resumes an interrupted
+    run.
 
     Args:
         model: folder of a Llama, Mistral or Qwen3.
-        out: a new folder, or that of the same run.
+        out: a new folder, or the folder of an interrupted run with the same arguments.
         flags: ``--field value`` of ``hybridattn train``, over ``configs/linearize.yaml``.
-        pattern: as ``mixers`` of ``HybridAttnConfig``, or the mixer of every layer with commas between; ``full`` keeps
-            the layer's softmax attention.
-        mixer_options: for a mixer's name, options of its layer.
-        transfer_tokens, lora_tokens: most tokens to train on in a stage; what is left of whole steps is not used.
-        transfer_learning_rate, lora_learning_rate: of the stages.
-        lora_rank: of the adapters; their alpha is twice that.
-        distill: share of the divergence from the teacher's predictions in the loss of the adapters, from 0 to 1; the
-            rest is the language-model loss.
-        scratch_learning_rate: for comparison, train a new model of the hybrid's configuration on the very tokens of
-            both stages; None for no such model.
+        pattern: ``mixers`` of ``HybridAttnConfig``, or comma-separated mixers of all layers; ``full`` keeps the layer's
+            softmax attention.
+        mixer_options: by mixer name, options of its layers.
+        transfer_tokens, lora_tokens: token budget of each stage, rounded down to whole optimiser steps.
+        transfer_learning_rate, lora_learning_rate: peak learning rate of each stage.
+        lora_rank: rank of the adapters; their alpha is twice the rank.
+        distill: weight of the divergence from the teacher's predictions in the loss of the second stage, from 0 to 1;
+            the language-model loss has the rest.
+        scratch_learning_rate: for comparison, also train a new model with the hybrid's configuration on the tokens of
+            both stages, at this rate; None for no such model.
 
     Returns:
-        0, or 143 if a SIGTERM came before the end.
+        0, or 143 if a SIGTERM stopped the run.
 
     Raises:
-        ValueError: a bad argument; the message names it, what was expected and what was given.
+        ValueError: a bad argument; the message has its name, the expected and the given value.
         FloatingPointError: a loss is no longer finite.
     """
     settings = {name: value for name, value in locals().items() if name not in ("model", "out", "flags")}
     settings = {"model": str(model), "flags": list(flags), **settings}
-    logging.disable_progress_bar()  # of every file that is written or read; the training keeps its own
+    logging.disable_progress_bar()  # hides the bars for files that are read or written; training's own bar remains
     stage = partial(_arguments, model, flags)
-    asked, data, args = stage(out, model=model, max_steps=1, eval_strategy="steps")
+    teacher_args, data, args = stage(out, model=model, max_steps=1, eval_strategy="steps")
     budgets = {"transfer_tokens": transfer_tokens, "lora_tokens": lora_tokens}
     steps = [_steps(name, budget, data, args) for name, budget in budgets.items()]
     teacher = from_softmax(model)
-    rows = held_out_batches(build_tokenizer(asked), teacher.config.vocab_size, data, args)
+    rows = held_out_batches(build_tokenizer(teacher_args), teacher.config.vocab_size, data, args)
     if args.world_size > 1:
-        raise ValueError(f"expected one process, got {args.world_size}: the stages measure and write in between")
+        raise ValueError(f"processes: expected one, since stages write files between them, got {args.world_size}")
     if not 0 <= distill <= 1:
         raise ValueError(f"distill: expected a share from 0 to 1, got {distill}")
     if rows is None:
         raise ValueError("eval_data: expected held-out texts to measure losses on, got none")
-    set_seed(args.seed)  # the new weights are the same at every start
+    set_seed(args.seed)  # a resumed run must initialise the same weights
     student = swap(teacher, pattern.split(",") if "," in pattern else pattern, mixer_options)
     if not (replaced := replaced_layers(student, teacher)):
         raise ValueError(f"pattern: expected one that replaces a layer, got {pattern!r}, which keeps all")
     _claim(out, settings)
-    source = provenance(settings)  # of the code that runs, whatever is committed meanwhile
+    source = provenance(settings)  # before training, since a commit during the run would change it
     source["versions"]["peft"] = installed_version("peft")
     folders = {name: out / name for name in ("swapped", "transferred", "scratch")} | {"teacher": model, "final": out}
     student.save_pretrained(folders["swapped"])
@@ -142,7 +142,7 @@ def linearize(
     results = {
         "provenance": source,
         "command": command(out, settings),
-        "mixers": student.config.mixers,
+        "mixers": [mixer.name for mixer in student.config.layer_mixers],
         "parameters": student.num_parameters(),
         "losses": losses,
         "recovery": recovery(losses),
@@ -164,10 +164,14 @@ def linearize(
 def _arguments(
     tokenizer: Path, flags: Sequence[str], output_dir: Path, **options: Any
 ) -> tuple[ModelArguments, DataArguments, RunArguments]:
-    """What a stage is told: the flags, and what it alone is."""
+    """Return the training arguments of a stage: the user's flags and the options of this stage.
+
+    Raises:
+        ValueError: a flag that this command sets itself.
+    """
     for flag in flags:
         if (name := flag.partition("=")[0].lstrip("-").replace("-", "_")) in OURS and flag.startswith("--"):
-            raise ValueError(f"{name}: expected none, since the stages have their own, got {flag!r}")
+            raise ValueError(f"{name}: expected no such flag, since linearize sets it for each stage, got {flag!r}")
     words = list(flags)
     for name, value in {"tokenizer": tokenizer, "output_dir": output_dir, **options}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -175,7 +179,7 @@ def _arguments(
 
 
 def _steps(name: str, budget: int, data: DataArguments, args: RunArguments) -> int:
-    """Whole optimiser steps within a budget of tokens."""
+    """Return the number of whole optimiser steps within a budget of tokens; argument ``name`` in the ValueError."""
     each = (args.rows_per_step or 1) * data.length
     if budget < each:
         raise ValueError(f"{name}: expected at least the {each} tokens of a step, got {budget}")
@@ -183,29 +187,29 @@ def _steps(name: str, budget: int, data: DataArguments, args: RunArguments) -> i
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Check that ``out`` is new or belongs to the same run, and note whose it is."""
+    """Check that ``out`` is new or belongs to a run with the same settings, and save the settings there."""
     note = out / SETTINGS
     if not note.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new folder or that of the same run, got {str(out)!r} with other files")
     earlier = json.loads(note.read_text()) if note.is_file() else settings
     for name, value in json.loads(json.dumps(settings)).items():
         if earlier.get(name) != value:
-            raise ValueError(f"{name}: expected {earlier.get(name)!r} as before in {str(out)!r}, got {value!r}")
+            raise ValueError(f"{name}: expected {earlier.get(name)!r} as in {str(note)!r}, got {value!r}")
     if not note.is_file():
         out.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _end(folder: Path) -> Place:
-    """Where the data of a finished run ended."""
+    """Return the position in the data after a finished run."""
     checkpoint, _ = checkpoints.latest(folder)
     if checkpoint is None:
-        raise ValueError(f"expected a checkpoint in {folder}, got none")
+        raise ValueError(f"{folder}: expected a checkpoint, got none")
     return Place(**json.loads((checkpoint / STREAM).read_text())["place"])
 
 
 def _copy_missing(source: Path, target: Path) -> None:
-    """Files of tokenizer and generation that are not there yet."""
+    """Copy files of the tokenizer and of generation that ``target`` does not have yet."""
     for pattern in COPIED_FILES:
         for file in source.glob(pattern):
             if not (target / file.name).exists():
@@ -213,7 +217,7 @@ def _copy_missing(source: Path, target: Path) -> None:
 
 
 def load(folder: Path, device: torch.device) -> Any:
-    """A saved model in fp32 for evaluation; a teacher attends by this library's operators, which know packed rows."""
+    """Load a saved model in fp32 for evaluation; teachers use this library's attention, which supports packed rows."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     attention = {} if kind == HybridAttnConfig.model_type else {"attn_implementation": "hybridattn"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention)
@@ -222,7 +226,7 @@ def load(folder: Path, device: torch.device) -> Any:
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> float:
-    """Cross-entropy in nats per predicted token over packed rows, such as `held_out_batches` gives."""
+    """Compute the cross entropy in nats per predicted token over packed rows, as from `held_out_batches`."""
     nats = tokens = 0.0
     for row in rows:
         count = int((row["labels"] != -100).sum())
@@ -235,7 +239,7 @@ def held_out_loss(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> flo
 def attention_errors(
     student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM, rows: Sequence[dict[str, Any]]
 ) -> dict[int, float]:
-    """Layer -> squared error of a replaced mixer over the squared norm of the teacher's output, mean over rows."""
+    """Compute the relative squared errors of replaced mixers (see `taught`), by layer, averaged over rows."""
     totals: dict[int, float] = {}
     with taught(student, teacher) as errors:
         for row in rows:
@@ -251,16 +255,16 @@ def _moved(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def recovery(losses: dict[str, float]) -> float | None:
-    """``(swapped - final) / (swapped - teacher)``: 1 is the teacher's loss again, 0 is nothing won.
+    """Compute ``(swapped - final) / (swapped - teacher)``: 1 is the teacher's loss, 0 the loss before training.
 
-    None where the swap cost nothing, as with windows that are as wide as the rows.
+    None if the swap did not increase the loss, for instance with windows as wide as the rows.
     """
     cost = losses["swapped"] - losses["teacher"]
     return (losses["swapped"] - losses["final"]) / cost if cost > 0 else None
 
 
 def trained_tokens(folder: Path) -> int | None:
-    """Tokens that a model was trained on by `hybridattn train`, where its last checkpoint still says so."""
+    """Return the number of tokens that `hybridattn train` trained a model on, or None without a checkpoint."""
     checkpoint, _ = checkpoints.latest(folder)
     if checkpoint is None:
         return None
@@ -269,7 +273,7 @@ def trained_tokens(folder: Path) -> int | None:
 
 
 def command(out: Path, settings: dict[str, Any]) -> str:
-    """The command line of a run."""
+    """Return the command line of a run."""
     words = ["hybridattn", "linearize", settings["model"], str(out)]
     for name, value in settings.items():
         if name not in ("model", "flags") and value not in (None, {}):
@@ -278,7 +282,7 @@ def command(out: Path, settings: dict[str, Any]) -> str:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     losses, tokens, source = results["losses"], results["tokens"], results["provenance"]
     trained = {
         "teacher": tokens["teacher"],
@@ -303,7 +307,11 @@ def report(results: dict[str, Any]) -> str:
     share = ""
     if tokens["teacher"]:
         share = f" Both stages took {trained['final'] / tokens['teacher']:.1%} of the teacher's tokens."
-    recovered = "none, since the swap cost nothing" if results["recovery"] is None else f"{results['recovery']:.1%}"
+    recovered = (
+        "none, since the swap did not increase the loss"
+        if results["recovery"] is None
+        else f"{results['recovery']:.1%}"
+    )
     return "\n".join(
         [
             f"# {source['config']['model']} linearised",
@@ -313,9 +321,9 @@ def report(results: dict[str, Any]) -> str:
             table(["model", "held-out loss, nats per token", "trained on, tokens"], cells),
             "",
             f"Recovery, (swapped - final) / (swapped - teacher): **{recovered}**.{share} "
-            f"Losses are those of {tokens['held out']:,} held-out tokens.",
+            f"Losses are means over {tokens['held out']:,} held-out tokens.",
             "",
-            table(["squared error of layer, over its output's", "swapped", "after attention transfer"], errors),
+            table(["relative squared error, by layer", "swapped", "after attention transfer"], errors),
             "",
             f"    {results['command']}",
             "",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .mixer import Cache, CacheSpec, TokenMixer, positive
+from .mixer import Cache, CacheSpec, TokenMixer
 from .short_convolution import ShortConvolution
 
 
@@ -23,10 +23,10 @@ class BaseConv(TokenMixer):
     """
 
     def __init__(self, hidden_size: int, kernel_size: int = 3, expand: int = 2):
-        super().__init__()
+        super().__init__(hidden_size)
         if isinstance(expand, bool) or not isinstance(expand, int) or expand < 0:
             raise ValueError(f"expand: expected an integer of at least 0, got {expand!r}")
-        inner = positive("hidden_size", hidden_size) * max(expand, 1)
+        inner = hidden_size * max(expand, 1)
         self.in_proj = nn.Linear(hidden_size, 2 * inner if expand else hidden_size)
         self.conv = ShortConvolution(inner, kernel_size, activation="silu" if expand else None, bias=True)
         self.out_proj = nn.Linear(inner, hidden_size) if expand else None
@@ -41,6 +41,7 @@ class BaseConv(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
+        self.check_hidden_states(hidden_states)
         projected = self.in_proj(hidden_states)
         if self.out_proj is None:
             return self.conv(hidden_states, cu_seqlens=cu_seqlens, cache=cache) * projected + hidden_states

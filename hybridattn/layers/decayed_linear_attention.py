@@ -1,4 +1,4 @@
-"""What linear attention layers with decay have in common."""
+"""The base of linear attention layers with decay: projections, short convolutions, output gate and norm."""
 
 from collections.abc import Callable
 
@@ -8,25 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
-from .mixer import (
-    Cache,
-    CacheSpec,
-    TokenMixer,
-    check_rows,
-    is_step,
-    keep_state,
-    kept_state,
-    normalize,
-    positive,
-    store,
-)
-from .parallel import Shards, local_shards
-from .parallel.state_passing import initial_states
+from . import parallel
+from .mixer import Cache, CacheSpec, normalize, positive, store
+from .recurrent import RecurrentMixer
 from .rotary import apply_rotary, token_positions
 from .short_convolution import ShortConvolution
 
 
-class DecayedLinearAttention(TokenMixer):
+class DecayedLinearAttention(RecurrentMixer):
     """``W_o (gate(W_g x) * norm(o))``, o being linear attention with decay of q, k and v = act(W x).
 
     A subclass says what the decay is (``log_decay``) and which ``gate``, ``activation`` and norm (``g_norm``, of a
@@ -36,6 +25,8 @@ class DecayedLinearAttention(TokenMixer):
     of tokens [N] in it.
     """
 
+    attend = staticmethod(gated_linear_attention)
+    step = staticmethod(gated_linear_attention_step)
     gate: Callable[[Tensor], Tensor] = staticmethod(F.silu)
     g_norm: nn.RMSNorm | nn.LayerNorm
 
@@ -49,9 +40,10 @@ class DecayedLinearAttention(TokenMixer):
         backend: str | None = None,
         conv_size: int | None = None,
     ):
-        super().__init__()
+        super().__init__(hidden_size)
         self.num_heads, self.backend, self.rope_theta = positive("num_heads", num_heads), backend, rope_theta
         self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
+        self.state_dim = key_dim
         if rope_theta is not None and key_dim % 2:
             raise ValueError(f"key_dim: expected an even number for rotary positions, got {key_dim}")
         keys, values = num_heads * key_dim, num_heads * value_dim
@@ -73,8 +65,7 @@ class DecayedLinearAttention(TokenMixer):
         return q, k, v
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        state = (batch_size, self.num_heads, self.key_dim, self.value_dim)
-        spec: CacheSpec = {"state": (state, self.state_dtype or torch.float32)}
+        spec = super().cache_spec(batch_size, tokens, dtype)
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             spec |= {} if conv is None else conv.cache_spec(batch_size, tokens, dtype)
         return spec if self.rope_theta is None else {**spec, "lengths": ((batch_size,), torch.int64)}
@@ -86,7 +77,7 @@ class DecayedLinearAttention(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
+        self.check_inputs(hidden_states, cu_seqlens, cache)
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         convolutions = (self.q_conv, self.k_conv, self.v_conv)
         q, k, v = (
@@ -101,38 +92,19 @@ class DecayedLinearAttention(TokenMixer):
                 position_ids = token_positions(hidden_states, cu_seqlens, cache)
             q, k = (apply_rotary(x, position_ids, self.rope_theta) for x in (q, k))
         g = self.log_decay(hidden_states)
-        state = kept_state(cache, "state") if cache is not None and "state" in cache else None
-        shards = local_shards(hidden_states, cu_seqlens, cache)
-        if shards is not None:
-            initial, state = initial_states(shards, k, v, g)
-            q, k, v, g = (x if x.dim() == 1 else shards.pack(x) for x in (q, k, v, g))
-            o, _ = gated_linear_attention(
-                q, k, v, g, initial_state=initial, cu_seqlens=shards.offsets, backend=self.backend
-            )
-            o = shards.unpack(o)
-        elif state is not None and is_step(hidden_states, cu_seqlens):
-            o = gated_linear_attention_step(q, k, v, g, state, backend=self.backend)
-        else:
-            o, state = gated_linear_attention(
-                q,
-                k,
-                v,
-                g,
-                initial_state=state,
-                output_final_state=cache is not None,
-                cu_seqlens=cu_seqlens,
-                backend=self.backend,
-            )
-        if cache is not None and state is not None:
-            keep_state(cache, "state", state, self.state_dtype)
+        o = self.recur((q, k, v, g), hidden_states, cu_seqlens, cache)
         if cache is not None and self.rope_theta is not None:
-            _count(cache, hidden_states, cu_seqlens, shards)
+            _count_tokens(cache, hidden_states, cu_seqlens)
         o = rearrange(normalize(self.g_norm, o), "b t h d -> b t (h d)")
         return self.o_proj(o * self.gate(self.g_proj(hidden_states)))
 
 
-def _count(cache: Cache, hidden_states: Tensor, cu_seqlens: Tensor | None, shards: Shards | None) -> None:
+def _count_tokens(cache: Cache, hidden_states: Tensor, cu_seqlens: Tensor | None) -> None:
     """Add the new tokens of every sequence to ``lengths``."""
-    batch, tokens = len(hidden_states), hidden_states.shape[1] if shards is None else shards.context.tokens
-    added = torch.full((batch,), tokens, device=hidden_states.device) if cu_seqlens is None else cu_seqlens.diff()
+    context = parallel.current()
+    tokens = hidden_states.shape[1] if context is None else context.tokens
+    if cu_seqlens is None:
+        added = torch.full((len(hidden_states),), tokens, device=hidden_states.device)
+    else:
+        added = cu_seqlens.diff()
     store(cache, "lengths", added.long() + cache.get("lengths", 0))

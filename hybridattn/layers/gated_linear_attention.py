@@ -99,7 +99,7 @@ class GatedLinearAttention(DecayedLinearAttention):
             raise ValueError(f"gate_normalizer: expected a positive number, got {gate_normalizer!r}")
         if gate_min is not None and not gate_min <= 0:
             raise ValueError(f"gate_min: expected a number of at most 0 or None, got {gate_min!r}")
-        key_dim = head_size(hidden_size, 2 * positive("num_heads", num_heads)) if key_dim is None else key_dim
+        key_dim = head_size(hidden_size, num_heads, 2) if key_dim is None else key_dim
         value_dim = head_size(hidden_size, num_heads) if value_dim is None else value_dim
         super().__init__(hidden_size, num_heads, key_dim, value_dim, rope_theta, backend, conv_size)
         self.gate_per, self.gate_normalizer, self.gate_min = gate_per, gate_normalizer, gate_min

@@ -3,20 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.linear_attention import NormalizedState, linear_attention, linear_attention_step
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, is_step, keep_state, kept_state, positive
-from .parallel import Shards, local_shards
-from .parallel.state_passing import initial_states
+from ..kernels.linear_attention import linear_attention, linear_attention_step
+from .mixer import Cache, head_size, positive
+from .recurrent import RecurrentMixer
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 
 
-class LinearAttention(TokenMixer):
+class LinearAttention(RecurrentMixer):
     """Causal linear attention: ``o_t = phi(q_t) sum_{s<=t} phi(k_s)^T v_s``, by default over the same sum of phi(k_s).
 
     Katharopoulos et al., "Transformers are RNNs" (2020), section 3, with phi(x) = elu(x) + 1.
@@ -46,7 +44,7 @@ class LinearAttention(TokenMixer):
         normalize: bool = True,
         backend: str | None = None,
     ):
-        super().__init__()
+        super().__init__(hidden_size)
         if feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map: expected one of {sorted(FEATURE_MAPS)}, got {feature_map!r}")
         self.num_heads, self.normalize, self.backend = positive("num_heads", num_heads), normalize, backend
@@ -59,15 +57,9 @@ class LinearAttention(TokenMixer):
         self.v_proj = nn.Linear(hidden_size, num_heads * self.value_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.value_dim, hidden_size, bias=False)
 
-    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        keys = (batch_size, self.num_heads, self.state_dim)
-        kept = self.state_dtype or torch.float32
-        spec: CacheSpec = {"state": ((*keys, self.value_dim), kept)}
-        return {**spec, "k_sum": (keys, kept)} if self.normalize else spec
-
-    def state_keys(self, k: Tensor) -> Tensor:
-        """What stands for the keys [B,T,H,K] in the state."""
-        return k
+    @property
+    def operator_options(self) -> dict[str, Any]:
+        return {"normalize": self.normalize, "backend": self.backend}
 
     def forward(
         self,
@@ -76,44 +68,20 @@ class LinearAttention(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        return self._mix(hidden_states, cu_seqlens, cache, self.attend)
+        return self._mix(hidden_states, cu_seqlens, cache)
 
     def _mix(
-        self, hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, attend: Callable[..., Any]
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: Cache | None,
+        attend: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """The layer on the operator ``attend``, or its step where there is a state and one new token."""
-        check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
+        """Run the layer, on the operator ``attend`` if it is given."""
+        self.check_inputs(hidden_states, cu_seqlens, cache)
         phi = FEATURE_MAPS[self.feature_map]
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (rearrange(phi(x), "b t (h d) -> b t h d", d=self.key_dim) for x in (q, k))
         v = rearrange(v, "b t (h d) -> b t h d", d=self.value_dim)
-        options = {"normalize": self.normalize, "backend": self.backend}
-        state = None
-        if cache is not None and "state" in cache:
-            state = kept_state(cache, "state")
-            if self.normalize:
-                state = NormalizedState(state, kept_state(cache, "k_sum"))
-        shards = local_shards(hidden_states, cu_seqlens, cache)
-        if shards is not None:
-            initial, state = self._states(shards, k, v)
-            q, k, v = (shards.pack(x) for x in (q, k, v))
-            o = shards.unpack(attend(q, k, v, initial_state=initial, cu_seqlens=shards.offsets, **options)[0])
-        elif state is not None and is_step(hidden_states, cu_seqlens):
-            o = self.step(q, k, v, state, **options)
-        else:
-            o, state = attend(
-                q, k, v, initial_state=state, output_final_state=cache is not None, cu_seqlens=cu_seqlens, **options
-            )
-        if cache is not None and state is not None:
-            kept = state if isinstance(state, NormalizedState) else (state,)
-            for name, value in zip(("state", "k_sum"), kept, strict=False):
-                keep_state(cache, name, value, self.state_dtype)
+        o = self.recur((q, k, v), hidden_states, cu_seqlens, cache, attend)
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))
-
-    def _states(self, shards: Shards, k: Tensor, v: Tensor) -> Any:
-        """The initial states and the final one, under sequence_parallel."""
-        if not self.normalize:
-            return initial_states(shards, k, v, keys=self.state_keys)
-        # The sum of keys is the state of one more value, 1.
-        states = initial_states(shards, k, torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1), keys=self.state_keys)
-        return [NormalizedState(state[..., :-1], state[..., -1]) for state in states]

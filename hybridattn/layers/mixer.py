@@ -1,21 +1,22 @@
-"""What a token mixer is, and what mixers have in common."""
+"""The base class of token mixers, their cache, and helpers that all mixers share."""
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.runtime.checks import check_shape
 from .parallel.context import refuse
 
 CacheSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
 
 
 class Cache(dict[str, Tensor]):
-    """What a mixer keeps of earlier tokens: tensors by name, with one row per sequence; empty at the start.
+    """State of one layer after the tokens so far: tensors by name, with one row per sequence. It starts empty.
 
-    It belongs to one layer: another one of the same kind would take it and be wrong.
+    A cache belongs to one layer. Another layer of the same kind would accept it and compute wrong results.
 
     Attributes:
-        capacity: tokens per sequence that tensors which grow have room for at once, for good; None: they grow.
-        tokens: where they grow, the most tokens that a sequence has had, known without reading a tensor.
+        capacity: fixed number of tokens per sequence for keys and values, allocated at once. None: they grow.
+        tokens: number of tokens of the longest sequence, if keys and values grow; known without reading a tensor.
     """
 
     def __init__(self, capacity: int | None = None):
@@ -25,16 +26,35 @@ class Cache(dict[str, Tensor]):
 
 
 class TokenMixer(nn.Module):
-    """A layer that mixes tokens of a sequence: hidden_states [B,T,hidden_size] -> the same.
+    """Base class of layers that mix the tokens of a sequence: [B,T,hidden_size] -> [B,T,hidden_size].
 
     Attributes:
-        state_dtype: what recurrent states are kept in between calls; None: as computed, in fp32.
+        hidden_size: model dimension.
+        state_dtype: dtype of recurrent states in the cache; None for fp32, in which they are computed.
     """
 
     state_dtype: torch.dtype | None = None
 
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = positive("hidden_size", hidden_size)
+
+    def check_hidden_states(self, hidden_states: Tensor) -> None:
+        """Check the shape of a layer's input.
+
+        Raises:
+            ValueError: it is not [B,T,hidden_size].
+        """
+        check_shape({"hidden_size": self.hidden_size}, "hidden_states", hidden_states, "B T hidden_size")
+
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        """What the cache holds after a prompt of ``tokens`` per sequence, activations being of ``dtype``."""
+        """Return name -> (shape, dtype) of the cache after a prompt of ``tokens`` per sequence.
+
+        Args:
+            batch_size: number of sequences.
+            tokens: length of the prompt.
+            dtype: dtype of the activations.
+        """
         raise NotImplementedError
 
     def forward(
@@ -44,15 +64,21 @@ class TokenMixer(nn.Module):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Mix tokens.
+        """Mix the tokens of each sequence.
 
         Args:
             hidden_states: [B,T,hidden_size].
             cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
-            position_ids: places [B,T] of the tokens in their sequences, for mixers that use positions; counted by
-                default.
-            cache: what was kept of earlier tokens, ``Cache()`` at the start; read, and brought up to date. Its tensors
-                have a row per sequence (B, or N with ``cu_seqlens``).
+            position_ids: positions [B,T] of the tokens in their sequences, for mixers that use positions; by default
+                they count from the tokens in the cache.
+            cache: state of earlier tokens, ``Cache()`` for the first call. The layer updates it. Its tensors have one
+                row per sequence (B, or N with ``cu_seqlens``).
+
+        Returns:
+            [B,T,hidden_size].
+
+        Raises:
+            ValueError: an argument is not as above.
         """
         raise NotImplementedError
 
@@ -107,8 +133,11 @@ def positive(name: str, value: int) -> int:
     return value
 
 
-def head_size(hidden_size: int, num_heads: int) -> int:
-    """Dimension of a head when heads share the hidden size evenly."""
-    if positive("hidden_size", hidden_size) % positive("num_heads", num_heads):
-        raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}")
-    return hidden_size // num_heads
+def head_size(hidden_size: int, num_heads: int, fraction: int = 1) -> int:
+    """Return the dimension of a head when heads share ``hidden_size / fraction`` evenly."""
+    if positive("hidden_size", hidden_size) % (fraction * positive("num_heads", num_heads)):
+        shared = (
+            f"hidden_size {hidden_size}" if fraction == 1 else f"hidden_size / {fraction} = {hidden_size / fraction:g}"
+        )
+        raise ValueError(f"num_heads: expected a divisor of {shared}, got {num_heads}")
+    return hidden_size // fraction // num_heads

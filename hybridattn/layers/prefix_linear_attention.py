@@ -62,7 +62,8 @@ class PrefixLinearAttention(TaylorLinearAttention):
                 already holds tokens.
         """
         if prefix_lengths is None:
-            return self._mix(hidden_states, cu_seqlens, cache, self.attend)
+            return self._mix(hidden_states, cu_seqlens, cache)
+        self.check_hidden_states(hidden_states)
         refuse("prefix_lengths: expected None (a prefix is read both ways), got lengths")
         if cache is not None and "state" in cache:
             raise ValueError("prefix_lengths: expected None after the first call with a cache, got lengths")

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.runtime.checks import check_shape
 from ..kernels.runtime.sequences import check_cu_seqlens, sequence_ids
 from .mixer import Cache, CacheSpec, TokenMixer, check_rows, positive, store
 from .parallel import local_shards
@@ -34,10 +33,10 @@ class ShortConvolution(TokenMixer):
         bias: bool = False,
         cache_name: str = "conv",
     ):
-        super().__init__()
+        super().__init__(hidden_size)
         if activation not in (None, "silu"):
             raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
-        self.hidden_size, self.kernel_size = positive("hidden_size", hidden_size), positive("kernel_size", kernel_size)
+        self.kernel_size = positive("kernel_size", kernel_size)
         self.activation, self.cache_name = activation, cache_name
         self.weight = nn.Parameter(torch.empty(hidden_size, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
@@ -59,7 +58,7 @@ class ShortConvolution(TokenMixer):
         cache: Cache | None = None,
     ) -> Tensor:
         past = self.kernel_size - 1
-        check_shape({}, "hidden_states", hidden_states, "B T D")
+        self.check_hidden_states(hidden_states)
         shards = local_shards(hidden_states, cu_seqlens, cache)
         if cu_seqlens is not None and shards is None:
             check_cu_seqlens("cu_seqlens", cu_seqlens, hidden_states.shape[0], hidden_states.shape[1], False)

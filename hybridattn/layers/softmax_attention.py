@@ -62,7 +62,7 @@ class SoftmaxAttention(TokenMixer):
         bias: bool = False,
         backend: str | None = None,
     ):
-        super().__init__()
+        super().__init__(hidden_size)
         kv_heads = num_heads if num_key_value_heads is None else positive("num_key_value_heads", num_key_value_heads)
         if positive("num_heads", num_heads) % kv_heads:
             raise ValueError(f"num_key_value_heads: expected a divisor of num_heads {num_heads}, got {kv_heads}")
@@ -100,6 +100,7 @@ class SoftmaxAttention(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
+        self.check_hidden_states(hidden_states)
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=self.head_dim) for x in (q, k, v))
         check_rows(cache, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)

@@ -38,5 +38,5 @@ class TaylorLinearAttention(LinearAttention):
         self.state_dim = features.count(self.key_dim)
 
     def state_keys(self, k: Tensor) -> Tensor:
-        """Their features, scaled as the operator does."""
+        """Return the keys' features, scaled as in the operator."""
         return features.taylor(k.to(compute_dtype(k)) * self.key_dim**-0.25)

@@ -1,1 +1,1 @@
-"""What every measurement needs: timing, a probe of the CPU's load, provenance, and how results are written."""
+"""Helpers of all measurements: timing, a probe of the CPU load, provenance, output files and folders, Markdown."""

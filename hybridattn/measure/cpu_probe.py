@@ -1,7 +1,7 @@
-"""How busy the CPU is: the time of a small fixed matrix product, taken before and after the samples of a benchmark.
+"""A probe of the CPU load: the time of a fixed matrix product before and after the samples of a benchmark.
 
-On a shared machine, which most virtual ones are, another program on the same core makes everything up to twice as slow.
-The probe tells a reader of a report how far other programs slowed the CPU down. It changes no figure.
+On a shared machine, such as most virtual ones, another program on the same core can double all times. The probe tells
+the reader of a report how much other programs slowed the CPU down. No figure is corrected by it.
 """
 
 import time
@@ -10,13 +10,13 @@ from statistics import median
 
 import torch
 
-SIZE, PRODUCTS = 160, 10  # operands fit into a core's own cache; about a millisecond of work
-SLOW = 1.1  # times the fastest probe, from which the report counts the CPU as disturbed
+SIZE, PRODUCTS = 160, 10  # operands fit in a core's own cache; the products take about a millisecond
+SLOW = 1.1  # the report counts probes that took more than SLOW times the fastest one
 
 
 @torch.inference_mode()
 def probe_seconds() -> float:
-    """Seconds that the fixed work takes now, on as many threads as PyTorch is set to use."""
+    """Measure the seconds of the fixed matrix products, on the number of threads that PyTorch is set to."""
     factor = torch.full((SIZE, SIZE), 0.5)
     product = factor @ factor  # warm-up
     start = time.perf_counter()
@@ -26,7 +26,7 @@ def probe_seconds() -> float:
 
 
 def describe_load(seconds: Sequence[float]) -> str:
-    """One sentence on how disturbed the machine was, from the seconds of its probes (one or more)."""
+    """Return a sentence on the CPU load, from the seconds of one or more probes."""
     fastest = min(seconds)
     share = sum(x > SLOW * fastest for x in seconds) / len(seconds)
     return (

@@ -1,4 +1,4 @@
-"""A file of JSON objects, one per line, to which one process appends; a run that was killed goes on with it."""
+"""A file of JSON objects, one per line, to which one process appends; a killed run can continue with the file."""
 
 import json
 from pathlib import Path
@@ -6,21 +6,21 @@ from typing import Any
 
 
 class JsonLines:
-    """The objects of a file, read once, and a way to append more.
+    """The objects of a file, which are read once, with a method that appends more.
 
-    A last line without its end, which a killed process left, is ignored and overwritten by the next one.
+    An incomplete last line, left by a killed process, is ignored and overwritten by the next append.
 
     Args:
-        file: it need not exist yet, nor its folder.
+        file: the file; neither it nor its folder has to exist.
 
     Raises:
-        ValueError: a line is not a JSON object; the message names the file and the line.
+        ValueError: a line is not a JSON object; the message names file and line.
     """
 
     def __init__(self, file: Path):
         self.file = file
         self.objects: list[dict[str, Any]] = []
-        self._end = self._whole = 0  # bytes of the file, and of its whole lines
+        self._end = self._whole = 0  # bytes of the file and of its complete lines
         lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
         for number, line in enumerate(lines, 1):
             self._end += len(line)
@@ -36,7 +36,7 @@ class JsonLines:
             self.objects.append(found)
 
     def append(self, *objects: dict[str, Any]) -> None:
-        """Write objects at the end of the file, at once.
+        """Append objects to the file in one write.
 
         Raises:
             ValueError: another process has written to the file since it was read.

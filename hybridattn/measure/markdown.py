@@ -1,11 +1,16 @@
-"""Markdown for reports: tables, code blocks, and the paragraph on where figures come from."""
+"""Markdown of reports: tables, code blocks, and the section on machine, versions and configuration."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded to read well in a terminal too; the first column is text, the others are figures."""
+    """Return a Markdown table, padded for terminals.
+
+    Args:
+        heads: titles of the columns; the first column is aligned left, the others right.
+        rows: cells.
+    """
     heads, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (heads, *rows))
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -13,13 +18,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """One line of a table."""
+    """Return one line of a table, padded to the widths of the columns in characters."""
     first, *others = zip(cells, widths, strict=True)
     return " | ".join(["| " + first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
 
 
 def fenced(text: str) -> str:
-    """A code block holding any text."""
+    """Return a code block with the text; the fence is longer than any fence in the text."""
     text, fence = printable(text), "````"
     while fence in text:
         fence += "`"
@@ -27,12 +32,12 @@ def fenced(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, replaced."""
+    """Replace control characters, which a terminal would execute."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def origin(provenance: dict[str, Any]) -> list[str]:
-    """The paragraphs on machine, versions and configuration."""
+    """Return the heading and the list on machine, versions and configuration, from ``provenance``."""
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     facts = {
         "CPU": f"{provenance['cpu']}, {provenance['cores']} cores, {provenance['platform']}",

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Atomic output folders: a report is written to a temporary folder, which replaces the output when it is complete."""
 
 import os
 import shutil
@@ -11,10 +11,10 @@ RESULTS = "results.json"  # the file that marks a folder as a report
 
 
 def check_output(out: Path) -> None:
-    """Check that a report may be written at ``out``: nothing is there, an empty folder, or an earlier report.
+    """Check that a report may be written to ``out``: the path is new, an empty folder, or an earlier report.
 
     Raises:
-        ValueError: something else is there, which replacing it would destroy.
+        ValueError: ``out`` is a file, a link or a folder with other files, which the report would destroy.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ValueError(f"out: expected a folder or a new path, got {out}, which is a file or a link")
@@ -26,19 +26,22 @@ def check_output(out: Path) -> None:
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """Give a temporary sibling folder to write into; it replaces ``out`` if the block ends without an exception.
+    """Create a temporary folder beside ``out``, which replaces ``out`` if the block ends without an exception.
 
-    On errors and on Ctrl-C ``out`` stays as it was. An earlier report at ``out`` is replaced whole.
+    After an error or Ctrl-C ``out`` is unchanged. An earlier report at ``out`` is replaced as a whole.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        ValueError: as `check_output`.
+        ValueError: as in ``check_output``.
     """
     out = Path(os.path.abspath(out))
     check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        aside.chmod(0o755)  # mkdtemp makes private folders
+        aside.chmod(0o755)  # mkdtemp creates folders that only their owner can read
         yield aside
         replace_folder(aside, out)
     finally:
@@ -46,7 +49,7 @@ def written_aside(out: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, out: Path) -> None:
-    """Rename ``new`` to ``out``; what was there is moved away first and removed last."""
+    """Rename ``new`` to ``out``; a folder at ``out`` is first renamed, and deleted at the end."""
     old = new.with_suffix(".old")
     if out.exists():
         out.rename(old)

@@ -1,4 +1,4 @@
-"""Where figures come from: versions, machine, threads, commit, configuration and its hash."""
+"""Provenance of measured figures: versions, machine, threads, commit, configuration and its hash."""
 
 import hashlib
 import json
@@ -17,14 +17,15 @@ PACKAGES = ("hybridattn", "torch", "transformers", "tokenizers", "numpy")
 
 
 def provenance(config: dict[str, Any]) -> dict[str, Any]:
-    """Provenance of every figure of a run.
+    """Return the provenance of the figures of a run.
 
     Args:
         config: everything that determines the run, as JSON values.
 
     Returns:
-        JSON values: ``date`` (UTC), ``versions``, ``platform``, ``cpu``, ``cores``, ``threads``, ``commit`` (of
-        the package's git checkout, or else the hash of its sources), ``config`` and ``config_sha256`` (`json_sha256`).
+        JSON values: ``date`` (UTC), ``versions``, ``platform``, ``cpu``, ``cores`` (those that this process may use),
+        ``threads`` (PyTorch's), ``commit`` (of the package's git checkout, or the hash of its sources without one),
+        ``config`` and ``config_sha256`` (``json_sha256``).
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -40,7 +41,7 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def source_sha256() -> str:
-    """Hash of the package's code: the same code need not be checked again, whatever commit it is in."""
+    """Return the SHA-256 of the package's Python files: figures of the same code stay valid in another commit."""
     digest = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):
         digest.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
@@ -48,12 +49,12 @@ def source_sha256() -> str:
 
 
 def json_sha256(config: Any) -> str:
-    """sha256 of a value's JSON with sorted keys and no spaces, so that equal configurations have equal hashes."""
+    """Return the SHA-256 of a value's JSON with sorted keys and no spaces: equal for equal configurations."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def installed_version(package: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
+    """Return the installed version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -61,7 +62,7 @@ def installed_version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name, from /proc/cpuinfo where there is one."""
+    """Return the processor's name, from /proc/cpuinfo if it exists."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -69,7 +70,10 @@ def cpu_name() -> str:
 
 
 def commit(file: Path) -> str | None:
-    """The commit of the git checkout that tracks ``file``, with "-dirty" if anything differs from it; else None."""
+    """Return the commit of the git checkout that tracks ``file``, None without one.
+
+    It ends in "-dirty" if a tracked file of the checkout has changed.
+    """
     for command in (
         ["ls-files", "--error-unmatch", file.name],
         ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

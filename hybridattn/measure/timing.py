@@ -1,4 +1,4 @@
-"""Seconds of calls, sampled in rounds, and what the samples say: medians and quartiles, as they were taken."""
+"""Timing of calls in seconds, and medians, quartiles and ratios of the samples."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds that one call takes, including the work it queues on a GPU."""
+    """Measure the seconds of one call, including the work that it queues on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -20,13 +20,13 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def sample(call: Callable[[], object], *, least: int = 3, seconds: float = 0.2, most: int = 1000) -> list[float]:
-    """Time single calls after a warm-up of two calls, or of one that takes longer than ten times ``seconds``.
+    """Time single calls after a warm-up of two calls, or of one call if it takes over ten times ``seconds``.
 
     Args:
-        call: what is timed.
-        least: fewest samples.
-        seconds: the samples together take at least this long.
-        most: most samples.
+        call: function to be timed.
+        least: least number of samples.
+        seconds: the samples take at least this many seconds together, unless ``most`` is reached.
+        most: largest number of samples.
 
     Returns:
         Seconds of every timed call.
@@ -40,20 +40,24 @@ def sample(call: Callable[[], object], *, least: int = 3, seconds: float = 0.2, 
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """``median``, ``low`` and ``high`` of the ratios of two times that were taken in the same rounds, one or more."""
+    """Return ``median``, ``low`` (minimum) and ``high`` (maximum) of the ratios of two times within a round.
+
+    Args:
+        numerator, denominator: seconds per round, of the same rounds, one or more.
+    """
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
 def summary(rounds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Median and quartiles of all samples, and the median of each round.
+    """Return median and quartiles of all samples, and the median of each round.
 
     Args:
-        rounds: by the round's name, the seconds of its samples, one or more.
+        rounds: seconds of one or more samples, by name of the round.
 
     Returns:
-        ``median``, ``lower_quartile``, ``upper_quartile`` in seconds; ``samples``, their number; ``rounds``, by name
-        the median of each round in seconds.
+        ``median``, ``lower_quartile``, ``upper_quartile`` in seconds; ``samples``, the number of samples; ``rounds``,
+        the median of each round in seconds, by name.
     """
     pooled = [x for each in rounds.values() for x in each]
     lower, upper = (pooled[0], pooled[0])

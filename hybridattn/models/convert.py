@@ -1,8 +1,8 @@
-"""Checkpoints of other libraries, rewritten to ``HybridAttnForCausalLM`` with this library's names.
+"""Convert checkpoints of other libraries to ``HybridAttnForCausalLM``.
 
-Read are flash-linear-attention's GLA (``model_type: gla``) and the released models of BASED: a GPT-2 configuration with
-``mixer``, ``alt_mixer`` and ``alt_mixer_2``. Every weight is accounted for: unknown, missing and misshapen names are
-listed and nothing is written.
+Two formats are supported: GLA of flash-linear-attention (``model_type: gla``) and the released models of BASED, a GPT-2
+configuration with ``mixer``, ``alt_mixer`` and ``alt_mixer_2``. If a weight is unknown, missing or of another shape,
+the error lists its name and nothing is written.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch import Tensor
 from .decoder import HybridAttnConfig, HybridAttnForCausalLM
 from .families import HybridAttnGLAConfig, HybridAttnGLAForCausalLM
 
-# What lies beside the weights and belongs to text and generation, not to the architecture.
+# Files of the tokenizer and of generation, which are copied unchanged.
 COPIED_FILES = (
     "generation_config.json",
     "token*.json",
@@ -33,7 +33,7 @@ COPIED_FILES = (
     "*.model",
     "*.jinja",
 )
-# Counters of the trainer's that stand in released files of BASED, and frequencies that follow from the configuration.
+# Metrics of the trainer in BASED's released files, and rotary frequencies, which follow from the configuration.
 IGNORED = re.compile(r"(^|\.)(train|val|test)_metrics\.|\.rotary_emb\.inv_freq$")
 NAMES = {
     r"^transformer\.embeddings\.word_embeddings\.": "model.embed_tokens.",
@@ -45,7 +45,7 @@ NAMES = {
     r"\.mixer\.proj_([qkv])\.": r".mixer.\1_proj.",
     r"\.mixer\.conv1?\.conv\.": ".mixer.conv.",
 }
-# Fields of BASED's GPT-2 configurations that would change the function, and the value they must have.
+# Required values of fields of BASED's GPT-2 configurations that this library's decoder has no option for.
 EXPECTED = {
     "activation_function": "swiglu",
     "rms_norm": True,
@@ -64,7 +64,7 @@ EXPECTED = {
     "word_embed_proj_dim": None,
     "fixed_decay": False,
 }
-# Options of its mixers: read here, or without a say in what is computed.
+# Options of BASED's mixers that are either read here or do not change the output.
 KNOWN = {
     "SlidingAttention": {"_target_", "window_size", "num_heads", "causal"},
     "LinearAttention": {
@@ -74,7 +74,7 @@ KNOWN = {
     "BaseConv": {"_target_", "l_max", "kernel_size", "kernel_sizes", "expand_proj", "use_bias", "use_cuda"},
 }
 KNOWN["BaseConvWithSiLU4"] = KNOWN["BaseConv"] | {"implicit_long_conv"}
-DEFAULTS = {  # where a field is absent: those of the code that reads these files
+DEFAULTS = {  # of BASED's own code, for absent fields
     "activation_function": "gelu_new",
     "rms_norm": False,
     "qkv_proj_bias": True,
@@ -85,14 +85,14 @@ DEFAULTS = {  # where a field is absent: those of the code that reads these file
 
 
 def convert(source: str | Path, target: str | Path) -> HybridAttnForCausalLM:
-    """Rewrite the checkpoint in folder ``source`` to a new folder ``target``, with files of tokenizer and generation.
+    """Convert the checkpoint in folder ``source``; write it to a new folder ``target`` with tokenizer files.
 
     Returns:
-        The model as it was saved.
+        The converted model.
 
     Raises:
-        ValueError: the source is no checkpoint of a known format, a field of its configuration asks for what this
-            library has nothing for, a weight is unknown, missing or misshapen, or the target is not empty.
+        ValueError: the source has no known format, its configuration has an unsupported value, a weight is unknown,
+            missing or of another shape, or the target is not empty.
     """
     source, target = Path(source), Path(target)
     if not (source / "config.json").is_file():
@@ -126,7 +126,7 @@ def _read_fields(file: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights in a folder, safetensors before pickles; pickles are read with ``weights_only=True``."""
+    """Return all weights in a folder: safetensors if there are any, else pickles, read with ``weights_only=True``."""
     for ending, read in (("safetensors", load_file), ("bin", _unpickle)):
         stem = "model" if ending == "safetensors" else "pytorch_model"
         index = folder / f"{stem}.{ending}.index.json"
@@ -152,15 +152,15 @@ def _from_gla(source: Path) -> HybridAttnForCausalLM:
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"source: expected weights in {str(source)!r}, got an error: {error}") from error
-    theirs, info = loaded
+    source_model, info = loaded
     _check_names(info["unexpected_keys"], info["missing_keys"])
     _check_shapes({name: (got, wanted) for name, got, wanted in info["mismatched_keys"]})
     shared = (
         *("vocab_size", "hidden_size", "intermediate_size", "mixers", "mixer_options", "rms_norm_eps", "dtype"),
         *("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
     )
-    config = HybridAttnConfig(**{name: getattr(theirs.config, name) for name in shared})
-    return filled(config, theirs.state_dict())
+    config = HybridAttnConfig(**{name: getattr(source_model.config, name) for name in shared})
+    return filled(config, source_model.state_dict())
 
 
 def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
@@ -174,7 +174,7 @@ def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAtt
         raise ValueError("source: expected transformer.embeddings.word_embeddings.weight and an MLP, got neither")
     mixers, options = _based_mixers(fields)
     config = HybridAttnConfig(
-        vocab_size=len(embeddings),  # padded to a multiple
+        vocab_size=len(embeddings),  # the file pads n_vocab to a multiple
         hidden_size=_needed(fields, "n_embd"),
         intermediate_size=len(fc1) // 2,
         mixers=mixers,
@@ -188,7 +188,7 @@ def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAtt
     )
     renamed = dict(pair for name, x in weights.items() for pair in _based_names(name, x, mixers))
     for layer, mixer in enumerate(mixers):
-        if mixer == "conv":  # these biases are options there
+        if mixer == "conv":  # biases are optional in BASED
             prefix = f"model.layers.{layer}.mixer."
             for part in ("in_proj", "conv", "out_proj"):
                 if (weight := renamed.get(f"{prefix}{part}.weight")) is not None:
@@ -202,7 +202,7 @@ def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAtt
 
 
 def _based_mixers(fields: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The mixer of every layer and the options of each."""
+    """Return the mixer of every layer, and the options of each mixer."""
     kinds = [_based_mixer(fields, name) for name in ("mixer", "alt_mixer", "alt_mixer_2")]
     for name in ("alt_mixer_layers", "alt_mixer_2_layers"):
         if outside := [layer for layer in fields.get(name) or () if layer not in range(_needed(fields, "n_layer"))]:
@@ -229,8 +229,8 @@ def _based_mixer(fields: dict[str, Any], role: str) -> tuple[str, dict[str, Any]
         return "full", {"num_heads": heads, "rope_theta": theta}
     target = _needed(mixer, "_target_", role).rpartition(".")[2]
     if unknown := sorted(set(mixer) - KNOWN.get(target, set(mixer))):
-        raise ValueError(f"{role}: expected options of {target} that change nothing else, got {unknown}")
-    if target == "SlidingAttention":  # their window is half of what is configured, besides the token itself
+        raise ValueError(f"{role}: expected options of {target} in {sorted(KNOWN[target])}, got {unknown}")
+    if target == "SlidingAttention":  # it sees window_size // 2 tokens and the token itself
         return "window", {
             "num_heads": heads,
             "rope_theta": theta,
@@ -259,13 +259,13 @@ def _needed(fields: dict[str, Any], name: str, where: str = "config.json") -> An
 
 
 def _based_names(name: str, x: Tensor, mixers: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """A weight under our name, or its parts under theirs."""
-    for theirs, ours in NAMES.items():
-        name = re.sub(theirs, ours, name)
+    """Yield a weight with its new name, or the parts of a fused weight with new names."""
+    for pattern, replacement in NAMES.items():
+        name = re.sub(pattern, replacement, name)
     layer = re.match(r"model\.layers\.(\d+)\.mixer\.out_proj\.", name)
     if layer and int(layer[1]) < len(mixers) and mixers[int(layer[1])] != "conv":
         name = name.replace("out_proj", "o_proj")
-    if name.endswith(".mlp.fc1.weight"):  # what is gated, then the gate
+    if name.endswith(".mlp.fc1.weight"):  # up projection first, then the gate
         for part, half in zip(("up_proj", "gate_proj"), x.chunk(2), strict=True):
             yield name.replace("fc1", part), half
     elif name.endswith(".mixer.Wqkv.weight"):
@@ -276,7 +276,7 @@ def _based_names(name: str, x: Tensor, mixers: list[str]) -> Iterator[tuple[str,
 
 
 def filled(config: HybridAttnConfig, weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
-    """The model of a configuration with exactly these weights."""
+    """Return a model of this configuration with these weights; raise ValueError unless names and shapes match."""
     with torch.device("meta"):
         model = HybridAttnForCausalLM(config)
     expected = model.state_dict()

@@ -1,8 +1,9 @@
-"""Softmax decoders of transformers as hybrids of this library: first every weight as it is, then other mixers.
+"""Load a Llama, Mistral or Qwen3 into this library's decoder and replace some of its attention layers by other mixers.
 
-New mixers start from the attention they replace, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into
-RNNs", 2021), SUPRA (Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al.,
-2024) and LoLCATs (Zhang et al., 2024).
+``from_softmax`` loads the model unchanged, ``swap`` replaces mixers. A new mixer starts from the weights of the
+attention that it replaces, as in T2R (Kasai et al., "Finetuning Pretrained Transformers into RNNs", 2021), SUPRA
+(Mercat et al., "Linearizing Large Language Models", 2024), "The Mamba in the Llama" (Wang et al., 2024) and LoLCATs
+(Zhang et al., 2024).
 """
 
 import re
@@ -15,12 +16,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .convert import filled, read_weights
 from .decoder import HybridAttnConfig, HybridAttnForCausalLM
-from .decoder.configuration import expand_pattern
+from .decoder.mixer_list import Entry, LayerMixer, expand, layer_mixers, shared_options
 
 FAMILIES = ("llama", "mistral", "qwen3")
-# Fields of these that would change the function, and the value they must have.
+# Required values of fields that this library's decoder has no option for.
 EXPECTED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0}
-MOST_TAYLOR_KEYS = 16  # BASED's d'; features grow with its square
+MOST_TAYLOR_KEYS = 16  # BASED's d'; the number of features grows with its square
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps", "initializer_range", "dtype"),
@@ -29,29 +30,35 @@ SHARED = (
 
 
 def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
-    """The saved Llama, Mistral or Qwen3 in folder ``source``, with ``full`` or ``window`` mixers: the same function.
+    """Load a saved Llama, Mistral or Qwen3 into this library's decoder, as the same function.
+
+    Args:
+        source: folder with config.json and weights.
+
+    Returns:
+        A model with ``full`` and ``window`` mixers.
 
     Raises:
-        ValueError: the source is none of these, a field of its configuration asks for what this library has nothing
-            for, or a weight is unknown, missing or of another shape.
+        ValueError: the source is another model, its configuration has an unsupported value, or a weight is unknown,
+            missing or of another shape.
     """
     source = Path(source)
     if not (source / "config.json").is_file():
         raise ValueError(f"model: expected a folder with config.json, got {str(source)!r}")
-    theirs = AutoConfig.from_pretrained(source)
-    if theirs.model_type not in FAMILIES:
-        raise ValueError(f"model: expected a model_type of {list(FAMILIES)}, got {theirs.model_type!r}")
+    source_config = AutoConfig.from_pretrained(source)
+    if source_config.model_type not in FAMILIES:
+        raise ValueError(f"model: expected a model_type of {list(FAMILIES)}, got {source_config.model_type!r}")
     for name, expected in EXPECTED.items():
-        if (got := getattr(theirs, name, expected)) != expected:
+        if (got := getattr(source_config, name, expected)) != expected:
             raise ValueError(f"{name}: expected {expected!r} in a model to linearise, got {got!r}")
-    windows = _windows(theirs)
-    mixers = ["full" if window is None else "window" for window in windows]
-    attention = _attention(theirs)
-    options = {"full": attention, "window": {**attention, "window": max(filter(None, windows), default=None)}}
+    windows = _windows(source_config)
+    attention = _attention(source_config)
+    mixers, options = shared_options(
+        LayerMixer("full", attention) if window is None else LayerMixer("window", {**attention, "window": window})
+        for window in windows
+    )
     config = HybridAttnConfig(
-        **{name: getattr(theirs, name) for name in SHARED},
-        mixers=mixers,
-        mixer_options={name: options[name] for name in sorted(set(mixers))},
+        **{name: getattr(source_config, name) for name in SHARED}, mixers=mixers, mixer_options=options
     )
     weights = {
         name.replace(".self_attn.", ".mixer."): x
@@ -64,8 +71,8 @@ def from_softmax(source: str | Path) -> HybridAttnForCausalLM:
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, None for full attention."""
-    if config.model_type == "llama":  # does not read such a field, which rewritten configurations may still have
+    """Return the sliding window of each layer, None for full attention."""
+    if config.model_type == "llama":  # ignores sliding_window, which configurations converted from Mistral may have
         return [None] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -77,12 +84,12 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def _attention(config: Any) -> dict[str, Any]:
-    """The options of ``SoftmaxAttention`` that all layers share."""
+    """Return the options of ``SoftmaxAttention`` that all layers share."""
     rope = dict(config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor: expected 1.0 in a model to linearise, got less")
-    if kind == "yarn":  # the length that transformers takes where none is given
+        raise ValueError("partial_rotary_factor: expected 1.0 in a model to linearise, got another value")
+    if kind == "yarn":  # the default of transformers
         rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)
     options: dict[str, Any] = {
         "num_heads": config.num_attention_heads,
@@ -100,54 +107,57 @@ def _attention(config: Any) -> dict[str, Any]:
 
 
 def swap(
-    teacher: HybridAttnForCausalLM, mixers: str | Sequence[str], options: dict[str, dict[str, Any]] | None = None
+    teacher: HybridAttnForCausalLM, mixers: str | Sequence[Entry], options: dict[str, dict[str, Any]] | None = None
 ) -> HybridAttnForCausalLM:
-    """A copy of a softmax model in which some layers have another mixer, which starts from the weights it can take.
+    """Return a copy of a softmax model in which some layers have another mixer, with the weights that it can take.
 
-    What the two mixers both have under one name and in one shape is copied: the projections of queries, keys, values
-    and outputs, heads of keys and values repeated where several queries shared one. Other weights of a new mixer, such
-    as gates and norms, are initialised as in a new model; norms of queries and keys that it has not are left out.
+    Weights that both mixers have under one name and in one shape are copied: the projections of queries, keys, values
+    and outputs. Heads of keys and values that several queries share are repeated. Other weights of a new mixer, such
+    as gates and norms, are initialised as in a new model. Norms of queries and keys are left out where a new mixer has
+    none.
 
     Args:
-        teacher: as from ``from_softmax``.
-        mixers: a pattern such as ``"1 full : 3 gla"`` or the mixer of every layer; ``full`` keeps the teacher's own.
-        options: for a mixer's name, options of its layer, over those that make it of the teacher's shape.
+        teacher: a model from ``from_softmax``.
+        mixers: a pattern such as ``"1 full : 3 gla"`` or an entry for every layer; ``"full"`` keeps the teacher's own.
+        options: options of the new layers by the mixer's name, over those with which it has the teacher's shape.
 
     Raises:
-        ValueError: an unknown mixer or option, a number of layers that does not fit, kept and new layers with different
-            windows, or biases of attention that a new mixer has not.
+        ValueError: an unknown mixer or option, another number of layers, options of a mixer that no new layer has, or
+            attention with biases where a new mixer has none.
     """
     old, options = teacher.config, options or {}
-    names = expand_pattern(mixers, len(old.mixers)) if isinstance(mixers, str) else list(mixers)
-    if len(names) != len(old.mixers):
-        raise ValueError(f"mixers: expected one for each of the {len(old.mixers)} layers, got {len(names)}")
-    kept = {own for name, own in zip(names, old.mixers, strict=True) if name == "full"}
-    names = [own if name == "full" else name for name, own in zip(names, old.mixers, strict=True)]
-    if unused := sorted(set(options) - set(names)):
-        raise ValueError(f"mixer_options: expected mixers of {sorted(set(names))}, got {unused}")
-    attention = old.mixer_options[old.mixers[0]]
-    chosen = {name: {**starting_options(name, attention), **options.get(name, {})} for name in sorted(set(names))}
-    for name in kept:
-        if (asked := {**old.mixer_options[name], **options.get(name, {})}) != old.mixer_options[name]:
-            raise ValueError(f"mixer_options: expected {name} as in the layers that are kept, got {asked}")
-        chosen[name] = old.mixer_options[name]
-    if attention.get("bias") and (without := sorted(set(names) - {"full", "window"})):
+    entries = expand(mixers, len(old.layer_mixers) if isinstance(mixers, str) else None)
+    if len(entries) != len(old.layer_mixers):
+        raise ValueError(f"mixers: expected one for each of the {len(old.layer_mixers)} layers, got {len(entries)}")
+    layers, replaced = [], set()
+    for entry, own, (name, given) in zip(entries, old.layer_mixers, layer_mixers(entries, options), strict=True):
+        if entry == "full":
+            layers.append(own)
+            continue
+        replaced.add(name)
+        layers.append(LayerMixer(name, {**starting_options(name, own), **given}))
+    if unused := sorted(options.keys() - replaced):
+        raise ValueError(f"mixer_options: expected mixers of {sorted(replaced)}, the new layers, got {unused}")
+    if old.layer_mixers[0].options.get("bias") and (without := sorted(replaced - {"full", "window"})):
         raise ValueError(f"attention_bias: expected False where layers become {without}, got True")
-    config = HybridAttnConfig(**{name: getattr(old, name) for name in SHARED}, mixers=names, mixer_options=chosen)
+    names, defaults = shared_options(layers)
+    config = HybridAttnConfig(**{name: getattr(old, name) for name in SHARED}, mixers=names, mixer_options=defaults)
     student = HybridAttnForCausalLM._from_config(config, dtype=config.dtype)
     student.load_state_dict(inherited(student, teacher), strict=False)
     return student
 
 
-def starting_options(mixer: str, attention: dict[str, Any]) -> dict[str, Any]:
-    """Options of a mixer with heads as those of the softmax attention with these options, where it has such."""
-    heads = {"num_heads": attention["num_heads"]}
-    theta, values = {"rope_theta": attention["rope_theta"]}, {"value_dim": attention["head_dim"]}
-    same = {**heads, "key_dim": attention["head_dim"], **values}
-    few = {**heads, "key_dim": min(attention["head_dim"], MOST_TAYLOR_KEYS), **values}
+def starting_options(mixer: str, own: LayerMixer) -> dict[str, Any]:
+    """Return options with which a mixer has heads as the softmax attention ``own``, if it has such options."""
+    if mixer == own.name:
+        return own.options
+    attention = {name: value for name, value in own.options.items() if name != "window"}
+    if mixer in ("full", "window"):
+        return attention
+    heads, theta = {"num_heads": attention["num_heads"]}, {"rope_theta": attention["rope_theta"]}
+    same = {**heads, "key_dim": attention["head_dim"], "value_dim": attention["head_dim"]}
+    few = {**same, "key_dim": min(attention["head_dim"], MOST_TAYLOR_KEYS)}
     return {
-        "full": attention,
-        "window": {name: value for name, value in attention.items() if name != "window"},
         "gla": {**same, **theta, "gate_bias_range": (4.0, 6.0)},
         "linear": same,
         "taylor": few,
@@ -158,20 +168,19 @@ def starting_options(mixer: str, attention: dict[str, Any]) -> dict[str, Any]:
 
 
 def replaced_layers(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> list[int]:
-    """The layers whose mixers are of another kind, or have other options."""
-    new, old = student.config, teacher.config
-    pairs = enumerate(zip(new.mixers, old.mixers, strict=True))
-    return [i for i, (a, b) in pairs if a != b or new.mixer_options[a] != old.mixer_options[b]]
+    """Return the layers whose mixers are of another kind, or have other options."""
+    pairs = enumerate(zip(student.config.layer_mixers, teacher.config.layer_mixers, strict=True))
+    return [layer for layer, (new, old) in pairs if new != old]
 
 
 def mixer_of(model: HybridAttnForCausalLM, layer: int) -> Any:
-    """The token mixer of a layer."""
+    """Return the token mixer of a layer."""
     block: Any = model.model.layers[layer]
     return block.mixer
 
 
 def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> dict[str, Tensor]:
-    """The teacher's weights that a student takes, by name, in the student's shapes."""
+    """Return the teacher's weights from which the student starts, by name, in the student's shapes."""
     taken = {name: x for name, x in teacher.state_dict().items() if name in student.state_dict()}
     for i in replaced_layers(student, teacher):
         new, old = mixer_of(student, i), mixer_of(teacher, i)
@@ -184,7 +193,7 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
                 del taken[name]
             elif part in ("k_proj", "v_proj"):
                 rows = len(student.get_parameter(name))
-                if rows % len(taken[name]):  # fewer heads than the teacher has
+                if rows % len(taken[name]):  # the student has fewer heads than the teacher
                     del taken[name]
                 else:
                     taken[name] = _repeated(taken[name], old.head_dim, rows)
@@ -192,5 +201,5 @@ def inherited(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) ->
 
 
 def _repeated(x: Tensor, head_dim: int, rows: int) -> Tensor:
-    """Weights [G D,..] or biases [G D] of shared heads as [rows,..], each head once for every one that reads it."""
+    """Repeat shared heads: weights [G D,..] or biases [G D] become [rows,..], one copy of a head per query head."""
     return x.unflatten(0, (-1, head_dim)).repeat_interleave(rows // len(x), 0).flatten(0, 1)

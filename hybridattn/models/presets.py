@@ -17,14 +17,15 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
     # Arora et al., "Simple linear attention language models .." (BASED, 2024), table 1, and their attention baselines
     "based_360m": HybridAttnBasedConfig,
     "based_1b3": partial(
-        HybridAttnBasedConfig, hidden_size=1792, intermediate_size=3584, mixers=stack(36, _BASED_1B3, "taylor")
+        HybridAttnBasedConfig, hidden_size=1792, intermediate_size=3584, mixers=stack(36, "taylor", _BASED_1B3)
     ),
     "transformer_360m": partial(
         HybridAttnConfig,
         vocab_size=50264,
         hidden_size=1024,
         intermediate_size=2816,
-        mixers=["full"] * 24,
+        mixers="1 full",
+        num_hidden_layers=24,
         mixer_options={"full": {"num_heads": 16}},
     ),
     "transformer_1b3": partial(
@@ -32,34 +33,38 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
         vocab_size=50264,
         hidden_size=1680,
         intermediate_size=4608,
-        mixers=["full"] * 36,
+        mixers="1 full",
+        num_hidden_layers=36,
         mixer_options={"full": {"num_heads": 24}},
     ),
     # Arora et al., "Just read twice" (JRT-RNN, 2024)
     "jrt_360m": HybridAttnJRTConfig,
     "jrt_1b3": partial(
-        HybridAttnJRTConfig, hidden_size=1792, intermediate_size=3584, mixers=stack(36, _BASED_1B3, "prefix")
+        HybridAttnJRTConfig, hidden_size=1792, intermediate_size=3584, mixers=stack(36, "prefix", _BASED_1B3)
     ),
     # Constant decays, gates per head and softmax layers in the frame of gla_340m
     "retnet_340m": partial(
         HybridAttnConfig,
         hidden_size=1024,
         intermediate_size=1408,
-        mixers=["retention"] * 24,
+        mixers="1 retention",
+        num_hidden_layers=24,
         mixer_options={"retention": {"num_heads": 4}},
     ),
     "lightning_340m": partial(
         HybridAttnConfig,
         hidden_size=1024,
         intermediate_size=2496,
-        mixers=["lightning"] * 24,
+        mixers="1 lightning",
+        num_hidden_layers=24,
         mixer_options={"lightning": {"num_heads": 8}},
     ),
     "head_gated_340m": partial(
         HybridAttnConfig,
         hidden_size=1024,
         intermediate_size=2816,
-        mixers=["gla"] * 24,
+        mixers="1 gla",
+        num_hidden_layers=24,
         mixer_options={"gla": {"num_heads": 4, "gate_per": "head", "conv_size": 4}},
     ),
     "hybrid_340m": partial(

@@ -1,7 +1,7 @@
-"""Memory and communication per GPU of training under ``sequence_parallel`` and FSDP2, by formula.
+"""Formulas for memory and communication per GPU when training with ``sequence_parallel`` and FSDP2.
 
-``python -m hybridattn.models.scaling`` prints the tables of docs/scaling.md, which states what is assumed. All numbers
-are bytes; those of an exchange are what the busiest GPU sends.
+``python -m hybridattn.models.scaling`` prints the tables of docs/scaling.md, which lists the assumptions. All numbers
+are bytes. Communication is counted as the bytes that the busiest GPU sends.
 """
 
 from collections import Counter
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..layers import GatedLinearAttention, LinearAttention, ShortConvolution, SoftmaxAttention
-from ..layers.decayed_linear_attention import DecayedLinearAttention
+from ..layers import GatedLinearAttention, ShortConvolution, SoftmaxAttention
 from ..layers.parallel.state_passing import TOKENS_AT_ONCE
+from ..layers.recurrent import RecurrentMixer
 from .decoder import HybridAttnConfig
 from .decoder.loss import LOGITS_PER_CHUNK
 from .decoder.sizes import blocks, parameters_of
@@ -21,26 +21,27 @@ FP32 = torch.float32.itemsize
 
 
 class Sent(NamedTuple):
-    """Bytes in a forward and in a backward pass."""
+    """Bytes that a rank sends in a forward pass and in a backward pass."""
 
     forward: int
     backward: int
 
 
 class Memory(NamedTuple):
-    """Bytes of one GPU.
+    """Bytes in the memory of one GPU, by use.
 
     Attributes:
-        weights: parameters, gradients and Adam's two moments, fp32, over all GPUs.
-        gathered: what FSDP2 has whole, at the worse of two moments. After the backward pass of a layer: its parameters
-            and gradients and the next one's parameters, those of embeddings and head, all in ``dtype``, and gradients
-            of the layer before in fp32, being scattered. At the end: embeddings and head, their gradients in both.
+        weights: a GPU's shard of parameters, gradients and Adam's two moments, fp32.
+        gathered: unsharded tensors of FSDP2, the larger of two moments. After the backward pass of a layer, in
+            ``dtype``: its parameters and gradients, and parameters of the next layer, the embeddings and the head; in
+            fp32, gradients of the previous layer, being scattered. At the end: embeddings and head in ``dtype``, their
+            gradients in both types.
         checkpoints: the input of every layer.
-        layer: of one layer whose forward pass is computed again, the largest: four times what its linear maps give.
-        exchange: of one layer, the largest: the states of all segments, four times (gathered, run through, as initial
-            states, their gradients), and what sums them up; or of full attention two more blocks of keys and values,
-            fp32 gradients of three, and those of the queries.
-        loss: of one chunk logits, their logarithmic softmax and gradients, fp32.
+        layer: activations of a recomputed layer, the maximum over layers: four times the outputs of its linear maps.
+        exchange: buffers of a mixer's exchange, the maximum over mixers. Linear attention: the states of all segments,
+            four times (gathered, scanned, initial states, their gradients), and temporaries of their sums. Full
+            attention: two more blocks of keys and values, fp32 gradients of three blocks, and gradients of the queries.
+        loss: logits of one chunk, their log-softmax and their gradients, fp32.
     """
 
     weights: int
@@ -52,7 +53,7 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a linear layer sends per row and segment: a state [heads,keys,values], and decays [heads,decays]."""
+    """Shape of a linear layer's state [heads,keys,values] and decays [heads,decays], sent once per row and segment."""
 
     heads: int
     keys: int
@@ -65,13 +66,12 @@ class State(NamedTuple):
 
 
 def state_of(module: nn.Module) -> State | None:
-    """None for layers without one."""
-    if isinstance(module, DecayedLinearAttention):
-        per_channel = isinstance(module, GatedLinearAttention) and module.gate_per == "channel"
-        return State(module.num_heads, module.key_dim, module.value_dim, module.key_dim if per_channel else 1)
-    if isinstance(module, LinearAttention):  # a normaliser is one more value
-        return State(module.num_heads, module.state_dim, module.value_dim + module.normalize, 1)
-    return None
+    """Return the size of a linear attention layer's state, or None for other modules."""
+    if not isinstance(module, RecurrentMixer):
+        return None
+    per_channel = isinstance(module, GatedLinearAttention) and module.gate_per == "channel"
+    values = module.value_dim + module.normalize  # a normaliser is one more value
+    return State(module.num_heads, module.state_dim, values, module.state_dim if per_channel else 1)
 
 
 def traffic(
@@ -83,19 +83,21 @@ def traffic(
     layout: str = "contiguous",
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Sent]:
-    """What the busiest rank sends in one pass over a sequence, by the kinds of ``SequenceParallel.traffic``.
+    """Return the bytes that the busiest rank sends in one pass over a sequence, by kind of exchange.
 
-    A recomputed layer sends its forward part twice. Not counted are the labels, 8 bytes for each border and row.
+    The kinds are those of ``SequenceParallel.traffic``. A recomputed layer sends its forward part twice. The labels,
+    8 bytes per border and row, are not counted.
 
     Args:
-        tokens: of the sequence, a multiple of the segments; each at least as long as windows and convolutions.
-        ranks: over which it is.
-        batch_size: rows.
+        tokens: length of the sequence, a multiple of the number of segments. A segment must be at least as long as
+            windows and convolution kernels.
+        ranks: number of ranks that share the sequence.
+        batch_size: number of rows.
         layout: ``"contiguous"`` or ``"zigzag"``.
-        dtype: of activations.
+        dtype: dtype of activations.
     """
-    segments = 1 if layout == "contiguous" else 2  # of a rank
-    # A halo goes to the next segment: in zigzag the middle two, and with two ranks more, are on the same rank.
+    segments = 1 if layout == "contiguous" else 2  # per rank
+    # A halo goes to the next segment. In zigzag the middle two segments are on one rank; with two ranks, more are.
     borders = 0 if ranks == 1 else 1 if layout == "contiguous" or ranks == 2 else 2
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()
@@ -126,9 +128,10 @@ def traffic(
 
 
 def sharded_traffic(config: HybridAttnConfig, *, gpus: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """What a GPU sends for FSDP2 in a step, with ``fully_shard`` of every layer and of the model.
+    """Return the bytes that a GPU sends for FSDP2 in a step, with ``fully_shard`` on every layer and on the model.
 
-    Parameters in ``dtype`` are gathered, those of layers again in the backward pass; gradients are scattered in fp32.
+    FSDP2 gathers all parameters in ``dtype``, gathers the layers' parameters again in the backward pass, and scatters
+    gradients in fp32.
     """
     *layers, rest = parameters_of(config)
     total = sum(layers) + rest
@@ -145,10 +148,10 @@ def memory(
     layout: str = "contiguous",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Memory:
-    """Of one GPU in training, every layer checkpointed.
+    """Return the memory of one GPU in training, with activation checkpointing of every layer.
 
     Args:
-        gpus: that share the parameters (FSDP2); ``ranks`` by default.
+        gpus: number of GPUs that share the parameters (FSDP2); ``ranks`` by default.
         tokens, ranks, batch_size, layout, dtype: as in ``traffic``.
     """
     layers, here = blocks(config), batch_size * tokens // ranks
@@ -158,7 +161,7 @@ def memory(
     exchange = [0]
     for module in (module for layer in layers for module in layer.modules()):
         if state := state_of(module):
-            # Gates in fp64, their sums forwards and backwards, and the weighted keys, of so many tokens at once.
+            # For TOKENS_AT_ONCE tokens: gates in fp64, their forward and backward sums, and the weighted keys.
             summing = 40 * min(here, batch_size * TOKENS_AT_ONCE) * state.heads * state.keys
             exchange.append(4 * segments * batch_size * state.elements * FP32 + summing)
         elif isinstance(module, SoftmaxAttention) and module.window is None:
@@ -178,7 +181,10 @@ def memory(
 
 
 def _shape(hidden: int, intermediate: int, layers: int, mixers: str) -> HybridAttnConfig:
-    """The frame of gla_1b3 and a larger one, GLA with 4 heads, softmax attention with heads of 128 in groups of 4."""
+    """Return a model of this shape: GLA with 4 heads; softmax attention with head size 128, 4 query heads per key head.
+
+    The shape of the smaller model is that of gla_1b3.
+    """
     softmax = {"num_heads": hidden // 128, "num_key_value_heads": hidden // 512}
     options = {"gla": {"num_heads": 4}, "window": {**softmax, "window": 2048}, "full": softmax}
     return HybridAttnConfig(
@@ -198,7 +204,7 @@ TABLES = {
 
 
 def tables() -> str:
-    """The tables of docs/scaling.md, in Markdown."""
+    """Return the tables of docs/scaling.md as Markdown."""
     lines = []
     for title, (hidden, intermediate, layers, tokens, counts) in TABLES.items():
         lines += [
@@ -214,7 +220,7 @@ def tables() -> str:
             for ranks in counts:
                 parts = memory(config, tokens=tokens, ranks=ranks, layout=layout)
                 sent = traffic(config, tokens=tokens, ranks=ranks, layout=layout)
-                step = {kind: 2 * x.forward + x.backward for kind, x in sent.items()}  # every layer twice forward
+                step = {kind: 2 * x.forward + x.backward for kind, x in sent.items()}  # checkpointing: two forwards
                 row = [
                     name,
                     f"{sum(parameters_of(config)) / 1e9:.2f}B",

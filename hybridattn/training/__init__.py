@@ -1,1 +1,1 @@
-"""Training: pretraining and fine-tuning from YAML files; byte corpus, baselines and a small loop for the demo."""
+"""Pretraining and fine-tuning from YAML files; also the byte corpus, n-gram baselines and small loop of the demo."""

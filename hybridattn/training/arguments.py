@@ -1,4 +1,4 @@
-"""What a training run is told: a YAML file, and ``--field value`` over it."""
+"""Arguments of ``hybridattn train``: dataclasses, read from a YAML file and from ``--field value`` options over it."""
 
 import json
 import re
@@ -16,28 +16,28 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass
 class ModelArguments:
-    """Which model is trained. ``preset`` and ``config`` make a new one, ``model`` is a saved one to go on from."""
+    """The model to train: a new one from ``preset`` or ``config``, or a saved ``model``."""
 
     preset: str | None = field(default=None, metadata={"help": "A new model of this published shape."})
     config: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of HybridAttnConfig, or of a model_type of transformers (JSON)."}
+        default=None, metadata={"help": "Fields of HybridAttnConfig, or of a model_type of transformers (JSON)."}
     )
     model: str | None = field(default=None, metadata={"help": "A saved model: a folder, or a name on the Hub."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "A folder or a name on the Hub; 'bytes' is built in. Default: the model's."}
+        default=None, metadata={"help": "A folder, a name on the Hub, or 'bytes' (built in). Default: the model's."}
     )
     lora: dict | str | None = field(
-        default=None, metadata={"help": "Train adapters only: arguments of peft.LoraConfig (JSON)."}
+        default=None, metadata={"help": "Train LoRA adapters only: arguments of peft.LoraConfig (JSON)."}
     )
     freeze: list[str] = field(
-        default_factory=list, metadata={"help": "Parameters left as they are: patterns such as model.embed_tokens.*"}
+        default_factory=list, metadata={"help": "Parameters not to train: patterns such as model.embed_tokens.*"}
     )
 
     def __post_init__(self):
         self.config, self.lora = read_mapping("config", self.config), read_mapping("lora", self.lora)
         new = self.preset is not None or self.config is not None
         if new == (self.model is not None):
-            raise ValueError(f"model: expected it or else preset or config, got {'both' if new else 'none of them'}")
+            raise ValueError(f"model: expected either model, or preset or config, got {'both' if new else 'neither'}")
         if self.model is None and self.lora is not None:
             raise ValueError("lora: expected a saved model to adapt, got a new one")
         if self.model is None and self.tokenizer is None:
@@ -46,48 +46,52 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What it is trained on. See docs/training.md."""
+    """The training and evaluation data. See docs/training.md."""
 
     data: str = field(default="python", metadata={"help": "A file, a folder, a data set on the Hub, or 'python'."})
-    subset: str | None = field(default=None, metadata={"help": "Of a data set on the Hub."})
-    split: str = field(default="train", metadata={"help": "Of a data set on the Hub, or 'test' of 'python'."})
-    column: str = field(default="text", metadata={"help": "Column of texts, or of lists of token ids."})
-    sample_by: str = field(default="document", metadata={"help": "Of text files: 'document', 'paragraph' or 'line'."})
+    subset: str | None = field(default=None, metadata={"help": "Subset of a data set on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of a data set on the Hub, or of 'python'."})
+    column: str = field(default="text", metadata={"help": "Column with texts, or with lists of token ids."})
+    sample_by: str = field(
+        default="document", metadata={"help": "Document in text files: 'document' (a file), 'paragraph' or 'line'."}
+    )
     length: int = field(default=2048, metadata={"help": "Tokens per row."})
-    shuffle: int = field(default=1000, metadata={"help": "Documents read ahead and put in random order; 1 for none."})
-    skip_empty: bool = field(default=False, metadata={"help": "Leave out documents without tokens."})
-    eval_data: str | None = field(default=None, metadata={"help": "As data; default: 'test' of 'python', or none."})
-    eval_split: str = field(default="test", metadata={"help": "Of eval_data."})
-    eval_rows: int = field(default=64, metadata={"help": "Rows of eval_data that are scored."})
+    shuffle: int = field(default=1000, metadata={"help": "Documents read ahead and shuffled; 1 for no shuffling."})
+    skip_empty: bool = field(default=False, metadata={"help": "Skip documents without tokens."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Evaluation data, as for data. Default: 'python' if data is 'python'."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split of eval_data."})
+    eval_rows: int = field(default=64, metadata={"help": "Rows of eval_data to evaluate on."})
 
     def __post_init__(self):
         if self.eval_data is None and self.data == "python":
             self.eval_data = "python"
 
     def stream(self) -> dict[str, Any]:
-        """What decides which tokens come when, as JSON values."""
+        """Return the arguments that determine the stream of training tokens, as JSON values."""
         return {name: value for name, value in asdict(self).items() if not name.startswith("eval_")}
 
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' arguments, with defaults for streams of packed rows, and a few more."""
+    """transformers' ``TrainingArguments`` with defaults for streams of packed rows, and further arguments."""
 
     learning_rate: float = 3e-4
     lr_scheduler_type: str = "cosine_with_min_lr"
     adam_beta2: float = 0.95
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
-    report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036  (HfArgumentParser takes the second kind)
+    report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036  (HfArgumentParser parses the second type)
     save_total_limit: int | None = 3
     per_device_eval_batch_size: int = 1
     ddp_find_unused_parameters: bool | None = False
     rows_per_step: int | None = field(
         default=None,
-        metadata={"help": "Rows per optimiser step over all processes; gradient accumulation follows from it."},
+        metadata={"help": "Rows per optimiser step over all processes; determines gradient accumulation."},
     )
     peak_flops: float | None = field(
-        default=None, metadata={"help": "FLOP/s of one device, for MFU. Default: published, or else measured."}
+        default=None, metadata={"help": "Peak FLOP/s of one device, for MFU. Default: published, else measured."}
     )
 
     def __post_init__(self):
@@ -95,17 +99,17 @@ class RunArguments(TrainingArguments):
             self.use_cpu = True
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
-        # Batches are packed, counted and divided between processes by us; a stream is resumed, never replayed.
+        # PackedBatches packs, counts and divides the batches, and resumes a stream at its position without replaying.
         self.remove_unused_columns, self.prediction_loss_only, self.ignore_data_skip = False, True, True
-        with warnings.catch_warnings():  # the new name, activation_checkpointing, is unknown before transformers 5.23
+        with warnings.catch_warnings():  # transformers before 5.23 does not know the new name, activation_checkpointing
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError(f"max_steps: expected a positive number (the data is a stream), got {self.max_steps}")
-        if self.n_gpu > 1:  # Trainer would split packed rows between them
+        if self.n_gpu > 1:  # Trainer would split a packed row between the GPUs
             raise ValueError(
-                f"expected one GPU per process, got {self.n_gpu}: start with torchrun --nproc-per-node {self.n_gpu} "
-                "-m hybridattn.training.train, or choose one by CUDA_VISIBLE_DEVICES"
+                f"GPUs: expected one per process, got {self.n_gpu}: start with torchrun --nproc-per-node {self.n_gpu} "
+                "-m hybridattn.training.train, or select one with CUDA_VISIBLE_DEVICES"
             )
         if self.dataloader_num_workers not in (0, 1):
             raise ValueError(f"dataloader_num_workers: expected 0 or 1, got {self.dataloader_num_workers}")
@@ -128,7 +132,7 @@ class RunArguments(TrainingArguments):
 
 
 def read_mapping(name: str, value: dict | str | None) -> dict[str, Any] | None:
-    """A mapping as it is, or read from JSON."""
+    """Return a mapping unchanged, or parse it from JSON; argument ``name`` in the ValueError for anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -140,7 +144,7 @@ def read_mapping(name: str, value: dict | str | None) -> dict[str, Any] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as people write it, and not a string, as YAML 1.1 has it."""
+    """YAML loader that reads 3e-4 as a number; YAML 1.1 reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -157,13 +161,13 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     """Read ``CONFIG.yaml [--field value ...]``.
 
     Args:
-        arguments: the path of a YAML file, or the name of a shipped one (``tiny_cpu``), then what is changed of it.
+        arguments: the path of a YAML file, or the name of a shipped one (``tiny_cpu``), then overrides.
 
     Raises:
-        ValueError: no such file, an unknown field, or a value of the wrong kind.
+        ValueError: no such file, an unknown field, or a value of the wrong type.
     """
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"CONFIG: expected a YAML file or one of {shipped()} first, got {arguments[:1]}")
+        raise ValueError(f"CONFIG: expected a YAML file or one of {shipped()} as first argument, got {arguments[:1]}")
     path = Path(arguments[0])
     if not path.is_file() and arguments[0] in shipped():
         path = CONFIGS / f"{arguments[0]}.yaml"
@@ -174,7 +178,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got an error: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected fields and values, got {values!r:.50}")
+        raise ValueError(f"{path}: expected a mapping of fields, got {values!r:.50}")
     kinds = (ModelArguments, DataArguments, RunArguments)
     if unknown := sorted(set(values) - {entry.name for kind in kinds for entry in fields(kind)}):
         raise ValueError(f"{path}: expected fields of {[kind.__name__ for kind in kinds]}, got {unknown}")
@@ -184,10 +188,10 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
         arguments[1:], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(f"expected --field value of {[kind.__name__ for kind in kinds]}, got {unknown}")
+        raise ValueError(f"options: expected --field value of {[kind.__name__ for kind in kinds]}, got {unknown}")
     return model, data, run
 
 
 def shipped() -> list[str]:
-    """Names of the configurations that come with the package."""
+    """Return the names of the configurations that come with the package."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -1,6 +1,6 @@
-"""Real text without a download: the Python standard library's sources as a byte corpus, and a byte tokenizer.
+"""A byte-level text corpus from the sources of Python's standard library, and a byte tokenizer; no downloads.
 
-Token ids 0..255 are the byte values; two special tokens follow, ``SEPARATOR`` and ``PAD``.
+Token ids 0..255 are the byte values; the special tokens ``SEPARATOR`` and ``PAD`` follow.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SEPARATOR = 256  # before every document and after the last one; also ends and begins a generated text
+SEPARATOR = 256  # before every document and after the last one; also the begin and end token of generation
 PAD = 257
 VOCAB_SIZE = 258
 
-# Not prose or code of the library itself: other people's packages, tests, tables and generated data.
+# Folders of installed packages, tests, tables and generated data, which are not source code of the library.
 SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data", "turtledemo")
 )
-SMALLEST_FILE = 256  # bytes; below that mostly empty __init__.py files
-HELD_OUT_SHARE = 16  # one file in this many is held out
+SMALLEST_FILE = 256  # bytes; most smaller files are empty __init__.py files
+HELD_OUT_SHARE = 16  # one file in 16 is held out
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def standard_library(root: Path | None = None, *, smallest_part: int = 65_536) -
 
     Args:
         root: folder to read; the running interpreter's standard library if None.
-        smallest_part: bytes below which train or held-out text is too short to mean anything.
+        smallest_part: minimum size of the train and of the held-out text, in bytes.
 
     Raises:
         ValueError: the sources are missing (some systems ship bytecode only) or too few.
@@ -73,7 +73,7 @@ def standard_library(root: Path | None = None, *, smallest_part: int = 65_536) -
 
 
 def is_skipped(name: Path) -> bool:
-    """Whether a file, named relative to the library's root, is left out of the corpus."""
+    """Whether the corpus excludes a file, named relative to the library's root."""
     return any(folder in SKIPPED_FOLDERS or folder.startswith("config-") for folder in name.parts[:-1])
 
 
@@ -95,10 +95,10 @@ def byte_tokenizer(*, max_length: int | None = None) -> "PreTrainedTokenizerFast
     Every text (str) encodes to its UTF-8 bytes and decodes to itself; special tokens are never parsed from text.
 
     Args:
-        max_length: the longest input, in tokens, that the model is meant for; None for no limit.
+        max_length: maximum input length of the model, in tokens; None for no limit.
 
     Returns:
-        The tokenizer, with ``VOCAB_SIZE`` tokens, saved with ``save_pretrained``.
+        The tokenizer, with ``VOCAB_SIZE`` tokens; ``save_pretrained`` works.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -121,9 +121,9 @@ def byte_tokenizer(*, max_length: int | None = None) -> "PreTrainedTokenizerFast
 
 
 def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table), by byte value.
+    """Return the printable character for each byte in a byte-level vocabulary (GPT-2's table), by byte value.
 
-    A byte that is a printable Latin-1 character stands for itself; the others take, in order, the characters from 256.
+    A printable Latin-1 character represents itself; the other bytes get the characters from code point 256 in order.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 

@@ -1,4 +1,4 @@
-"""A small language-model training loop that a CPU carries: Muon for matrices, AdamW for the rest, a budget to keep.
+"""A small language-model training loop for CPUs: Muon for matrices, AdamW for the rest, a budget of steps or seconds.
 
 Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
 """
@@ -21,16 +21,16 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run does at every step.
+    """Hyperparameters of a training run.
 
     Attributes:
         length: tokens per sequence.
         batch: sequences per step.
-        matrix_rate: peak learning rate of Muon (matrices inside the blocks).
-        rate: peak learning rate of AdamW (everything else).
-        weight_decay: of every parameter with two or more dimensions, relative to the learning rate.
-        warmup: share of the run over which the rates rise linearly; they fall as a cosine to zero afterwards.
-        clip: largest norm of all gradients together.
+        matrix_rate: peak learning rate of Muon (weights of linear layers inside the blocks).
+        rate: peak learning rate of AdamW (all other parameters).
+        weight_decay: decoupled weight decay of every parameter with two or more dimensions.
+        warmup: share of the run with linear warm-up of the learning rates; cosine decay to zero follows.
+        clip: maximum norm of all gradients together.
     """
 
     length: int = 128
@@ -51,25 +51,26 @@ def train(
     recipe: Recipe | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Train a causal language model on random windows of one text, for a number of steps or for a time.
+    """Train a causal language model on random windows of one text, for a number of steps or seconds.
 
-    Runs in bf16 autocast on a CPU that computes in bf16, in the model's own dtype elsewhere. With ``steps`` the result
-    is determined by ``steps``, ``seed`` and the model; with ``seconds`` it also depends on the machine's speed.
+    The loop uses bf16 autocast on a CPU with bf16 instructions, and the model's own dtype elsewhere. ``steps``,
+    ``seed`` and the model determine the result; with ``seconds`` it also depends on the machine's speed.
 
     Args:
-        model: a causal language model; left in evaluation mode.
+        model: a causal language model; it is in evaluation mode afterwards.
         tokens: token ids ``[time]``, integers.
-        steps: optimiser steps to take; exclusive with ``seconds``.
-        seconds: wall-clock time to spend, at least one step.
-        recipe: batch, rates and schedule; `Recipe()` if None.
-        seed: of the windows drawn.
+        steps: number of optimiser steps; exclusive with ``seconds``.
+        seconds: wall-clock time to train; at least one step is taken.
+        recipe: hyperparameters; `Recipe()` if None.
+        seed: seed of the random windows.
 
     Returns:
-        ``steps``, ``seconds``, ``tokens_per_second`` and ``bits_per_token`` (training loss, averaged over the last
-        twenty or so steps).
+        ``steps``, ``seconds``, ``tokens_per_second`` and ``bits_per_token`` (training loss, an exponential average over
+        about twenty steps).
 
     Raises:
-        ValueError: not exactly one of ``steps`` and ``seconds``, one that is not positive, or too short a text.
+        ValueError: not exactly one of ``steps`` and ``seconds``, a value that is not positive, or a text that is too
+            short.
         FloatingPointError: the loss is no longer finite.
     """
     recipe = recipe or Recipe()
@@ -103,7 +104,7 @@ def train(
 
 
 def check_budget(steps: int | None, seconds: float | None) -> float:
-    """Return the one of both that is given, a positive number."""
+    """Return whichever of ``steps`` and ``seconds`` is given; raise ValueError unless one is, and positive."""
     given = {name: value for name, value in (("steps", steps), ("seconds", seconds)) if value is not None}
     if len(given) != 1:
         raise ValueError(f"steps, seconds: expected exactly one of them, got {' and '.join(given) or 'neither'}")
@@ -114,7 +115,7 @@ def check_budget(steps: int | None, seconds: float | None) -> float:
 
 
 def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of linear layers, AdamW for the rest: embeddings, head, convolutions, vectors."""
+    """Create Muon for the weights of linear layers and AdamW for embeddings, head, convolutions and vectors."""
     outside = {model.get_input_embeddings(), model.get_output_embeddings()}
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in outside]
     matrices = {id(module.weight): module.weight for module in linear}
@@ -133,14 +134,17 @@ def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim
 
 
 def schedule(progress: float, *, warmup: float) -> float:
-    """Learning rate over its peak after a share ``progress`` of a run: a linear rise, then a cosine; at least 0.01."""
+    """Return the learning rate, relative to its peak, after a share ``progress`` of a run.
+
+    The schedule is linear warm-up, then cosine decay; at least 0.01.
+    """
     if progress < warmup:
         return max(progress / warmup, 0.01)
     return max(0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup)), 0.01)
 
 
 def scale_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
-    """Set every learning rate to a share of its peak."""
+    """Set every learning rate to ``share`` times its peak."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak"] * share
 
@@ -148,7 +152,7 @@ def scale_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
 def take_step(
     model: PreTrainedModel, tokens: torch.Tensor, optimizers: list[torch.optim.Optimizer], *, clip: float
 ) -> float:
-    """One optimiser step on ``tokens``, int64 ``[batch, length + 1]``; returns the loss in nats per token."""
+    """Take one optimiser step on ``tokens``, int64 ``[batch, length + 1]``; return the loss in nats per token."""
     with native_autocast():
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
@@ -161,11 +165,11 @@ def take_step(
 
 
 def native_autocast() -> torch.autocast:
-    """bf16 autocast where the CPU has bf16 instructions (x86: AVX512-BF16 or AMX); emulated bf16 would be slower."""
+    """Return bf16 autocast, enabled only if the CPU has bf16 instructions: emulated bf16 would be slower than fp32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=has_native_bf16())
 
 
 def has_native_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware, as far as torch can tell."""
+    """Whether torch reports bf16 matrix instructions for this CPU (x86: AVX512-BF16 or AMX)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,4 +1,4 @@
-"""The tokenizer and the model of a run."""
+"""Create or load the tokenizer, configuration and model of a training run, with frozen parameters and LoRA adapters."""
 
 import warnings
 from dataclasses import fields
@@ -25,10 +25,10 @@ from .byte_corpus import byte_tokenizer
 
 
 def build_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer by name, or the model's own; ``"bytes"`` is made here.
+    """Load the named tokenizer, by default the model's; ``"bytes"`` is the built-in byte tokenizer.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no tokenizer has that name.
     """
     name = arguments.tokenizer or arguments.model
     if name == "bytes":
@@ -42,7 +42,7 @@ def build_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The model's configuration; a new model's knows the tokenizer's special tokens.
+    """Load the configuration of a saved model, or create one; a new one gets the tokenizer's special token ids.
 
     Raises:
         ValueError: no such preset or model, a wrong option, or a tokenizer larger than the vocabulary.
@@ -67,7 +67,7 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
 
 
 def new_config(preset: str | None, options: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a preset, or of a ``model_type`` of transformers, with ``options`` over it.
+    """Create the configuration of a preset or of a ``model_type`` of transformers; ``options`` override its fields.
 
     Raises:
         ValueError: no such preset, model type or option.
@@ -79,7 +79,7 @@ def new_config(preset: str | None, options: dict[str, Any]) -> PreTrainedConfig:
     if preset is None and kind not in CONFIG_MAPPING:
         raise ValueError(f"config: expected a model_type of transformers, such as 'llama', got {kind!r}")
     make: Any = PRESETS[preset] if preset else CONFIG_MAPPING[kind]
-    family = getattr(make, "func", make)  # of a preset that fills in some fields
+    family = getattr(make, "func", make)  # a preset may be a functools.partial of the configuration class
     if unknown := sorted(set(options) - {field.name for field in fields(family)} - {"attn_implementation"}):
         raise ValueError(f"config: expected arguments of {family.__name__}, got {unknown}")
     try:
@@ -89,10 +89,10 @@ def new_config(preset: str | None, options: dict[str, Any]) -> PreTrainedConfig:
 
 
 def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model in fp32, parameters frozen and adapters added as asked for.
+    """Create or load the model in fp32, freeze the parameters that ``freeze`` names and add LoRA adapters.
 
     Raises:
-        ValueError: no such model, a pattern that fits no parameter, or adapters that do not fit.
+        ValueError: no such model, a pattern that matches no parameter, or adapters that peft rejects.
     """
     if arguments.model is None:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -104,26 +104,30 @@ def build_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrain
     for pattern in arguments.freeze:
         fitting = [parameter for name, parameter in model.named_parameters() if fnmatch(name, pattern)]
         if not fitting:
-            raise ValueError(f"freeze: expected patterns of parameter names, got {pattern!r}, which fits none")
+            raise ValueError(f"freeze: expected patterns of parameter names, got {pattern!r}, which matches none")
         for parameter in fitting:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"freeze: expected patterns that leave something to train, got {arguments.freeze}")
+        raise ValueError(f"freeze: expected patterns that leave a parameter to train, got {arguments.freeze}")
     options: Any = arguments.lora
     return model if options is None else add_lora(model, options)
 
 
 def add_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
-    """The model in ``peft.PeftModel``, adapters on every linear layer but the head unless ``target_modules`` says so.
+    """Wrap a model in ``peft.PeftModel``, by default with adapters on every linear layer but the head.
+
+    Args:
+        model: the model to adapt.
+        options: arguments of ``peft.LoraConfig``; ``target_modules`` selects other layers.
 
     Raises:
-        ValueError: an option that peft does not have or cannot take.
+        ValueError: an option or a value that peft rejects.
     """
     import peft
 
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear", **options})
-        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+        with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             return peft.get_peft_model(model, config)
     except (TypeError, ValueError) as error:

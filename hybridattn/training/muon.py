@@ -1,6 +1,7 @@
-"""Muon in a type of one's choice: `torch.optim.Muon` computes in bf16, which a CPU without such instructions emulates.
+"""The Muon optimiser with a choice of dtype.
 
-There the optimiser takes four fifths of a step of a small model (measured on an AMD EPYC with AVX2).
+`torch.optim.Muon` computes in bf16, which a CPU without bf16 instructions emulates: there the optimiser takes four
+fifths of a step of a small model (measured on an AMD EPYC with AVX2).
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
 """
 
@@ -9,19 +10,20 @@ from collections.abc import Iterable
 
 import torch
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5: five steps bring values above 0.002 to 0.68 to 1.2
+# Of x, x^3 and x^5. Five steps map singular values above 0.002 to between 0.68 and 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values, unless tiny, are brought near 1, for matrices ``[rows, columns]``.
+    """Muon for matrices ``[rows, columns]``: momentum with singular values mapped close to 1, unless they are tiny.
 
     Args:
         params: matrices.
-        lr: learning rate; a matrix with more rows than columns takes sqrt(rows / columns) times as much.
-        weight_decay: share of a weight that a step takes off, relative to ``lr``.
-        momentum: share of the mean of gradients that a step keeps (Nesterov's).
-        dtype: in which singular values are brought near 1.
+        lr: learning rate, multiplied by sqrt(rows / columns) for a matrix with more rows than columns.
+        weight_decay: decoupled weight decay; a step subtracts ``lr * weight_decay`` times the weight.
+        momentum: decay of the running mean of gradients (Nesterov momentum).
+        dtype: dtype of the Newton-Schulz iteration.
 
     Raises:
         ValueError: a parameter is not a matrix.
@@ -44,13 +46,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take a step; matrices without a gradient stay.
+        """Take a step; matrices without a gradient do not change.
 
         Raises:
-            ValueError: a closure, which is not supported.
+            ValueError: ``closure`` is not None; closures are not supported.
         """
         if closure is not None:
-            raise ValueError("closure: expected None, this optimiser calls none")
+            raise ValueError(f"closure: expected None, got {closure!r}")
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for weight in group["params"]:
@@ -67,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of ``[rows, columns]`` near 1, by a Newton-Schulz iteration of fifth order."""
+    """Map the singular values of a matrix ``[rows, columns]`` close to 1, by a fifth-order Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / wide.norm().clamp(min=1e-7)

@@ -1,11 +1,11 @@
-"""Interpolated Witten-Bell n-gram models over bytes: the baselines a byte language model has to beat.
+"""Interpolated Witten-Bell n-gram models over bytes, as baselines for byte-level language models.
 
-With the k previous tokens as context h, seen N(h) times and followed by D(h) distinct tokens,
+Let h be the context of k previous tokens, N(h) its count and D(h) the number of distinct tokens that follow it:
 
-    P_k(w | h) = (count(h w) + D(h) P_{k-1}(w | h without its oldest token)) / (N(h) + D(h)),
+    P_k(w | h) = (count(h w) + D(h) P_{k-1}(w | h without its oldest token)) / (N(h) + D(h)).
 
-P_k = P_{k-1} where h was never seen, and P_{-1} uniform over the vocabulary (Witten and Bell, 1991, method C, in the
-interpolated form of Chen and Goodman, 1998, section 2.5).
+P_k = P_{k-1} if N(h) = 0, and P_{-1} is uniform over the vocabulary. Source: Witten and Bell, 1991, method C, in the
+interpolated form of Chen and Goodman, 1998, section 2.5.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 VOCAB_SIZE = 257  # byte values and the separator
-HIGHEST_ORDER = 6  # a context and its token are one int64 in base VOCAB_SIZE
+HIGHEST_ORDER = 6  # a context and its token must fit one int64 in base VOCAB_SIZE
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was seen of one order. Keys are sorted; a context of k tokens is a number of k digits in base VOCAB_SIZE.
+    """Counts of the n-grams of one order. Keys are sorted; a context of k tokens is k digits in base VOCAB_SIZE.
 
     Attributes:
         ngrams, ngram_counts: int64 ``[distinct n-grams]``, key (context * VOCAB_SIZE + token) and occurrences.
@@ -33,7 +33,7 @@ class Counts:
 
 
 def count(tokens: np.ndarray, *, order: int) -> Counts:
-    """Count the n-grams of one order: each token with the ``order`` tokens before it.
+    """Count the n-grams of one order: every token with the ``order`` tokens before it.
 
     Args:
         tokens: token ids below ``VOCAB_SIZE``, integers ``[time]``.
@@ -45,7 +45,7 @@ def count(tokens: np.ndarray, *, order: int) -> Counts:
     if not 0 <= order <= HIGHEST_ORDER:
         raise ValueError(f"order: expected 0 to {HIGHEST_ORDER}, got {order}")
     if len(tokens) <= order:
-        raise ValueError(f"tokens: expected more than order = {order} of them, got {len(tokens)}")
+        raise ValueError(f"tokens: expected more than {order} (the order), got {len(tokens)}")
     positions = np.arange(order, len(tokens))
     tokens = tokens.astype(np.int64)
     keys = context_keys(tokens, positions, order) * VOCAB_SIZE + tokens[order:]
@@ -55,7 +55,7 @@ def count(tokens: np.ndarray, *, order: int) -> Counts:
 
 
 def context_keys(tokens: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
-    """The ``order`` tokens before each position as one number, int64 ``[positions]``, the oldest token leading."""
+    """Encode the ``order`` tokens before each position as one int64, oldest token first; returns ``[positions]``."""
     keys = np.zeros(len(positions), np.int64)
     for distance in range(order, 0, -1):
         keys = keys * VOCAB_SIZE + tokens[positions - distance]
@@ -63,18 +63,18 @@ def context_keys(tokens: np.ndarray, positions: np.ndarray, order: int) -> np.nd
 
 
 def bits_per_token(models: list[Counts], tokens: np.ndarray, positions: np.ndarray) -> list[float]:
-    """Mean -log2 P(token | tokens before it) at the given positions, for each order from 0 up.
+    """Compute the mean of -log2 P(token | previous tokens) at the given positions, for each order from 0.
 
     Args:
-        models: the counts of orders 0, 1, 2, ... in this order.
+        models: the counts of orders 0, 1, 2, .., in this order.
         tokens: token ids ``[time]`` of the text to score.
         positions: indices into ``tokens`` ``[positions]``, each at least the highest order.
 
     Returns:
-        Bits per token, one figure per order.
+        Bits per token, one number per order.
 
     Raises:
-        ValueError: no positions, or one with too few tokens before it.
+        ValueError: no positions, or a position with too few tokens before it.
     """
     if len(positions) == 0 or positions.min() < len(models) - 1:
         raise ValueError(
@@ -95,6 +95,6 @@ def bits_per_token(models: list[Counts], tokens: np.ndarray, positions: np.ndarr
 
 
 def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """``values`` at the sorted ``keys`` equal to ``wanted``, 0 where there is none."""
+    """Return ``values`` where the sorted ``keys`` equal ``wanted``, and 0 for keys that are absent."""
     index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[index] == wanted, values[index], 0)

@@ -1,7 +1,7 @@
-"""Documents packed end to end into rows of one length, in an order that depends on a seed alone.
+"""Pack documents into rows of equal length without padding, in an order that only a seed determines; resumable.
 
-A row is filled to the last token: what does not fit goes on in the next row, as a sequence of its own. Every sequence
-has its offsets in ``cu_seq_lens_q``, so that models never look across.
+Every row is full: the rest of a document that does not fit becomes a separate sequence in the next row. The offsets of
+all sequences are in ``cu_seq_lens_q``, so that no token attends to another sequence.
 """
 
 import copy
@@ -16,19 +16,19 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 TOKENIZED_TOGETHER = 32  # documents
-EMPTY = "expected at least one token, got none; skip_empty leaves such documents out"
+EMPTY = "expected at least one token, got none; set skip_empty to skip empty documents"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream stands, as JSON values; resuming reads again one block of documents at most.
+    """Position in a stream of documents, as JSON values; resuming reads at most one block of documents again.
 
     Attributes:
         passes: complete passes over the data.
         block: blocks of this pass before the current one.
-        source: state of the source where the current block begins; None at the start of a pass.
-        document: documents of the block, in the order of training, before the current one.
-        token: tokens used of the current document.
+        source: state of the source at the start of the current block; None at the start of a pass.
+        document: documents of the block before the current one, in shuffled order.
+        token: tokens of the current document that are already used.
     """
 
     passes: int = 0
@@ -39,7 +39,13 @@ class Place:
 
 
 class Row(NamedTuple):
-    """``tokens``: int64 ``[length]``; ``lengths``: of its sequences; ``place``: the stream's after this row."""
+    """A packed row.
+
+    Attributes:
+        tokens: token ids, int64 ``[length]``.
+        lengths: lengths of the row's sequences, in tokens.
+        place: position in the stream after this row.
+    """
 
     tokens: np.ndarray
     lengths: list[int]
@@ -47,28 +53,30 @@ class Row(NamedTuple):
 
 
 class PackedBatches(IterableDataset):
-    """The micro-batches of one process, endless: all processes read the same rows, and each takes its own.
+    """Endless iterator over the micro-batches of one process.
 
-    So the rows of an optimiser step depend neither on the number of processes nor on how the step is divided.
+    All processes read the same rows, and each takes its share. The rows of an optimiser step therefore depend neither
+    on the number of processes nor on the number of micro-batches.
+
+    Every batch has ``input_ids``, ``labels`` and ``position_ids``, int64 ``[1, rows * length]``; ``cu_seq_lens_q`` and
+    ``cu_seq_lens_k``, int32 ``[sequences + 1]``; ``max_length_q`` and ``max_length_k``; and ``place``, the position in
+    the stream after the batch, the same on all processes. The first label of each sequence is -100, since no token
+    predicts it.
 
     Args:
         source: a ``datasets.IterableDataset`` of documents.
-        tokenizer: makes token ids of texts; puts its begin and end tokens, where it has them, around each.
-        column: of the source: texts, or lists of token ids, which are taken as they are.
-        vocab_size: of the model.
+        tokenizer: tokenizer of the texts; its begin and end tokens, if it has them, surround each document.
+        column: column of the source, with texts or with lists of token ids, which are used unchanged.
+        vocab_size: vocabulary size of the model.
         length: tokens per row.
-        rows: of one process in one micro-batch.
-        block: documents that are read ahead and put in random order; 1 leaves them in the source's.
-        seed: of that order.
-        skip_empty: leave out documents without tokens, instead of raising.
-        process, processes: which one this is of how many.
-
-    Every batch has ``input_ids``, ``labels`` and ``position_ids``, int64 ``[1, rows * length]``, ``cu_seq_lens_q`` and
-    ``cu_seq_lens_k``, int32 ``[sequences + 1]``, ``max_length_q`` and ``max_length_k``, and ``place``, the stream's
-    after it, the same on all processes. The first label of each sequence is -100: nothing predicts it.
+        rows: rows per process and micro-batch.
+        block: number of documents that are read ahead and shuffled; 1 keeps the source's order.
+        seed: seed of the shuffling.
+        skip_empty: skip documents without tokens instead of raising.
+        process, processes: index of this process, and number of processes.
 
     Raises:
-        ValueError: while it is read: no document, a document without tokens or that is neither text nor token ids, or a
+        ValueError: during iteration: no documents, a document that has no tokens or is neither text nor token ids, or a
             token id outside the vocabulary.
     """
 
@@ -117,9 +125,9 @@ class PackedBatches(IterableDataset):
                     pieces, filled = [], 0
 
     def _documents(self) -> Iterator[tuple[np.ndarray, Place]]:
-        """Token ids of every document from ``self.place`` on, with its place."""
+        """Yield the token ids of every document from ``self.place`` on, with the document's position."""
         place = self.place
-        found = place != Place()  # a document with tokens; what was gone on from had one
+        found = place != Place()  # whether any document had tokens; true for a resumed run
         while True:
             self.source.load_state_dict(copy.deepcopy(place.source or self.start))
             documents = iter(self.source)
@@ -137,7 +145,7 @@ class PackedBatches(IterableDataset):
             place = Place(place.passes + 1)
 
     def _tokenize(self, documents: list[dict[str, Any]], numbers: list[int]) -> Iterator[np.ndarray]:
-        """int64 token ids of each document; of an empty one, where these are left out, none."""
+        """Yield the int64 token ids of each document; an empty array for an empty document with ``skip_empty``."""
         values = [document.get(self.column) for document in documents]
         texts = [value for value in values if isinstance(value, str)]
         encoded = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
@@ -156,15 +164,15 @@ class PackedBatches(IterableDataset):
             yield tokens
 
     def check(self) -> None:
-        """Look at the documents of the first block, and read a row.
+        """Check the documents of the first block, and read a row.
 
         Raises:
-            ValueError: as when batches are read; the source cannot be read, or has no such column.
+            ValueError: as during iteration; or the source is not readable, or does not have the column.
         """
         self.source.load_state_dict(copy.deepcopy(self.start))
         try:
             documents = list(islice(self.source, self.block))
-        except Exception as error:  # whatever a reader says of a broken file
+        except Exception as error:  # readers of damaged files raise many classes of errors
             raise ValueError(f"data: expected readable documents, got {error}") from error
         if documents and self.column not in documents[0]:
             raise ValueError(f"column: expected one of {sorted(documents[0])}, got {self.column!r}")
@@ -184,7 +192,7 @@ class PackedBatches(IterableDataset):
 
 
 def batch(rows: list[Row]) -> dict[str, Any]:
-    """The inputs of a model for rows put end to end into one; see `PackedBatches`."""
+    """Concatenate rows into the inputs of a model; see `PackedBatches`."""
     tokens = torch.from_numpy(np.concatenate([row.tokens for row in rows]))
     lengths = np.concatenate([row.lengths for row in rows])
     ends = np.concatenate([[0], np.cumsum(lengths)])

@@ -1,4 +1,4 @@
-"""Where documents come from: the Hub, local files, or the standard library of Python."""
+"""Open a stream of training documents: a data set on the Hub, local files, or the sources of Python's library."""
 
 import re
 import sysconfig
@@ -9,7 +9,7 @@ from typing import Any
 from .byte_corpus import SMALLEST_FILE, is_held_out, is_skipped
 
 PYTHON = "python"  # the name of the built-in data
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # of other files, each is a text
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # builders of datasets; others are read as text
 COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
 
 
@@ -20,21 +20,21 @@ def open_documents(
     split: str = "train",
     sample_by: str = "document",
 ) -> Any:
-    """Open a stream of documents; nothing is read yet.
+    """Open a stream of documents without reading any yet.
 
     Args:
         data: ``"python"``, the sources of Python's standard library; a file or folder of jsonl, parquet or text; or the
             name of a data set on the Hugging Face Hub.
-        subset: of a data set on the Hub.
-        split: of a data set on the Hub; of the standard library ``"train"`` or ``"test"``, one file in 16.
-        sample_by: what a document is in files of text: ``"document"`` (a file), ``"paragraph"`` or ``"line"``.
+        subset: subset of a data set on the Hub.
+        split: split of a data set on the Hub; for ``"python"``, ``"train"`` or ``"test"`` (one file in 16).
+        sample_by: unit of a document in text files: ``"document"`` (a file), ``"paragraph"`` or ``"line"``.
 
     Returns:
-        A ``datasets.IterableDataset``, whose state can be saved and loaded. Texts of files of text and of the standard
-        library are in the column "text".
+        A ``datasets.IterableDataset``, whose state can be saved and loaded. Text files and the standard library have
+        the column "text".
 
     Raises:
-        ValueError: nothing of that name, or files that are empty or of several kinds.
+        ValueError: no data of that name, or files that are empty or of several kinds.
     """
     if data == PYTHON:
         return _standard_library(split)
@@ -48,7 +48,7 @@ def _hub(name: str, subset: str | None, split: str) -> Any:
 
     try:
         return datasets.load_dataset(name, subset, split=split, streaming=True)
-    except Exception as error:  # of the network, the Hub or the data set's own files: there is no common class
+    except Exception as error:  # errors of the network, the Hub and the files have no common class
         raise ValueError(
             f"data: expected {PYTHON!r}, a file, a folder or a data set on the Hub, got {name!r}: {error}"
         ) from error
@@ -68,7 +68,7 @@ def _files(path: Path, sample_by: str) -> Any:
         raise ValueError(f"data: expected files of one kind in {path}, got {sorted(builders)}")
     (builder,) = builders
     options: Any = {"sample_by": sample_by} if builder == "text" else {}
-    # A list keeps the order of the names; a pattern would be resolved by each file system in its own.
+    # A list keeps the order of the names. The order of a resolved pattern depends on the file system.
     return datasets.load_dataset(builder, data_files=list(map(str, files)), split="train", streaming=True, **options)
 
 
@@ -82,7 +82,7 @@ def _standard_library(split: str) -> Any:
 
 
 def _library_texts(root: str, split: str) -> Iterator[dict[str, str]]:
-    """The files `text.standard_library` takes, and its split."""
+    """Yield the files of one split, the same as in `byte_corpus.standard_library`."""
     for path in sorted(Path(root).rglob("*.py")):
         name = path.relative_to(root)
         if not is_skipped(name) and is_held_out(name) == (split == "test") and path.stat().st_size >= SMALLEST_FILE:

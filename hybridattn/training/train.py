@@ -1,4 +1,4 @@
-"""``hybridattn train``: pretraining and fine-tuning. Also under ``torchrun -m`` and ``accelerate launch -m``."""
+"""Pretrain or fine-tune a model: ``hybridattn train``, also for ``torchrun -m`` and ``accelerate launch -m``."""
 
 import hashlib
 import json
@@ -18,17 +18,17 @@ from .packed_rows import PackedBatches, Place
 from .sources import open_documents
 from .trainer import StreamTrainer
 
-TERMINATED = 143  # 128 + SIGTERM, what a shell would say
+TERMINATED = 143  # a shell's exit code for SIGTERM: 128 + 15
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as ``CONFIG.yaml [--field value ...]`` says (default: the process's own arguments).
+    """Run the command line ``CONFIG.yaml [--field value ...]`` (default: the process's own arguments).
 
     Returns:
-        The exit code: 0, 2 for bad input, 1 for a loss that is not finite, 143 after a SIGTERM; the reason is one line
-        on stderr.
+        The exit code: 0; 2 for bad input; 1 for a loss that is not finite; 143 after a SIGTERM. Errors are printed as
+        one line on stderr.
     """
-    logging.disable_progress_bar()  # of every file that is written or read; the training keeps its own
+    logging.disable_progress_bar()  # hides the bars for files that are read or written; training's own bar remains
     try:
         return train(*parse(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FloatingPointError, PermissionError, NotADirectoryError) as error:
@@ -44,18 +44,21 @@ def train(
     trainer_class: Callable[..., StreamTrainer] = StreamTrainer,
     start: Place | None = None,
 ) -> int:
-    """Train, going on from the last whole checkpoint in the output folder, and save the model there.
+    """Train, resuming from the last complete checkpoint in the output folder, and save the model there.
 
     Args:
-        trainer_class: makes the trainer, with another loss for instance.
-        start: the place in the data to begin at, where an earlier run on it ended.
+        model_args: the model.
+        data_args: the data.
+        run_args: the arguments of the trainer.
+        trainer_class: class of the trainer, for instance one with another loss.
+        start: position in the data to start from, for instance the end of an earlier run.
 
     Returns:
-        0, or 143 if a SIGTERM came before the last step; a checkpoint was saved then.
+        0, or 143 if a SIGTERM stopped the run before the last step; a checkpoint was saved then.
 
     Raises:
-        ValueError: something in the arguments or the data is not as it should be.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: an argument or a document is not as expected.
+        FloatingPointError: the loss or a parameter is no longer finite.
     """
     folder = Path(run_args.output_dir or ".")
     checkpoint = find_checkpoint(folder, run_args.resume_from_checkpoint)
@@ -89,15 +92,19 @@ def train(
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells a tokenizer from others: a hash of its tokens."""
+    """Return a hash of a tokenizer's vocabulary, by which a resumed run detects another tokenizer."""
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to go on from: the one asked for, or the last whole one; damaged ones are named on stderr."""
+    """Return the checkpoint ``wanted``, or the last complete one in ``folder``; print skipped ones on stderr.
+
+    Raises:
+        ValueError: ``wanted`` is damaged.
+    """
     if wanted is not None:
         if reason := checkpoints.fault(Path(wanted)):
-            raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint, got {wanted}: {reason}")
+            raise ValueError(f"resume_from_checkpoint: expected a complete checkpoint, got {wanted}: {reason}")
         return Path(wanted)
     found, faults = checkpoints.latest(folder)
     for reason in faults:
@@ -110,7 +117,7 @@ def find_checkpoint(folder: Path, wanted: str | None) -> Path | None:
 def training_batches(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, data: DataArguments, args: RunArguments
 ) -> PackedBatches:
-    """This process's batches, the first block of documents already looked at."""
+    """Return the training batches of this process, after a check of the first block of documents."""
     source = open_documents(data.data, subset=data.subset, split=data.split, sample_by=data.sample_by)
     batches = PackedBatches(
         source,
@@ -132,7 +139,7 @@ def training_batches(
 def held_out_batches(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, data: DataArguments, args: RunArguments
 ) -> list[dict[str, Any]] | None:
-    """The first rows of the held-out data, the same at every evaluation; None where it is not asked for."""
+    """Return the first rows of the evaluation data, the same at every evaluation; None if evaluation is off."""
     if args.eval_strategy == "no" or data.eval_data is None:
         return None
     try:
@@ -157,9 +164,9 @@ def held_out_batches(
 
 
 def save(trainer: StreamTrainer, folder: Path) -> None:
-    """Save the model and its tokenizer; adapters also by themselves, in ``adapter``, and merged into the model.
+    """Save the model and its tokenizer; for LoRA, save the adapters in ``adapter`` and the model with merged adapters.
 
-    Under FSDP adapters are not merged: no process holds the whole model.
+    Under FSDP only the adapters are saved, since no process holds the whole model.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "merge_and_unload"):

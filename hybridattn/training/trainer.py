@@ -1,4 +1,4 @@
-"""transformers' Trainer on a stream of packed rows that stops, and goes on, at any step."""
+"""transformers' Trainer for a stream of packed rows; a run can stop and resume at any step."""
 
 import json
 import resource
@@ -26,14 +26,15 @@ STREAM = "stream.json"
 
 
 class StreamTrainer(Trainer):
-    """A Trainer whose checkpoints hold the place in the data, and appear whole.
+    """A Trainer whose checkpoints contain the position in the data and are written atomically.
 
     Args:
         batches: the training data.
-        settings: what must be the same when a run is resumed, as JSON values; kept in its checkpoints.
-        Other arguments as of Trainer.
+        settings: values that must not change when a run is resumed, as JSON values; saved in the checkpoints.
+        kwargs: arguments of Trainer.
 
-    ``interrupted`` is True once a SIGTERM has ended the training; a checkpoint was saved then.
+    Attributes:
+        interrupted: whether a SIGTERM has ended the training; a checkpoint was saved then.
     """
 
     args: RunArguments
@@ -44,7 +45,7 @@ class StreamTrainer(Trainer):
         self.place: dict[str, Any] = {}
         self.interrupted = self.finished = self._terminated = False
         self._staging: Path | None = None
-        self._unlogged = (0.0, 0)  # loss since the last log line, and that line's step, of a resumed run
+        self._unlogged = (0.0, 0)  # for a resumed run: sum of the loss since the last log line, and that line's step
         model: Any = self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._ours = isinstance(base, HybridAttnForCausalLM)
@@ -55,10 +56,10 @@ class StreamTrainer(Trainer):
         self.add_callback(_Steps(self))
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Train, from the beginning or from a checkpoint.
+        """Train from the beginning or from a checkpoint.
 
         Raises:
-            ValueError: the checkpoint belongs to a run on other data.
+            ValueError: the checkpoint's settings differ from those of this run.
             FloatingPointError: the loss is no longer finite.
         """
         if checkpoint is not None:
@@ -67,7 +68,7 @@ class StreamTrainer(Trainer):
                 if kept["settings"].get(name) != value:
                     raise ValueError(
                         f"{name}: expected {kept['settings'].get(name)!r} as in {checkpoint}, got {value!r}; "
-                        "a new run needs another output_dir"
+                        "use another output_dir for a new run"
                     )
             self.place, self._unlogged = kept["place"], tuple(kept["unlogged"])
             self.batches.place = Place(**self.place)
@@ -79,7 +80,7 @@ class StreamTrainer(Trainer):
             signal.signal(signal.SIGTERM, before)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Not prepared by accelerate: batches are those of this process already, and know their place."""
+        """Return a loader of this process's batches, which accelerate must not divide again."""
         if self.finished:
             return DataLoader([])  # pyright: ignore[reportArgumentType]
         return DataLoader(
@@ -87,27 +88,27 @@ class StreamTrainer(Trainer):
             batch_size=None,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            generator=torch.Generator(),  # drawing from the global one would change what a resumed run draws
+            generator=torch.Generator(),  # the global generator's state would otherwise differ in a resumed run
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        """As Trainer's, in chunks of logits where the model is ours."""
+        """Compute the loss as Trainer does; models of this package compute it in chunks of logits."""
         if self._skips_logits:
             inputs = {**inputs, "skip_logits": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
-        """As Trainer's; a loss that is not finite ends the run, its batch saved.
+        """Run Trainer's step, and count operations.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss is not finite; the batch was saved in the output folder.
         """
         inputs = dict(inputs)
         self.place = inputs.pop("place")
         if self._flops_of is not None:
             self._flops += self._flops_of.training(inputs["cu_seq_lens_q"].diff().tolist())
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):  # waits for the device, once per micro-batch
+        if not torch.isfinite(loss):  # synchronises with the device, once per micro-batch
             step = self.state.global_step + 1
             path = Path(self.args.output_dir or ".", f"not-finite-step{step}-process{self.args.process_index}.pt")
             torch.save({**inputs, "place": self.place, "loss": loss.item()}, path)
@@ -117,7 +118,7 @@ class StreamTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add speed, memory and the time that is left to lines of the training loss."""
+        """Add tokens/s, MFU, peak memory (GB) and remaining time (minutes) to log lines with the training loss."""
         if "loss" in logs and self.state.global_step > self._clock_step:
             now = time.perf_counter()
             seconds, steps = now - self._clock, self.state.global_step - self._clock_step
@@ -134,32 +135,37 @@ class StreamTrainer(Trainer):
         """Raise a FloatingPointError if a trained parameter is not finite."""
         model: Any = self.model
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        parts = (x.to_local() if isinstance(x, DTensor) else x for x in trained)  # FSDP: this process's
+        parts = (x.to_local() if isinstance(x, DTensor) else x for x in trained)  # FSDP: this process's shard
         if not all(part.isfinite().all() for part in parts):
-            raise FloatingPointError(f"parameters: expected finite values, got others at step {self.state.global_step}")
+            raise FloatingPointError(
+                f"parameters: expected finite values, got inf or nan at step {self.state.global_step}"
+            )
 
     def _note_termination(self, *_) -> None:
-        self._terminated = True  # nothing else in a signal handler: the step is finished first
+        self._terminated = True  # only a flag, since a signal can arrive within a step; `_Steps` acts on it
 
     def _reduced(self, value: float, how: str) -> float:
-        """The "mean" or "sum" of a number over the processes."""
+        """Return the "mean" or "sum" of a number over all processes."""
         if self.args.world_size == 1:
             return value
         every: Any = self.accelerator.reduce(torch.tensor(value, device=self.args.device), how)
         return every.item()
 
     def _memory(self) -> int:
-        """Peak bytes: of the device's allocations, or on a CPU of the process."""
+        """Return the peak memory in bytes: allocations on a GPU, or the resident set of the process on a CPU."""
         if self.args.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.args.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer puts a checkpoint: aside, while one is being written."""
+        """Return the folder for Trainer's checkpoints; the staging folder while a checkpoint is being written."""
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, aside; with the data's place, and renamed when all processes are done."""
+        """Save Trainer's checkpoint and the position in the data in the staging folder, then rename it.
+
+        The main process renames it after all processes have written their files.
+        """
         self.check_finite()
         folder = Path(super()._get_output_dir(trial))
         self._staging = folder / checkpoints.STAGING
@@ -180,13 +186,13 @@ class StreamTrainer(Trainer):
 
 
 def _single(items: list[Any]) -> Any:
-    """The only item: a row is a batch already."""
+    """Return the only item, since the data loader's items are already batches."""
     (item,) = items
     return item
 
 
 class _Steps(TrainerCallback):
-    """What has to happen between steps."""
+    """Callbacks between steps: restore the loss and clock of a resumed run, count passes, stop after a SIGTERM."""
 
     def __init__(self, trainer: StreamTrainer):
         self.trainer = trainer

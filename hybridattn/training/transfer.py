@@ -1,4 +1,4 @@
-"""Trainers in which a softmax model teaches its hybrid: layer by layer, then by its predictions."""
+"""Trainers that distil a softmax model into its hybrid: attention transfer per layer, then distillation of logits."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +16,14 @@ from .trainer import StreamTrainer
 
 @contextmanager
 def taught(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> Iterator[dict[int, Tensor]]:
-    """Within, every replaced mixer of the student hands on what the teacher's gives, and its own error is kept.
+    """Replace the output of every new mixer of the student by the teacher's output, and record the mixer's error.
 
-    So all mixers see the teacher's hidden states, in one pass, and no error reaches another layer.
+    In this context all mixers read the teacher's hidden states in one forward pass, and no error propagates to another
+    layer.
 
     Yields:
-        Of the last forward pass, layer -> squared error over the squared norm of the teacher's output, fp32 [].
+        A dict that every forward pass fills: layer -> squared error over the squared norm of the teacher's output,
+        fp32 [].
     """
     errors: dict[int, Tensor] = {}
 
@@ -44,14 +46,14 @@ def taught(student: HybridAttnForCausalLM, teacher: HybridAttnForCausalLM) -> It
 
 
 class TransferTrainer(StreamTrainer):
-    """Attention transfer: each replaced mixer alone learns the output of the teacher's, on the teacher's hidden states.
+    """Attention transfer: train each new mixer to reproduce the teacher's mixer on the teacher's hidden states.
 
-    Zhang et al., "LoLCATs" (2024), section 3. The loss is the sum over layers of ``taught``'s errors, so that layers
-    with large outputs do not outweigh others.
+    The loss is the sum over layers of the relative errors of ``taught``, so that layers with large outputs do not
+    dominate. Source: Zhang et al., "LoLCATs" (2024), section 3.
 
     Args:
         teacher: the softmax model, in the decoder of this library.
-        Other arguments as of StreamTrainer; parameters outside the replaced mixers are to be frozen.
+        kwargs: arguments of StreamTrainer. The caller must freeze the parameters outside the replaced mixers.
     """
 
     def __init__(self, *, teacher: HybridAttnForCausalLM, **kwargs):
@@ -67,21 +69,21 @@ class TransferTrainer(StreamTrainer):
         with taught(student, self.teacher) as errors:
             outputs = model(**inputs, logits_to_keep=1, use_cache=False)
         loss = torch.stack(list(errors.values())).sum()
-        if num_items_in_batch is not None:  # this micro-batch's share of the step
+        if num_items_in_batch is not None:  # weight by this micro-batch's share of the step's tokens
             loss = loss * (labels != -100).sum() / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
 
 class DistillTrainer(StreamTrainer):
-    """The language-model loss, and the divergence from the teacher's predictions: ``(1 - share) * CE + share * KL``.
+    """Distillation of logits: cross entropy and divergence from the teacher, ``(1 - share) * CE + share * KL``.
 
-    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2, at temperature 1. Logits of all
-    tokens of a micro-batch are in memory.
+    The logits of all tokens of a micro-batch are in memory. Source: Hinton et al., "Distilling the Knowledge in a
+    Neural Network" (2015), section 2, at temperature 1.
 
     Args:
-        teacher: a causal language model over the same tokens.
-        share: of the divergence, from 0 to 1.
-        Other arguments as of StreamTrainer.
+        teacher: a causal language model with the same vocabulary.
+        share: weight of the divergence, from 0 to 1.
+        kwargs: arguments of StreamTrainer.
     """
 
     def __init__(self, *, teacher: HybridAttnForCausalLM, share: float = 0.5, **kwargs):

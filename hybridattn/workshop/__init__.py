@@ -1,1 +1,1 @@
-"""Tools for the kernels: correctness and speed on a device, and compilation, memory traffic and tuning."""
+"""Developer tools for the kernels: correctness checks, benchmark, compilation, memory traffic, tuning."""

@@ -1,8 +1,8 @@
-"""The benchmark of the operators, ``hybridattn kernels bench``: seconds, and shares of what the machine can do.
+"""The benchmark ``hybridattn kernels bench``: seconds of the operators, and shares of the machine's measured rates.
 
-Two ceilings are measured first: bytes per second of a copy, FLOP per second of a matrix product. Then the
-implementations of each workload are timed in interleaved rounds. Each result is first compared with the fp64 reference;
-a wrong one is not timed.
+It first measures two rates of the machine: bytes per second of a large copy, FLOP per second of a large matrix product.
+Then it times the implementations of each workload in interleaved rounds. Before that it compares their results with the
+fp64 reference, and excludes wrong ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from hybridattn.workshop.records import Record, origin, read, reason_of, writer
 from hybridattn.workshop.workloads import COMPARED, WORKLOADS, Call, Inputs, Shape, error_of, make_inputs, work_of
 
 OURS, GOALS = "hybridattn", "goals of a CPU"
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative L2 of operands rounded once
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative L2 error; rounding the operands causes less
 SOFTMAX = [name for name in WORKLOADS if name.startswith("softmax")]
 LINEAR = [name for name in WORKLOADS if name not in (*SOFTMAX, "gated step")]
 CPU_LENGTHS, CPU_SOFTMAX_LENGTHS = (4096,), (1024,)
@@ -34,7 +34,7 @@ GPU_CACHES = ((32768, 16), (524288, 1), (4096, 128), (4096, 16), (131072, 4), (3
 
 
 class Group(NamedTuple):
-    """Implementations of one workload that are timed in the same rounds."""
+    """Implementations of one workload, which are timed in the same rounds."""
 
     workload: str
     shape: Shape
@@ -42,12 +42,12 @@ class Group(NamedTuple):
 
     @property
     def keys(self) -> list[tuple[Any, ...]]:
-        """Keys of the records of its implementations."""
+        """Keys of the records of the implementations: workload, implementation, sizes."""
         return [(self.workload, name, *self.shape) for name in self.implementations]
 
 
 def plan(device: torch.device, lengths: Sequence[int] = (), with_peers: bool = False) -> Iterator[Group]:
-    """What is timed on a device, at the lengths given or at its usual ones."""
+    """Yield the groups that are timed on a device, at the given lengths or the default ones, in tokens."""
     for name, shape in (_gpu_shapes if device.type == "cuda" else _cpu_shapes)(lengths):
         yield Group(name, shape, (OURS, *(peers(name, device) if with_peers else ())))
     if device.type != "cuda":
@@ -62,7 +62,7 @@ def _cpu_shapes(lengths: Sequence[int]) -> Iterator[tuple[str, Shape]]:
 
 
 def _gpu_shapes(lengths: Sequence[int]) -> Iterator[tuple[str, Shape]]:
-    """About as many tokens at every length; the most important first."""
+    """Yield workloads and shapes, the most important first; every length has about the same number of tokens."""
     for tokens, name in product(lengths or GPU_LENGTHS, LINEAR):
         yield name, Shape(max(1, 32768 // tokens), tokens, 16, WORKLOADS[name].key_dim or 128, 128)
     for batch in (64, 256, 1):
@@ -77,9 +77,9 @@ def _gpu_shapes(lengths: Sequence[int]) -> Iterator[tuple[str, Shape]]:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, samples: int) -> dict[str, float]:
-    """Bytes per second, read and written, of a large copy, and FLOP per second of a large matrix product."""
+    """Measure bytes per second (read and written) of a large copy, and FLOP per second of a large matrix product."""
     elements, size = (1 << 29, 8192) if device.type == "cuda" else (1 << 25, 2048)
-    # Random: zeros may be moved faster than data are.
+    # Random data: hardware may copy zeros faster.
     a = torch.randint(256, (elements,), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -91,7 +91,17 @@ def ceilings(device: torch.device, dtype: torch.dtype, samples: int) -> dict[str
 def measure(
     group: Group, dtype: torch.dtype, device: torch.device, most: dict[str, float], samples: int
 ) -> list[Record]:
-    """The record of every implementation: its figures, or the ``reason`` why there are none."""
+    """Measure a group.
+
+    Args:
+        group: the workload, its shape and implementations.
+        dtype, device: of the inputs.
+        most: rates of the machine, from ``ceilings``.
+        samples: number of rounds.
+
+    Returns:
+        A record per implementation: its figures, or the ``reason`` why there are none.
+    """
     workload = WORKLOADS[group.workload]
     x = make_inputs(workload, group.shape, dtype, device)
     known = {OURS: workload.operator, **(peers(group.workload, device) if len(group.implementations) > 1 else {})}
@@ -102,8 +112,8 @@ def measure(
         except Exception as reason:  # an implementation may lack a case; the others still run
             record["reason"] = reason_of(reason)
             continue
-        if not record["error"] <= TOLERANCE[dtype]:  # NaN is not
-            record["reason"] = f"error {record['error']:.1e} against the reference, at most {TOLERANCE[dtype]:.0e}"
+        if not record["error"] <= TOLERANCE[dtype]:  # also for NaN
+            record["reason"] = f"error {record['error']:.1e} against the reference, limit {TOLERANCE[dtype]:.0e}"
     calls = {name: known[name] for name, record in records.items() if "reason" not in record}
     for name, found in _figures(group, calls, x, device, samples, records).items():
         records[name] |= found
@@ -116,13 +126,13 @@ def measure(
 def _figures(
     group: Group, calls: dict[str, Call], x: Inputs, device: torch.device, samples: int, records: dict[str, Record]
 ) -> dict[str, dict[str, Any]]:
-    """Seconds, forward and with backward, rates of the forward pass, and peak memory on a GPU, by implementation.
+    """Return seconds of the passes, rates of the forward pass, and peak bytes on a GPU, by implementation.
 
-    An implementation that fails has the ``reason`` in its record, and what it has been timed for before.
+    An implementation that fails gets a ``reason`` in its record and keeps the figures measured before.
     """
     workload = WORKLOADS[group.workload]
     with torch.inference_mode():
-        runs = _that_run({name: partial(call, *x.values()) for name, call in calls.items()}, records)
+        runs = _without_failures({name: partial(call, *x.values()) for name, call in calls.items()}, records)
         found = _timed("forward", runs, device, samples, replay=True)
     flop, moved = work_of(workload, group.shape, x)
     for each in found.values():
@@ -136,7 +146,7 @@ def _figures(
     def both(call: Call) -> None:
         torch.autograd.grad(call(*leaves), leaves, do)
 
-    runs = _that_run({name: partial(both, calls[name]) for name in found}, records)
+    runs = _without_failures({name: partial(both, calls[name]) for name in found}, records)
     for name, each in _timed("forward_backward", runs, device, samples).items():
         found[name] |= each
         if device.type == "cuda":
@@ -148,8 +158,8 @@ def _figures(
     return found
 
 
-def _that_run(runs: dict[str, Any], records: dict[str, Record]) -> dict[str, Any]:
-    """Those that run once without an error; the others have the ``reason`` in their records."""
+def _without_failures(runs: dict[str, Any], records: dict[str, Record]) -> dict[str, Any]:
+    """Return the runs that raise no error when called once; add the ``reason`` to the records of the others."""
     fine = {}
     for name, run in runs.items():
         try:
@@ -162,7 +172,10 @@ def _that_run(runs: dict[str, Any], records: dict[str, Record]) -> dict[str, Any
 
 
 def _timed(what: str, runs: dict[str, Any], device: torch.device, samples: int, **options: bool) -> dict[str, Any]:
-    """Under ``what`` median and quartiles of the seconds, and of others the ratio to ours in the same round."""
+    """Time runs and return, by name and under the key ``what``, median and quartiles of the seconds.
+
+    Other implementations also get ``over_ours``, the ratio of their seconds to ours within a round.
+    """
     timed = interleaved(runs, device, samples, **options)
     found = {}
     for name, (seconds, in_graph) in timed.items():
@@ -173,12 +186,12 @@ def _timed(what: str, runs: dict[str, Any], device: torch.device, samples: int, 
 
 
 def _summary(seconds: list[float]) -> dict[str, Any]:
-    """Of one sample per round."""
+    """Summarise samples, one per round."""
     return summary({str(turn): [each] for turn, each in enumerate(seconds)})
 
 
 def measure_goals(shape: Shape, samples: int) -> Record:
-    """The ratios that DESIGN.md has goals for on a CPU, of gated linear attention at T = shape.tokens and at 2T."""
+    """Measure the ratios for which DESIGN.md sets goals on a CPU: gated linear attention at T = shape.tokens and 2T."""
     workload, cpu, size = WORKLOADS["gated, per channel"], torch.device("cpu"), 2048
     sizes = (shape, shape._replace(tokens=2 * shape.tokens))
     short, long = (make_inputs(workload, each, torch.float32, cpu) for each in sizes)
@@ -216,27 +229,31 @@ def run_benchmark(
     out: Path = Path("reports/bench.jsonl"),
     plot: Path | None = None,
 ) -> list[Record]:
-    """Measure and print, and append the records to ``out``.
+    """Run the benchmark, print the results, and append the records to ``out``.
 
     Args:
         device: "cuda" or "cpu".
-        with_peers: also time what PyTorch and, where it is installed, flash-linear-attention have.
-        samples: rounds, at least 3.
-        lengths: tokens of sequences and caches, at least 64 each; those of the goals and some more if empty.
-        out: JSON lines. Workloads whose implementations are all there, of the same code, versions, device and
-            configuration, are not measured again.
-        plot: where to draw a roofline of these records.
+        with_peers: also time implementations of PyTorch and, if installed, of flash-linear-attention.
+        samples: number of rounds, at least 3.
+        lengths: tokens of sequences and caches, at least 64 each; if empty, default lengths that include those of the
+            performance goals.
+        out: file of JSON lines. A workload is not measured again if the file has records of all its implementations
+            with the same code, versions, device and configuration.
+        plot: image file for a roofline plot of the records, or None.
 
     Returns:
-        The records of all workloads that were asked for.
+        The records of all requested workloads, including those that ``out`` had already.
 
     Raises:
-        ValueError: an argument is not as above, or matplotlib, which draws, is not installed.
+        ValueError: an argument is not as above, or ``plot`` is given and matplotlib is not installed.
     """
     if samples < 3 or min(lengths, default=CHUNK) < CHUNK:
-        raise ValueError(f"expected samples >= 3 and tokens >= {CHUNK}, got samples={samples}, tokens={list(lengths)}")
+        raise ValueError(
+            f"samples, tokens: expected samples >= 3 and tokens >= {CHUNK}, got samples={samples}, "
+            f"tokens={list(lengths)}"
+        )
     if plot is not None and not find_spec("matplotlib"):
-        raise ValueError("plot: expected matplotlib (pip install hybridattn[demo]), which is not installed")
+        raise ValueError("plot: expected matplotlib, which is not installed; pip install hybridattn[demo]")
     place = torch.device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     facts = provenance({"dtype": str(dtype), "samples": samples, "compared": COMPARED, "tolerance": TOLERANCE[dtype]})
@@ -245,7 +262,7 @@ def run_benchmark(
     groups = list(plan(place, lengths, with_peers))
     todo = [group for group in groups if not known.keys() >= set(group.keys)]
     print(f"{source['device']}, {facts['threads']} threads, {str(dtype)[6:]}, torch {source['torch']}")
-    print(f"{samples} rounds; {len(groups) - len(todo)} of {len(groups)} workloads were in {out} already")
+    print(f"{samples} rounds; {out} already has {len(groups) - len(todo)} of {len(groups)} workloads")
     most = ceilings(place, dtype, samples) if todo else {}
     if most:
         copy, matmul = (value / 1e9 for value in most.values())
@@ -269,7 +286,7 @@ def run_benchmark(
 
 
 def describe(record: Record) -> str:
-    """Lines of print: milliseconds with quartiles, shares of the ceilings, and ratios with their range."""
+    """Return lines of text: milliseconds with quartiles, shares of the machine's rates, and ratios with their range."""
     title = f"  {record['workload']:<21}{'x'.join(map(str, record['shape'])):<18}{record['implementation']:<16}"
     if "reason" in record:
         return title + record["reason"]

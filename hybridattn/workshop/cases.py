@@ -1,4 +1,4 @@
-"""What ``hybridattn kernels check`` runs: one row in OPERATORS per operator, and the sizes of its cases.
+"""Operators and sizes that ``hybridattn kernels check`` checks; OPERATORS has one entry per operator and variant.
 
 B batch, T time, H key heads, K key dim, V value dim; query and value heads are multiples of the key heads.
 """
@@ -37,27 +37,28 @@ class Sizes:
     value_dim: int
     query_group: int = 1  # query heads per key head
     value_group: int = 1  # value heads per key head
-    gates: str = ""  # "resets": mild ones, 5 % of them down to -60; "hot": all between 0 and -60
-    far: str = ""  # the input whose rows lie more than 2^31 elements apart
+    gates: str = ""  # "resets": 95 % between -0.1 and 0, 5 % between -60 and 0; "hot": all between -60 and 0
+    far: str = ""  # name of the input whose batch rows are more than 2^31 elements apart
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items() if value not in ("", 1))
 
 
 class Operator(NamedTuple):
-    """What is checked of an operator.
+    """How an operator is called and checked.
 
     Attributes:
-        call: (inputs by name, backend) -> results by name; an input named state is updated in place and a result too.
+        call: (inputs by name, backend) -> results by name. A step updates the input ``state`` in place and returns it
+            as a result too.
         gate: letters of g's shape, "BTHK", "BTH" or "H"; "" without gates.
         state: whether there is an initial state.
-        backward: whether there are gradients to check.
-        long: whether T goes to 64k on a GPU; else it is one or a few tokens.
-        family: folder of its kernels, whose launch table ``rows`` is about.
-        key_dim: K, if not the usual one.
-        dims: further key and value dims, of a launch row each.
-        rows: names of the launch rows that ``backend="triton"`` takes, from architecture, sizes and dtype; None without
-            it.
+        backward: whether the check includes gradients.
+        long: whether T goes up to 64k tokens on a GPU; False for steps, which take one or a few tokens.
+        family: folder of the operator's kernels and launch table.
+        key_dim: K, if not the default of ``sizes_of``.
+        dims: further key and value dims, one for every launch row.
+        rows: (architecture, sizes, dtype) -> names of the launch rows that ``backend="triton"`` uses; None if there is
+            no triton backend.
     """
 
     call: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
@@ -83,7 +84,7 @@ def _stateless(function: Callable[..., Any], x: dict[str, Tensor], backend: str)
 
 
 def _options(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """Everything at once that changes scores, and windows to both sides."""
+    """Run attention with all options that change scores, and a window to both sides."""
     heads = x["q"].shape[2]
     slopes = torch.linspace(0.5, 0.01, heads, device=x["q"].device)
     options = {"causal": False, "window": (90, 20), "softcap": 3.0, "alibi_slopes": slopes, "sinks": slopes.log()}
@@ -92,7 +93,7 @@ def _options(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
 
 
 def _packed(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """The first row as three sequences, one of them empty, and tokens of none; the others as they are."""
+    """Pack the first row as three sequences, one empty, and two tokens of no sequence; run other rows unpacked."""
     tokens = x["q"].shape[1]
     ends = torch.tensor([0, tokens // 3, tokens // 3, tokens - 2], device=x["q"].device)
     packed = flash_attention(*(y[:1] for y in x.values()), cu_seqlens_q=ends, backend=backend)
@@ -100,20 +101,20 @@ def _packed(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
 
 
 def _blocks(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """Two of three blocks of 48 tokens."""
+    """Run attention with a block mask of two thirds of the blocks of 48 tokens."""
     n = torch.arange(-(-x["q"].shape[1] // 48), device=x["q"].device)
     mask = BlockMask.from_dense((n[:, None] + 2 * n) % 3 > 0, 48)
     return {"o": flash_attention(*x.values(), block_mask=mask, backend=backend)}
 
 
 def _decode(new: int, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """The ``new`` last tokens against all keys."""
+    """Run the last ``new`` tokens over the cache of all keys."""
     lengths = torch.full(x["k"].shape[:1], x["k"].shape[1], device=x["k"].device)
     return {"o": flash_decode(x["q"][:, -new:], x["k"], x["v"], cache_lengths=lengths, backend=backend)}
 
 
 def _prefix(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """The first tokens are the prefix too."""
+    """Run with keys and values of the first 40 tokens as the prefix."""
     q, k, v = x.values()
     return {"o": prefix_linear_attention(q, k, v, k[:, :40], v[:, :40], backend=backend)[0]}
 
@@ -137,7 +138,7 @@ def _chunk_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str
 
 
 def _taylor_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
-    """The state has a row per feature; gradients of keys take at most 128 values at a time."""
+    """Return the rows for a state with a row per feature; the gradients of keys take at most 128 values per launch."""
     state = replace(sizes, key_dim=features.count(sizes.key_dim), value_dim=min(sizes.value_dim, 128))
     return _chunk_rows(architecture, state, dtype)
 
@@ -189,7 +190,7 @@ OPERATORS = {
 
 
 def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
-    """The sizes at which an operator is checked, realistic on a GPU and small on a CPU."""
+    """Yield the sizes at which an operator is checked: realistic ones on a GPU, small ones on a CPU."""
     operator = OPERATORS[name]
     gates = ("resets", "hot") if operator.gate else ("",)
     dim = (operator.key_dim or 128) if on_gpu else 6 if operator.key_dim else 24
@@ -202,12 +203,12 @@ def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
         for other in operator.dims if on_gpu or not operator.state else operator.dims[:2]:
             yield Sizes(1, lengths[0] + 1, 1, other, other - 3, query_group=2, gates=gates[0])
         if on_gpu:
-            # The reference of softmax keeps all scores in fp64: 16k tokens of one head are 2 GB.
+            # The softmax reference stores all scores in fp64: 2 GB for 16k tokens of one head.
             yield Sizes(1, 16384 if operator.family == "flash_attention" else 65536, 1, dim, dim, gates=gates[0])
         far = Sizes(2, 64, 2, dim, dim, gates=gates[0])
     else:
         batch, heads, value_dim = (16, 16, 128) if on_gpu else (2, 2, 40)
-        for block_k in STEP["sm_90"]:  # every row, at its limit and, where another row does not serve it, inside
+        for block_k in STEP["sm_90"]:  # every row, at its largest K and below
             for key_dim in (block_k, block_k - 5):
                 yield Sizes(batch, 1, heads, key_dim, value_dim, gates=gates[0])
         for tokens in (1, 4):
@@ -222,7 +223,10 @@ def sizes_of(name: str, on_gpu: bool) -> Iterator[Sizes]:
 
 
 def make_inputs(operator: Operator, sizes: Sizes, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """Signed inputs in fp64, by name, and gates that 16 bits hold exactly: what they lose is not the kernel's."""
+    """Draw signed inputs in fp64, by name.
+
+    Gates are exact in 16 bits, so that their rounding does not count as an error of the kernel.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device, dtype=torch.float64)
     uniform = partial(torch.rand, generator=generator, device=device, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""Every operator and every launch row against the fp64 reference, on the device at hand.
+"""The check ``hybridattn kernels check``: compares operators and launch rows with the fp64 reference on one device.
 
-Results and gradients, in fp32, bf16 and fp16, at the sizes of ``cases``. Unwritten memory is NaN. Everything
-runs twice and has to give the same bits; in Triton's interpreter the second time in the opposite order of programs. A
-case is one line of JSON, so that a run that was cut off goes on where it was.
+It compares results and gradients in fp32, bf16 and fp16, at the sizes of module ``cases``. Uninitialised memory is NaN.
+Every case runs twice and has to give the same bits. In Triton's interpreter the second run executes the programs in
+reverse order. Each case is one line of JSON, so that an interrupted run can be continued.
 """
 
 import json
@@ -22,14 +22,14 @@ from hybridattn.measure.provenance import PACKAGE
 from hybridattn.workshop.cases import DTYPES, OPERATORS, Sizes, make_inputs, sizes_of
 from hybridattn.workshop.records import check_names, origin, read, reason_of, writer
 
-EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # relative L2 of fp32
-ROUNDING, ROUNDING_GRADIENT = 1.5, 2.0  # times the error of the fp64 formula with operands rounded once, for 16 bits
-DRAWS = 8  # of the other inputs, for the gradient of constant gates in 16 bits: see ``_draws_of_constant_gates``
-FAR = (1 << 31) + 64  # elements between rows that no 32-bit offset reaches
+EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # limits of the relative L2 error in fp32
+ROUNDING, ROUNDING_GRADIENT = 1.5, 2.0  # 16-bit limits: times the error of the fp64 formula with rounded operands
+DRAWS = 8  # inputs whose errors are combined: see ``_draws_of_constant_gates``
+FAR = (1 << 31) + 64  # elements between batch rows: more than a 32-bit offset can address
 
 
 class Case(NamedTuple):
-    """One line of the output."""
+    """One operator on one backend at given sizes and dtype: one line of the output."""
 
     operator: str
     backend: str
@@ -42,17 +42,17 @@ class Case(NamedTuple):
 
 
 def cases(device: torch.device, kernels: Sequence[str] = (), backends: Sequence[str] = ()) -> list[Case]:
-    """All cases of a device, of the operators and backends named.
+    """Return the cases of a device, of the named operators and backends or of all.
 
     Raises:
-        ValueError: an operator or a backend is unknown, or Triton was asked for on a CPU without its interpreter.
+        ValueError: an operator or a backend is unknown, or "triton" was requested on a CPU without its interpreter.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     known = sorted({name.partition(" ")[0] for name in OPERATORS})
     check_names("kernel", kernels, known)
     check_names("backend", backends, ("torch", "triton"))
     if "triton" in backends and device.type == "cpu" and not interpreted:
-        raise ValueError("backend: expected TRITON_INTERPRET=1 for 'triton' on a CPU, which is not set")
+        raise ValueError("backend: expected 'torch' on a CPU without TRITON_INTERPRET=1, got 'triton'")
     wanted = backends or (["torch", "triton"] if device.type != "cpu" or interpreted else ["torch"])
     return [
         Case(name, backend, dtype, sizes)
@@ -65,7 +65,7 @@ def cases(device: torch.device, kernels: Sequence[str] = (), backends: Sequence[
 
 
 def has_row(case: Case, architecture: str) -> bool:
-    """Whether a kernel serves the case there; on a CPU the interpreter serves all."""
+    """Return whether the architecture has a launch row for the case; the interpreter on a CPU runs every case."""
     rows = OPERATORS[case.operator].rows
     if case.backend != "triton" or architecture == "cpu" or rows is None:
         return True
@@ -74,7 +74,10 @@ def has_row(case: Case, architecture: str) -> bool:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Let fresh memory be NaN, as deterministic algorithms do; that an operation has none is not of interest here."""
+    """Fill uninitialised memory with NaN, by means of torch's deterministic algorithms.
+
+    Ignores their warnings about operations that are not deterministic, and the warnings about launch rows.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic.*")
@@ -93,7 +96,7 @@ def _opposite_order() -> AbstractContextManager[None]:
 
 
 def far_apart(x: Tensor) -> Tensor:
-    """A copy whose rows lie FAR elements apart."""
+    """Return a copy of x whose batch rows are FAR elements apart."""
     memory = x.new_empty(FAR * (x.shape[0] - 1) + x[0].numel())
     return memory.as_strided(x.shape, (FAR, *x[0].contiguous().stride())).copy_(x)
 
@@ -101,9 +104,14 @@ def far_apart(x: Tensor) -> Tensor:
 def evaluate(
     case: Case, inputs: dict[str, Tensor], backend: str, dtype: torch.dtype, rounded: bool = False
 ) -> dict[str, Tensor]:
-    """Results and gradients by name. States are fp32 or wider, and so is a gate that has one number per head.
+    """Run a case and return results and gradients by name.
 
-    With ``rounded`` operands, gradients of results among them, first become the case's dtype.
+    Args:
+        case: the case.
+        inputs: tensors by name.
+        backend: the backend to run, which may differ from the case's.
+        dtype: dtype of the operands. States, and gates with one number per head, are fp32 or wider.
+        rounded: first round the operands, and the gradient of o, to the case's dtype.
     """
     operator = OPERATORS[case.operator]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -129,14 +137,14 @@ def evaluate(
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 error; absolute where nothing is expected."""
+    """Return the relative L2 error; the absolute one if ``expected`` is zero."""
     norm = expected.double().norm()
     distance = (actual.double() - expected.double()).norm()
     return (distance / norm if norm > 0 else distance).item()
 
 
 def run_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """Largest error over its limit of a result, and whether the case passed, as JSON values."""
+    """Run a case and return, as JSON values, whether it passed and the result with the largest error over its limit."""
     start = time.perf_counter()
     operator, seed = OPERATORS[case.operator], zlib.crc32(case.name.encode())
     inputs = make_inputs(operator, case.sizes, device, seed)
@@ -174,10 +182,10 @@ def run_case(case: Case, device: torch.device) -> dict[str, Any]:
 def _draws_of_constant_gates(
     case: Case, inputs: dict[str, Tensor], seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """dg, exact, of the backend and of rounded operands, for the same gates and other inputs.
+    """Yield dg exact, dg of the backend and dg of rounded operands, for the same gates and other random inputs.
 
-    It is one number per head, of which a single draw has a few at most that matter: what rounding the operands costs
-    these may be next to nothing by luck, and is no measure then. So errors are of DRAWS together.
+    The gradient of constant gates has one number per head. In a single draw the rounding error of so few numbers may be
+    nearly 0 by chance, and the limit with it. So errors and limits are computed over DRAWS draws together.
     """
     for n in range(1, DRAWS):
         x = make_inputs(OPERATORS[case.operator], case.sizes, inputs["q"].device, seed + n) | {"g": inputs["g"]}
@@ -194,20 +202,24 @@ def check_operators(
     backends: Sequence[str] = (),
     record: bool = False,
 ) -> bool:
-    """Check and print what failed.
+    """Run the cases and print the failed ones.
 
     Args:
         device: "cuda" or "cpu".
-        out: JSON lines, one per case; lines there of the same code, versions and device are not run again.
-        kernels, backends: all if empty.
-        record: mark the launch rows of this GPU's architecture whose cases have all passed as verified.
+        out: file of JSON lines, one per case. A case with a line of the same code, versions and device is not run
+            again.
+        kernels, backends: names; all if empty.
+        record: mark a launch row of this GPU's architecture as verified if all of its cases have passed.
 
     Returns:
-        Whether all cases passed, earlier ones included.
+        Whether all cases passed, including those of earlier runs.
+
+    Raises:
+        ValueError: a name is unknown, or ``record`` without a GPU.
     """
     place = torch.device(device)
     if record and place.type == "cpu":
-        raise ValueError("record: expected a GPU to verify launch rows on, got the CPU")
+        raise ValueError("record: expected a GPU, got the CPU")
     source = origin(place)
     known = {line["case"]: line for line in read(out, source)}
     todo = [case for case in cases(place, kernels, backends) if has_row(case, source["architecture"])]
@@ -233,19 +245,26 @@ def check_operators(
 def _attempt(case: Case, device: torch.device) -> dict[str, Any]:
     try:
         return run_case(case, device)
-    except Exception as reason:  # a kernel may fail in any way; the other cases are still of interest
+    except Exception as reason:  # a kernel may fail in any way; the other cases still run
         return {"passed": False, "reason": reason_of(reason)}
 
 
 def _failure(line: dict[str, Any]) -> str:
     if "reason" in line:
         return f"FAILED {line['case']}: {line['reason']}"
-    bits = "" if line["same_bits"] else ", and the second run gave other bits"
-    return f"FAILED {line['case']}: error {line['error']:.2e} of {line['worst']}, at most {line['limit']:.2e}{bits}"
+    bits = "" if line["same_bits"] else "; the second run gave other bits"
+    return f"FAILED {line['case']}: error {line['error']:.2e} of {line['worst']}, limit {line['limit']:.2e}{bits}"
 
 
 def verify(source: dict[str, Any], passed: set[str], device: torch.device, folder: Path = PACKAGE / "kernels") -> None:
-    """Write the rows whose cases have all passed to ``verified.json`` of their family, and take back the others."""
+    """Update ``verified.json`` of every family: add rows whose cases have all passed, remove other rows.
+
+    Args:
+        source: device and versions of the check, from ``records.origin``.
+        passed: names of the passed cases.
+        device: the GPU.
+        folder: the folder with the families.
+    """
     name = source["architecture"]
     rows: dict[str, dict[str, bool]] = {}
     for case in cases(device, backends=["triton"]):

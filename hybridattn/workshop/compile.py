@@ -1,8 +1,9 @@
-"""The compile gate: every shipped launch row compiled for every architecture, without a GPU, and held to ceilings.
+"""The check ``hybridattn kernels compile``: compiles every launch row without a GPU and compares it with ceilings.
 
-What is read from the machine code: registers per thread, spill instructions (local loads and stores), spilled bytes
-per thread, shared memory per program, columns of tensor memory (sm_100), matrix and TMA instructions. ``ceilings.json``
-has the figures of one version of Triton, whose compiler they depend on.
+The machine code and its metadata give the figures per thread: registers, spill instructions (local loads and stores),
+spilled bytes. They also give bytes of shared memory and columns of tensor memory (sm_100) per program, and the numbers
+of matrix and TMA instructions. ``ceilings.json`` holds a ceiling for each figure. The ceilings belong to one version of
+Triton, since the figures depend on its compiler.
 """
 
 import json
@@ -29,16 +30,16 @@ FAMILIES = (
     "flash_attention",
 )  # each has ``triton/compile_cases.py``
 CEILINGS = Path(__file__).with_name("ceilings.json")
-HELD = ("registers", "spill_instructions", "spilled_bytes", "shared_memory")  # may not rise
-TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100; Triton has no such memory to give elsewhere
-PRESENT = ("matrix", "tma")  # counts of instructions that may not vanish
+HELD = ("registers", "spill_instructions", "spilled_bytes", "shared_memory")  # figures that may not rise
+TENSOR_MEMORY = 512  # columns of tensor memory of an sm_100 multiprocessor; other architectures have none
+PRESENT = ("matrix", "tma")  # counts of instructions that may not become 0
 NVIDIA_TOOLS = Path(triton.__file__).with_name("backends") / "nvidia" / "bin"
 
 Figures = dict[str, Any]
 
 
 def shipped_rows(architectures: Sequence[str] = (), kernels: Sequence[str] = ()) -> dict[str, list[CompileRow]]:
-    """Rows by architecture, of the kernels named; of all if none is.
+    """Return the rows of the named kernels by architecture; all kernels or architectures if none is named.
 
     Raises:
         ValueError: an architecture or a kernel is unknown.
@@ -56,18 +57,18 @@ def shipped_rows(architectures: Sequence[str] = (), kernels: Sequence[str] = ())
 
 
 def kernel_name(row: str) -> str:
-    """The kernel that a row is one of."""
+    """Return the name of a row's kernel."""
     return row.partition(" ")[0]
 
 
 def measure(row: CompileRow, architecture: str) -> Figures:
-    """Compile a row from its source, past every cache, and read its figures.
+    """Compile a row without any cache, and return its figures.
 
     Raises:
-        ValueError: kernels were made for the interpreter.
+        ValueError: TRITON_INTERPRET=1 is set, so the kernel cannot be compiled.
     """
     if not isinstance(row.kernel, JITFunction):
-        raise ValueError(f"{row.name}: expected a compilable kernel, got one for the interpreter (TRITON_INTERPRET=1)")
+        raise ValueError(f"{row.name}: expected a compilable kernel, got an interpreted one; unset TRITON_INTERPRET")
     if architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     else:
@@ -79,17 +80,18 @@ def measure(row: CompileRow, architecture: str) -> Figures:
         start = time.perf_counter()
         compiled = triton.compile(_source(row), target=target, options=options)
         seconds = time.perf_counter() - start
-        figures = _of_cubin(compiled, Path(folder)) if target.backend == "cuda" else _of_amdgcn(compiled.asm["amdgcn"])
+        is_cuda = target.backend == "cuda"
+        figures = _cubin_figures(compiled, Path(folder)) if is_cuda else _amdgcn_figures(compiled.asm["amdgcn"])
     metadata = compiled.metadata
     memory = {"shared_memory": metadata.shared, "tensor_memory": getattr(metadata, "tmem_size", None) or 0}
     return {**figures, **memory, "seconds": round(seconds, 2)}
 
 
 def _source(row: CompileRow) -> ASTSource:
-    """The row as the compiler takes it, specialised as by the JIT: on ones and on divisibility by 16."""
+    """Return the row as a source for the compiler, specialised like the JIT's: on ones and on divisibility by 16."""
     signature, constants, attributes = {}, {}, {}
 
-    def one(place: tuple[int, ...], kind: str) -> str:
+    def specialised(place: tuple[int, ...], kind: str) -> str:
         kind, _, known = kind.partition(":")
         if known == "1":
             constants[place] = 1
@@ -102,13 +104,13 @@ def _source(row: CompileRow) -> ASTSource:
         if name in row.constexprs:
             signature[name], constants[place,] = "constexpr", row.constexprs[name]
         elif isinstance(kind := row.signature[name], tuple):
-            signature[name] = tuple(one((place, n), part) for n, part in enumerate(kind))
+            signature[name] = tuple(specialised((place, n), part) for n, part in enumerate(kind))
         else:
-            signature[name] = one((place,), kind)
+            signature[name] = specialised((place,), kind)
     return ASTSource(row.kernel, signature, constants, attributes)
 
 
-def _of_cubin(compiled: CompiledKernel, folder: Path) -> Figures:
+def _cubin_figures(compiled: CompiledKernel, folder: Path) -> Figures:
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _output("cuobjdump", "-res-usage", cubin)
@@ -129,7 +131,7 @@ def _output(tool: str, *arguments: Any) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _of_amdgcn(code: str) -> Figures:
+def _amdgcn_figures(code: str) -> Figures:
     def named(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", code)
         assert found, key
@@ -150,12 +152,15 @@ def _count(instruction: str, code: str) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- ceilings
 def read_ceilings(file: Path = CEILINGS) -> dict[str, Any]:
-    """``{"triton": version, "rows": {architecture: {row: figures}}}``."""
+    """Read the ceilings as ``{"triton": version, "rows": {architecture: {row: figures}}}``.
+
+    A file that does not exist has no rows, for the installed version of Triton.
+    """
     return json.loads(file.read_text()) if file.exists() else {"triton": triton.__version__, "rows": {}}
 
 
 def complaints(architecture: str, figures: Figures, ceiling: Figures | None) -> list[str]:
-    """What is wrong with a row, in words; empty if nothing is."""
+    """Return a message for every figure that exceeds the architecture's limit or the ceiling."""
     found = []
     limit = SHARED_MEMORY[architecture]
     if figures["shared_memory"] > limit:
@@ -163,16 +168,18 @@ def complaints(architecture: str, figures: Figures, ceiling: Figures | None) -> 
     if figures["tensor_memory"] > TENSOR_MEMORY:
         found.append(f"tensor memory {figures['tensor_memory']} is over the architecture's {TENSOR_MEMORY}")
     if ceiling is None:
-        return [*found, "no ceiling recorded (--record does)"]
+        return [*found, "no ceiling recorded; --record adds it"]
     found += [f"{name} {figures[name]} is over {ceiling[name]}" for name in HELD if figures[name] > ceiling[name]]
     found += [
-        f"{name} instructions are gone, were {ceiling[name]}" for name in PRESENT if ceiling[name] > figures[name] == 0
+        f"no {name} instructions, the ceiling has {ceiling[name]}"
+        for name in PRESENT
+        if ceiling[name] > figures[name] == 0
     ]
     return found
 
 
 def recorded(ceiling: Figures | None, figures: Figures, may_rise: bool) -> Figures:
-    """The new ceiling of a row: lower where the figures are, higher only if it may be."""
+    """Return the new ceiling of a row: the lower figures; with ``may_rise``, or for a new row, all figures."""
     if ceiling is None or may_rise:
         return {name: figures[name] for name in (*HELD, *PRESENT)}
     return {name: min(ceiling[name], figures[name]) for name in HELD} | {
@@ -187,23 +194,29 @@ def check_compilation(
     may_rise: bool = False,
     file: Path = CEILINGS,
 ) -> bool:
-    """Compile, print a line per row, and compare with the ceilings.
+    """Compile the rows, print a line for each, and compare with the ceilings.
 
     Args:
-        architectures, kernels: all if empty.
-        record: lower the ceilings that are higher than the figures, and set those of new rows.
-        may_rise: let ``record`` raise ceilings too.
-        file: where the ceilings are.
+        architectures, kernels: names; all if empty.
+        record: lower the ceilings that are higher than the figures, and add those of new rows.
+        may_rise: let ``record`` also raise ceilings.
+        file: file of the ceilings.
 
     Returns:
-        Whether no row is over its ceiling, as it was or as it was recorded now.
+        Whether every row has a ceiling and is within it and the architecture's limits, after recording.
+
+    Raises:
+        ValueError: a name is unknown, or ``record`` with another version of Triton would mix its figures with old ones.
     """
     ceilings, clean = read_ceilings(file), True
     rows = shipped_rows(architectures, kernels)
     if ceilings["triton"] != triton.__version__:
-        print(f"ceilings are of Triton {ceilings['triton']}, this is {triton.__version__}")
+        print(f"the ceilings belong to Triton {ceilings['triton']}; {triton.__version__} is installed")
         if record and not (may_rise and not architectures and not kernels):
-            raise ValueError("record: another version of Triton needs all rows anew, with --may-rise")
+            raise ValueError(
+                f"record: expected Triton {ceilings['triton']}, got {triton.__version__}; "
+                "record all rows anew with --may-rise and without --arch and --kernel"
+            )
     names = (*HELD, "tensor_memory", *PRESENT, "seconds")
     print(f"{'':<52}" + "".join(f"{name.replace('_', ' '):>20}" for name in names))
     for architecture, each in rows.items():

@@ -1,4 +1,4 @@
-"""Times calls in interleaved rounds, on a GPU by CUDA events and, where calls are short, in CUDA graphs."""
+"""Timing of calls in interleaved rounds, on a GPU with CUDA events and, for short calls, CUDA graphs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,28 +7,32 @@ import torch
 
 from hybridattn.measure.timing import timed
 
-GRAPH_SECONDS = 0.02  # of the calls in one CUDA graph
+GRAPH_SECONDS = 0.02  # duration of the calls in one CUDA graph
 
 Run = Callable[[], object]
 
 
 class Timed(NamedTuple):
-    """Seconds of a call in every round, and whether it was replayed from a CUDA graph."""
+    """Samples of one call.
+
+    Attributes:
+        seconds: seconds of the call in every round.
+        in_graph: whether it was replayed from a CUDA graph.
+    """
 
     seconds: list[float]
     in_graph: bool
 
 
 def interleaved(calls: dict[str, Run], device: torch.device, rounds: int, *, replay: bool = False) -> dict[str, Timed]:
-    """Time calls in rounds, each once per round, after two warm-up calls.
+    """Time calls in rounds, each call once per round, after two warm-up calls.
 
     Args:
-        calls: what is timed, by name.
-        device: where it runs.
-        rounds: samples of every call.
-        replay: on a GPU, a sample is the mean of many calls in a CUDA graph. A kernel of some microseconds ends before
-            the next one is launched, and single calls would time the launches. A call that cannot be captured is timed
-            alone.
+        calls: functions to be timed, by name.
+        device: the device they run on.
+        rounds: number of rounds, that is samples of every call.
+        replay: on a GPU, take as sample the mean of many calls in a CUDA graph. Timing single calls of a kernel of a
+            few microseconds would measure its launch. A call that cannot be captured is timed as a single call.
     """
     for call in (*calls.values(), *calls.values()):
         call()
@@ -59,7 +63,11 @@ def _seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
 
 
 def _captured(call: Run) -> tuple[torch.cuda.CUDAGraph, int] | None:
-    """A CUDA graph of calls that take GRAPH_SECONDS together, and their number; None if it cannot be captured."""
+    """Capture as many calls as take GRAPH_SECONDS in a CUDA graph; None if the call cannot be captured.
+
+    Returns:
+        The graph and the number of calls in it.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -69,6 +77,6 @@ def _captured(call: Run) -> tuple[torch.cuda.CUDAGraph, int] | None:
             with torch.cuda.graph(graph):
                 for _ in range(number):
                     call()
-    except RuntimeError:  # for example, it synchronises with the GPU; after a CUDA error single calls fail as well
+    except RuntimeError:  # for example, the call synchronises; after a CUDA error single calls fail as well
         return None
     return graph, number

@@ -1,8 +1,8 @@
-"""bf16 made right in Triton's interpreter, which keeps it as 16-bit integers and computes with these.
+"""Correct bf16 arithmetic for Triton's interpreter, and a reversed order of its programs.
 
-Under TRITON_INTERPRET=1 a kernel runs on NumPy, which has no bf16. Casts truncate, and sums, products and reductions
-act on the bit patterns. Inside ``exact_bf16`` operands become fp32 before NumPy sees them, and a bf16 result is
-rounded to nearest even, as the hardware does.
+Under TRITON_INTERPRET=1 a kernel runs on NumPy, which has no bf16. The interpreter stores bf16 as 16-bit integers:
+casts truncate, and sums, products and reductions act on the bit patterns. Inside ``exact_bf16`` the interpreter
+converts operands to fp32 first and rounds a bf16 result to nearest even, as the hardware does.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
-    """bf16 as uint16 -> fp32, exact."""
+    """Convert bf16, stored as uint16, to fp32; exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow(x: np.ndarray) -> np.ndarray:
-    """fp32 -> bf16 as uint16, rounded to nearest even; NaN stays NaN."""
+    """Round fp32 to bf16, stored as uint16, to nearest even; NaN stays NaN."""
     x = np.ascontiguousarray(x, dtype=np.float32)
     bits = x.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -38,7 +38,7 @@ def _wide_handle(x: Any) -> Any:
 
 
 def _computes_wide(operation: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    """The operation on fp32 operands; its result is bf16 again where the original's would be."""
+    """Wrap an operation: bf16 operands become fp32, and the result, unless boolean, becomes bf16 again."""
 
     def wide(self: InterpreterBuilder, *operands: Any) -> TensorHandle:
         if not any(map(_is_bf16, operands)):
@@ -91,7 +91,7 @@ def _reduction(operation: Callable[..., tuple]) -> Callable[..., tuple]:
 
 @contextmanager
 def exact_bf16() -> Iterator[None]:
-    """Repair the interpreter for as long as the block runs. May be nested."""
+    """Patch the interpreter inside the block; blocks may be nested."""
     wide = ("binary_op", "unary_op", "create_fma", "create_clampf", "create_rsqrt", "create_erf")
     repairs = {
         InterpreterBuilder: {
@@ -111,7 +111,7 @@ def exact_bf16() -> Iterator[None]:
 
 @contextmanager
 def reversed_programs() -> Iterator[None]:
-    """Run the programs of every launch in the opposite order, so that a race between programs shows in the result."""
+    """Run the programs of every launch in reverse order; a race between programs then changes the result."""
     place = InterpreterBuilder.set_grid_idx
 
     def from_the_end(self: InterpreterBuilder, *indices: int) -> None:

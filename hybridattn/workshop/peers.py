@@ -1,4 +1,4 @@
-"""Other libraries' implementations of the workloads that ``hybridattn kernels bench --peers`` times beside ours."""
+"""Other libraries' implementations of the benchmark's workloads, for ``hybridattn kernels bench --peers``."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,10 @@ from hybridattn.workshop.workloads import WORKLOADS, Call, Workload
 
 
 def peers(name: str, device: torch.device) -> dict[str, Call]:
-    """What computes a workload on the device, by name, of PyTorch and of flash-linear-attention if it is installed."""
+    """Return other implementations of a workload on the device, by name.
+
+    They are PyTorch's and, if it is installed, flash-linear-attention's.
+    """
     workload, on_gpu = WORKLOADS[name], device.type == "cuda"
     found: dict[str, Call] = {}
     if workload.kind == "cache":
@@ -33,7 +36,7 @@ def peers(name: str, device: torch.device) -> dict[str, Call]:
 
 
 def _heads_first(call: Callable[..., Tensor]) -> Call:
-    """The call with [batch, time, heads, dim], as all workloads have it, for one with [batch, heads, time, dim]."""
+    """Adapt a call on [batch, heads, time, dim] to [batch, time, heads, dim], the layout of all workloads."""
     return lambda *x: call(*(y.transpose(1, 2) for y in x)).transpose(1, 2)
 
 
@@ -46,7 +49,7 @@ def _sdpa(workload: Workload, backend: SDPBackend) -> Call:
 
 
 def _sdpa_one_token(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """Takes every cache as full, as they are here: it has no argument for their lengths."""
+    """Compute attention over the whole cache; SDPA takes no lengths, and the caches of the benchmark are full."""
     return _heads_first(F.scaled_dot_product_attention)(q, k, v)
 
 
@@ -77,7 +80,7 @@ def _flash_linear_attention(name: str) -> dict[str, Call]:
 
     def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, is_copied: bool) -> Tensor:
         o, after = fused_recurrent_gla(q, k, v, gk=g, initial_state=state, output_final_state=True)
-        if is_copied:  # it has no update in place
+        if is_copied:  # fla does not update the state in place
             state.copy_(after)
         return o
 

@@ -1,4 +1,4 @@
-"""JSON lines that a measurement appends to, so that a run that was cut off goes on where it was."""
+"""Records of checks and benchmarks: JSON lines with device, versions and code, so that runs can be continued."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def origin(device: torch.device) -> Record:
-    """Where the records of one run come from: device, versions, and the hash of the package's code."""
+    """Return the origin of the records of one run: device, versions, hash of the package's code, commit."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "architecture": architecture(device) if device.type == "cuda" else "cpu",
@@ -26,17 +26,20 @@ def origin(device: torch.device) -> Record:
 
 
 def read(file: Path, source: Record) -> list[Record]:
-    """The records of a file, if there is one, that agree with all of ``source`` but the commit."""
+    """Return the records of a file that have the same origin as ``source``, except for the commit.
+
+    A file that does not exist has none.
+    """
     lines = JsonLines(file).objects
     return [line for line in lines if all(line.get(name) == source[name] for name in source if name != "commit")]
 
 
 def writer(file: Path, source: Record) -> Callable[[Record], Record]:
-    """A function that appends a record and ``source`` to a file as one object, and returns it.
+    """Return a function that appends a record, joined with ``source``, to a file and returns the joined record.
 
     Raises:
-        ValueError: from that function, after writing: the record's ``reason`` is a CUDA error, after which nothing else
-            runs in this process.
+        ValueError: the returned function raises it after writing, if the record's ``reason`` is a CUDA error. After a
+            CUDA error no kernel can run in this process.
     """
     lines = JsonLines(file)
 
@@ -44,19 +47,23 @@ def writer(file: Path, source: Record) -> Callable[[Record], Record]:
         record = {**record, **source}
         lines.append(record)
         if "CUDA error" in record.get("reason", ""):
-            raise ValueError(f"the GPU is lost to this process ({record['reason']}); run again to go on")
+            raise ValueError(f"this process cannot use the GPU after a CUDA error ({record['reason']}); run again")
         return record
 
     return write
 
 
 def check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise a ValueError for a name that is not known."""
+    """Check that all names are known.
+
+    Raises:
+        ValueError: a name is not; the message names the argument.
+    """
     for name in names:
         if name not in known:
             raise ValueError(f"{argument}: expected one of {list(known)}, got {name!r}")
 
 
 def reason_of(error: Exception) -> str:
-    """Type and message of an error, for a record's ``reason``."""
+    """Return type and message of an error, at most 500 characters, for a record's ``reason``."""
     return f"{type(error).__name__}: {error}"[:500]

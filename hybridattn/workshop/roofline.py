@@ -1,4 +1,4 @@
-"""The roofline picture of ``hybridattn kernels bench --plot``: rates below what the machine can do."""
+"""The roofline plot of ``hybridattn kernels bench --plot``: operators' FLOP rates below the machine's limits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ MARKERS = "osD^vP*Xph"
 
 
 def roofline(records: Sequence[Record], file: Path) -> None:
-    """Draw FLOP per second over FLOP per byte, a point for every forward pass, below copy and matrix product.
+    """Plot FLOP per second over FLOP per byte: a point per forward pass, and the limits of copy and matrix product.
 
     Args:
-        records: those of the benchmark, of one device; ones without figures have no point.
-        file: the picture; its suffix is the format.
+        records: records of the benchmark, of one device; records without figures have no point.
+        file: the image file; its suffix decides the format.
     """
     right = [record for record in records if "flop_per_second" in record and "reason" not in record]
     workloads, implementations = (
@@ -25,7 +25,7 @@ def roofline(records: Sequence[Record], file: Path) -> None:
     )
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    # A run that was continued has measured them more than once.
+    # A continued run has measured the two rates several times.
     copy, product = (median(r[name] for r in right) for name in ("copy_bytes_per_second", "matmul_flop_per_second"))
     intensities = [record["flop_per_second"] / record["bytes_per_second"] for record in right]
     low, high = min([*intensities, product / copy]) / 3, max([*intensities, product / copy]) * 3

@@ -1,12 +1,12 @@
-"""What a launch loads and stores, counted in Triton's interpreter, and accesses outside its tensors caught.
+"""Counts the bytes that a kernel launch loads and stores in Triton's interpreter; rejects out-of-bounds accesses.
 
     with count_traffic() as launches:
         gated_linear_attention_step(q, k, v, g, state, backend="triton")
     launches[0].loads["state"].total
 
-Every load, store and atomic goes through four methods of the interpreter, those by block pointers and by tensor
-descriptors (TMA) too. Only lanes that are not masked count. An address is looked up among the *elements* of the
-launch's tensors, so that a gap of a strided view is outside, and it is looked up before it is used.
+All loads, stores and atomics of the interpreter, also by block pointer and tensor descriptor (TMA), go through four
+methods, which this module patches. Masked lanes do not count. Before an access, its address is looked up among the
+*elements* of the launch's tensors. So an address in a gap of a strided view is out of bounds.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,11 +24,16 @@ from hybridattn.kernels.runtime.architectures import Traffic
 
 
 class OutOfBounds(IndexError):
-    """A lane that is not masked reads or writes outside every tensor of its launch."""
+    """An unmasked lane reads or writes an address outside all tensors of the launch."""
 
 
 class Moved(NamedTuple):
-    """Bytes of one argument that were loaded or stored: of distinct elements, and with repetitions."""
+    """Bytes loaded from or stored to one argument.
+
+    Attributes:
+        unique: bytes of distinct elements.
+        total: bytes with repetitions.
+    """
 
     unique: int
     total: int
@@ -36,7 +41,7 @@ class Moved(NamedTuple):
 
 @dataclass
 class Launch:
-    """One launch: bytes loaded and stored by argument name; of arguments that share memory, the first has them."""
+    """Bytes that one launch loaded and stored, by argument; an element of several arguments counts for the first."""
 
     kernel: str
     loads: dict[str, Moved] = field(default_factory=dict)
@@ -52,21 +57,22 @@ class Launch:
 
 
 def over_target(launch: Launch, target: Traffic, arguments: dict[str, Tensor]) -> list[str]:
-    """What a launch moved beyond what its package declares; ``arguments`` are the kernel's tensors by name."""
-    told = []
+    """Return a message for every bound of ``target`` that a launch exceeded; ``arguments`` are tensors by name."""
+    exceeded = []
     size = {name: x.numel() * x.element_size() for name, x in arguments.items()}
     needed = sum(size[name] for names in (target.loads, target.stores) for name in names)
     if launch.unique > target.unique * needed:
-        told.append(f"{launch.unique} distinct bytes are over {target.unique:g} times {needed}")
+        exceeded.append(f"{launch.unique} distinct bytes are over {target.unique:g} times {needed}")
     for kind, moved, most in (("loads", launch.loads, target.loads), ("stores", launch.stores, target.stores)):
         for name, bytes_ in moved.items():
             if bytes_.total > most.get(name, 0.0) * size[name]:
-                told.append(f"{kind} {bytes_.total} bytes of {name}, over {most.get(name, 0.0):g} times {size[name]}")
-    return told
+                limit = f"{most.get(name, 0.0):g} times {size[name]}"
+                exceeded.append(f"{kind} {bytes_.total} bytes of {name}, over {limit}")
+    return exceeded
 
 
 class _Elements:
-    """Addresses of all elements of the tensors of a launch, and the accesses to them so far."""
+    """The addresses of all elements of a launch's tensors, and the recorded accesses."""
 
     def __init__(self, kernel: str, arguments: dict[str, Any]):
         self.kernel = kernel
@@ -80,15 +86,15 @@ class _Elements:
             elements[-1]["start"], elements[-1]["end"] = starts, starts + np.uint64(x.element_size())
             elements[-1]["owner"] = self.names.index(name)
         joined = np.concatenate(elements)
-        _, first = np.unique(joined["start"], return_index=True)  # the first of several owners
+        _, first = np.unique(joined["start"], return_index=True)  # an element of several tensors belongs to the first
         self.starts, self.ends, self.owners = (joined[name][first] for name in ("start", "end", "owner"))
         self.accesses: list[tuple[str, np.ndarray, int]] = []
 
     def record(self, kind: str, at: np.ndarray, width: int) -> None:
-        """Note an access of ``width`` bytes at each of the addresses.
+        """Record an access ("load" or "store") of ``width`` bytes at each address of ``at``.
 
         Raises:
-            OutOfBounds: one is outside the tensors.
+            OutOfBounds: an address is outside the tensors.
         """
         places = np.searchsorted(self.starts, at, side="right") - 1
         inside = places >= 0
@@ -121,7 +127,7 @@ def _tensors(argument: Any) -> list[Tensor]:
 
 
 def _addresses(x: Tensor) -> np.ndarray:
-    """Byte addresses of the elements of a CPU tensor."""
+    """Return the byte addresses of the elements of a CPU tensor."""
     if x.device.type != "cpu":
         raise ValueError(f"traffic: expected CPU tensors, got {x.device}")
     offsets = np.zeros(1, np.int64)
@@ -132,10 +138,10 @@ def _addresses(x: Tensor) -> np.ndarray:
 
 @contextmanager
 def count_traffic() -> Iterator[list[Launch]]:
-    """Collect one ``Launch`` for every kernel that the interpreter launches in the block.
+    """Collect one ``Launch`` for every kernel launch in the block.
 
     Raises:
-        OutOfBounds: inside Triton's InterpreterError, from the launch that leaves its tensors.
+        OutOfBounds: wrapped in Triton's InterpreterError, from a launch with an out-of-bounds access.
     """
     launches: list[Launch] = []
     running: list[_Elements] = []
@@ -154,7 +160,7 @@ def count_traffic() -> Iterator[list[Launch]]:
         return counted
 
     def counted_access(access: Callable[..., Any], kinds: tuple[str, ...], at: int, mask_at: int | None) -> Any:
-        """The interpreter's method; its pointers and mask, if it has one, are the arguments ``at`` and ``mask_at``."""
+        """Wrap a method of the interpreter; ``at`` and ``mask_at`` are the indices of its pointers and its mask."""
 
         def counted(self: InterpreterBuilder, *arguments: Any, **named: Any) -> Any:
             pointers = arguments[at]
@@ -181,5 +187,5 @@ def count_traffic() -> Iterator[list[Launch]]:
 
 
 def _data(mask: Any) -> np.ndarray:
-    """The interpreter passes masks as its handles or, for descriptors, as arrays."""
+    """Return a mask as an array; the interpreter passes handles, and for descriptors arrays."""
     return mask.data if hasattr(mask, "get_element_ty") else mask

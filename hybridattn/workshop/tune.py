@@ -1,9 +1,9 @@
-"""The search for faster launch rows on the GPU at hand: what ``hybridattn kernels tune`` runs.
+"""The search ``hybridattn kernels tune`` for faster launch rows on the GPU of this machine.
 
-A row of a launch table is replaced by one candidate after the other. A workload that launches it is compared with the
-fp64 reference and timed. The table is as before afterwards: the fastest are printed, and all are written as JSON. To
-ship one, put it into the table, then run ``hybridattn kernels compile --record`` and ``hybridattn kernels check
---record``.
+The search replaces a row of a launch table by each candidate in turn. With each it compares a workload that launches
+the kernel with the fp64 reference, and times it. Afterwards the table has its original row again. The command prints
+the fastest candidates and writes all of them as JSON. To ship a candidate, edit the table, then run ``hybridattn
+kernels compile --record`` and ``hybridattn kernels check --record``.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,15 +27,15 @@ WARPS, STAGES = (4, 8), (1, 2, 3)
 
 
 class Search(NamedTuple):
-    """The rows of one kernel on one architecture, and how they are tried.
+    """The rows of one kernel on one architecture, the candidates for them, and the workload that times them.
 
     Attributes:
-        rows: the part of a launch table, by the dim that decides.
-        candidates: what a row may be.
-        workload: of ``WORKLOADS``, which launches the kernel.
-        batch, tokens: of the workload.
-        backward: whether it is the backward pass that launches it.
-        key_dim: K; None is the row's dim. V is the row's dim, at most 256.
+        rows: the part of a launch table, by dim.
+        candidates: rows to be tried.
+        workload: key of ``WORKLOADS``; it launches the kernel.
+        batch, tokens: sizes of the workload.
+        backward: whether the backward pass launches the kernel.
+        key_dim: K of the workload; None takes the row's dim. V is the row's dim, at most 256.
     """
 
     rows: dict[int, Any]
@@ -51,7 +51,7 @@ class Search(NamedTuple):
 
 
 def searches(name: str) -> dict[str, Search]:
-    """By kernel, for an architecture that has rows; operands are bf16."""
+    """Return the search of every kernel, for an architecture with rows; operands are bf16."""
     sweep = list(product((16, 32, 64), WARPS, STAGES))
     step = list(product((16, 32, 64, 128), WARPS))
     decode = list(product((16, 32, 64, 128), WARPS, STAGES, (1, 2, 3, 4)))
@@ -71,12 +71,17 @@ def searches(name: str) -> dict[str, Search]:
 def search(
     rows: dict[int, Any], dim: int, candidates: list[Row], error: Callable[[], float], seconds: Callable[[], float]
 ) -> Iterator[dict[str, Any]]:
-    """The shipped row and every candidate in its place: seconds where it is right, and else the reason.
+    """Try the shipped row and every candidate, and yield a JSON object for each.
 
     Args:
-        rows: has the row at ``dim``, and has it again afterwards.
-        error: of the workload with the row in place.
-        seconds: that the workload takes with it.
+        rows: the table, whose entry at ``dim`` is replaced and finally restored.
+        dim: key of the row.
+        candidates: rows to be tried.
+        error: returns the error of the workload with the current row.
+        seconds: returns the time of the workload with the current row.
+
+    Yields:
+        ``row``, ``shipped``, and ``seconds`` if the result is correct, else ``reason``.
     """
     shipped = rows[dim]
     try:
@@ -85,9 +90,9 @@ def search(
             line: dict[str, Any] = {"row": row, "shipped": row == shipped}
             try:
                 wrong = error()
-                right = wrong <= TOLERANCE[torch.bfloat16]  # NaN is not
+                right = wrong <= TOLERANCE[torch.bfloat16]  # False for NaN
                 line |= {"seconds": seconds()} if right else {"reason": f"error {wrong:.1e}"}
-            except Exception as reason:  # no room in shared memory, or a compiler that fails: on with the next
+            except Exception as reason:  # too little shared memory or a compiler error: try the next one
                 line["reason"] = reason_of(reason)
             yield line
     finally:
@@ -95,10 +100,16 @@ def search(
 
 
 def search_launches(device: str, kernels: list[str], dims: list[int], samples: int, out: Path) -> None:
-    """Search, print the fastest three of every row, and append all lines to ``out``.
+    """Search, print the three fastest candidates for every row, and append all results to ``out``.
+
+    Args:
+        device: "cuda".
+        kernels, dims: kernels and keys of their launch tables; all if empty.
+        samples: timed calls per candidate.
+        out: file of JSON lines.
 
     Raises:
-        ValueError: there is no GPU, or no such kernel.
+        ValueError: there is no GPU, or a kernel is unknown.
     """
     place = torch.device(device)
     if place.type == "cpu":
@@ -135,7 +146,7 @@ def _search(of: Search, dim: int, device: torch.device, samples: int) -> Iterato
 
 
 def forget() -> None:
-    """Launch rows that were looked up are looked up again."""
+    """Clear the caches of launch rows, so that the next call looks them up in the tables again."""
     from hybridattn.kernels.flash_attention.triton import decode, operands
     from hybridattn.kernels.linear_attention.triton import decode as step
     from hybridattn.kernels.linear_attention.triton import op
@@ -145,11 +156,11 @@ def forget() -> None:
 
 
 def describe(kernel: str, dim: int, lines: list[dict[str, Any]]) -> str:
-    """The shipped row and the three fastest, a line each."""
+    """Return a line of text for each of the three fastest rows, and for the shipped row."""
     right = sorted((line for line in lines if "seconds" in line), key=lambda line: line["seconds"])
     chosen = [*right[:3], *(line for line in right[3:] if line["shipped"])]
-    told = [
+    shown = [
         f"  {line['row']!s:<24}{1e3 * line['seconds']:10.3f} ms" + ("  shipped" if line["shipped"] else "")
         for line in chosen
     ]
-    return "\n".join([f"{kernel} {dim}: {len(right)} of {len(lines)} rows run and are right", *told])
+    return "\n".join([f"{kernel} {dim}: {len(right)} of {len(lines)} rows run with correct results", *shown])

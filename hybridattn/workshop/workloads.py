@@ -1,4 +1,4 @@
-"""What ``hybridattn kernels bench`` times: operators, the inputs they are given, and the operations they need."""
+"""Workloads that ``hybridattn kernels bench`` times: operators with their inputs, FLOP and bytes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,14 +18,14 @@ from hybridattn.kernels.linear_attention import (
 from hybridattn.kernels.linear_attention.chunked import CHUNK
 from hybridattn.workshop.check import error
 
-COMPARED = 768  # first tokens of every result that are compared with the reference
+COMPARED = 768  # tokens, from the first, whose results are compared with the reference
 
 Inputs = dict[str, Tensor]
 Call = Callable[..., Tensor]
 
 
 class Shape(NamedTuple):
-    """Sizes of q, k and v; ``tokens`` are those of the sequence or of the cache."""
+    """Sizes of q, k and v; ``tokens`` is the length of the sequence or of the cache."""
 
     batch: int
     tokens: int
@@ -35,16 +35,17 @@ class Shape(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """A function of q, k, v, then g, state or cache lengths where it has them, as [batch, time, heads, dim].
+    """An operator of this package, and the properties that the benchmark needs.
 
     Attributes:
-        operator: ours, with a keyword ``backend``; gives the outputs.
-        flop: operations that a forward pass needs per token and head.
-        kind: a whole sequence; one token that updates a state; or one token that reads a cache.
-        gate: of every channel of k, or of every head.
-        window: tokens that one sees, itself included; None is all.
-        causal: no token sees later ones.
-        key_dim: K, if not the usual one.
+        operator: function of q, k, v [batch, time, heads, dim], then g, state or cache lengths if it has them, and of
+            the keyword ``backend``; returns the outputs.
+        flop: shape -> FLOP that a forward pass needs per token and head.
+        kind: "sequence" (a whole sequence), "step" (one token updates a state), "cache" (one token reads a cache).
+        gate: "channel" (a gate per channel of k), "head" (a gate per head) or None.
+        window: tokens that a token attends to, itself included; None for all.
+        causal: whether a token attends to no later token.
+        key_dim: K, if not the benchmark's default.
     """
 
     operator: Call
@@ -57,7 +58,7 @@ class Workload(NamedTuple):
 
 
 def _linear_flop(shape: Shape) -> float:
-    """2KV into the state, 2KV out of it, and the causal half of a chunk's products."""
+    """Return the FLOP per token and head: 2KV to update the state, 2KV to read it, and half of a chunk's products."""
     return 4 * shape.key_dim * shape.value_dim + CHUNK * (shape.key_dim + shape.value_dim)
 
 
@@ -72,7 +73,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, backend: str | Non
 def _softmax(window: int | None = None, causal: bool = True) -> Workload:
     def flop(shape: Shape) -> float:
         reach = min(window or shape.tokens, shape.tokens)
-        # The first `reach` tokens of a causal sequence see half of that on average, later ones all of it.
+        # In a causal sequence the first `reach` tokens attend to reach / 2 tokens on average, later ones to `reach`.
         seen = reach * (1 - reach / (2 * shape.tokens)) if causal else reach
         return 2 * seen * (shape.key_dim + shape.value_dim)
 
@@ -100,7 +101,7 @@ WORKLOADS = {
 
 
 def make_inputs(workload: Workload, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Signed inputs, GLA's default gates logsigmoid(N(0, 1)) / 16, and for a step a state in fp32."""
+    """Draw signed inputs; gates are GLA's default logsigmoid(N(0, 1)) / 16, and a step's state is fp32."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
@@ -120,7 +121,7 @@ def make_inputs(workload: Workload, shape: Shape, dtype: torch.dtype, device: to
 
 
 def work_of(workload: Workload, shape: Shape, x: Inputs) -> tuple[float, int]:
-    """Operations of a forward pass, and bytes it cannot do without: all inputs, outputs, and the state written back."""
+    """Return the FLOP of a forward pass and the bytes it has to move: all inputs, the outputs, a step's new state."""
     outputs = shape.batch * x["q"].shape[1] * shape.heads * shape.value_dim * x["v"].element_size()
     read = sum(value.numel() * value.element_size() for value in x.values())
     written = outputs + (x["state"].numel() * 4 if workload.kind == "step" else 0)
@@ -128,16 +129,16 @@ def work_of(workload: Workload, shape: Shape, x: Inputs) -> tuple[float, int]:
 
 
 def error_of(workload: Workload, call: Call, x: Inputs) -> float:
-    """Largest relative error of outputs and, for sequences, of gradients of a loss over the first COMPARED tokens.
+    """Return the largest relative L2 error against the fp64 reference, over outputs and gradients of the first row.
 
-    Compared is the first row, with the reference in fp64.
+    For sequences the loss covers the first COMPARED tokens. Steps and decoding have no gradients.
     """
     row = {name: value[:1] if name == "lengths" else value[:1].double() for name, value in x.items()}
     reference = partial(workload.operator, backend="reference")
     if workload.kind != "sequence":
         with torch.no_grad():
             return error(call(*(value.clone() for value in x.values()))[:1], reference(*row.values()))
-    # Of keys and values all where queries see later ones.
+    # Without causality the compared queries need all keys and values.
     row = {name: value[:, :COMPARED] if workload.causal or name == "q" else value for name, value in row.items()}
     results = []
     for run, inputs in ((reference, row), (call, x)):

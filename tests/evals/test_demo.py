@@ -28,11 +28,11 @@ def test_bad_options_are_named(tmp_path: Path, options: dict, message: str):
 
 def test_it_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"matplotlib.*: pip install hybridattn\[demo\]"):
+    with pytest.raises(ValueError, match=r"matplotlib.*; pip install 'hybridattn\[demo\]'"):
         demo.run_demo(out=tmp_path / "out")
 
 
-def test_a_report_of_another_kind_is_refused_before_any_work(tmp_path: Path):
+def test_a_report_of_another_kind_is_refused_at_the_start(tmp_path: Path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="out: expected a new path"):
         demo.run_demo(out=tmp_path)
@@ -49,7 +49,7 @@ def test_it_trains_eight_models_in_minutes():
 
 
 @pytest.mark.slow
-def test_a_short_run_writes_everything_and_goes_on(
+def test_a_short_run_writes_everything_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     full = demo.suite(steps=2)
@@ -71,10 +71,10 @@ def test_a_short_run_writes_everything_and_goes_on(
             demo.run_demo(out=out, steps=2)
     report = (out / "report.md").read_text()
     assert "## A language model on real text" in report
-    assert "| GLA" in report  # trained, not measured
+    assert "| GLA" in report  # trained, but not measured yet
 
     with monkeypatch.context() as patched:
-        patched.setattr(language_model, "measure", interrupted)  # there already, as is the training
+        patched.setattr(language_model, "measure", interrupted)  # must not be called: its results are stored
         results = demo.run_demo(out=out, steps=2, only="recall")
         assert demo.run_demo(out=out, steps=2, only="text") == results
     assert {path.name for path in out.iterdir()} >= {"model", "weights", "report.html", "report.md", "pareto.png"}
@@ -92,7 +92,7 @@ def test_a_short_run_writes_everything_and_goes_on(
 
 
 def test_the_text_in_the_report_is_of_the_model_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of the run that was asked for last, though a run of other steps was between."""
+    """The report shows the text of the latest run, also after a run with another number of steps in between."""
     text = {"bits_per_byte": {"model": 1.0}, "continuation": {"text": "x", "tokens_per_second": 1.0}}
 
     def measured(folder: Path, steps: int | None) -> dict:
@@ -108,7 +108,7 @@ def test_the_text_in_the_report_is_of_the_model_in_the_folder(tmp_path: Path, mo
 
 
 def check_text(text: dict, out: Path) -> None:
-    """The model is there, its figures are possible, and n-gram models get better with their order."""
+    """The model is saved, its values are plausible, and n-gram models improve with their order."""
     scores = text["bits_per_byte"]
     assert list(scores) == ["model", "order 0", "order 1", "order 2", "order 3", "order 4"]
     assert scores["order 0"] > scores["order 1"] > scores["order 2"] > scores["order 3"]

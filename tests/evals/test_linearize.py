@@ -1,4 +1,4 @@
-"""The command in small: what it trains, what it leaves, what it counts and says."""
+"""The command `hybridattn linearize` on a tiny model: training, files, token counts, report and errors."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ FLAGS = ["--length", str(LENGTH), "--report_to", "none", "--disable_tqdm", "true
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With texts in which what came before says what comes next, and a softmax model trained on them."""
+    """A folder with predictable texts and a softmax model trained on them."""
     folder = tmp_path_factory.mktemp("linearize")
     generator = torch.Generator().manual_seed(0)
     lines = []
@@ -77,7 +77,7 @@ def linearize(folder: Path, out: str, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> Path:
-    """The folder of a whole run."""
+    """The folder of a complete run."""
     seen: list[torch.Tensor] = []
     trainers: list[tuple[str, float | None]] = []
     step = StreamTrainer.training_step
@@ -146,13 +146,13 @@ def test_the_report_says_what_was_measured(made: Path, results: dict[str, Any]):
 
 
 @pytest.mark.parametrize("swapped", [1.0, 0.9])
-def test_nothing_is_recovered_where_the_swap_cost_nothing(swapped: float, results: dict[str, Any]):
+def test_there_is_no_recovery_without_an_increase_in_loss(swapped: float, results: dict[str, Any]):
     assert recovery({"teacher": 1.0, "swapped": swapped, "final": 0.8}) is None
-    assert "**none, since the swap cost nothing**" in report({**results, "recovery": None})
+    assert "**none, since the swap did not increase the loss**" in report({**results, "recovery": None})
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads the old name
 def test_the_result_is_a_model_with_its_adapters_merged(made: Path, results: dict[str, Any]):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
     assert isinstance(model, HybridAttnForCausalLM)
@@ -172,7 +172,7 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(made: Path
     assert json.loads((made / "results.json").read_text())["losses"] == results["losses"]
     capsys.readouterr()
     assert linearize(made.parent, "out", "--pattern", "1 full : 2 window") == 2
-    assert "pattern: expected '1 full : 2 gla' as before" in capsys.readouterr().err
+    assert "pattern: expected '1 full : 2 gla' as in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(made: Path
         (("--pattern", "full,gla,dance"), "got 'dance'"),
         (("--pattern", "1 gla", "--transfer_tokens", "511"), "transfer_tokens: expected at least the 512 tokens"),
         (("--pattern", "1 gla", "--lora_tokens", "0"), "lora_tokens: expected at least the 512 tokens"),
-        (("--pattern", "1 gla", "--max_steps", "3"), "max_steps: expected none"),
-        (("--pattern", "1 gla", "--learning-rate=3"), "learning_rate: expected none"),
+        (("--pattern", "1 gla", "--max_steps", "3"), "max_steps: expected no such flag"),
+        (("--pattern", "1 gla", "--learning-rate=3"), "learning_rate: expected no such flag"),
         (("--pattern", "1 gla", "--mixer_options", "{"), "mixer_options: expected JSON"),
         (("--pattern", "1 gla", "--mixer_options", '{"gla": {"gates": 1}}'), "mixer_options['gla']"),
         (("--pattern", "1 gla", "--dance", "3"), "--dance"),

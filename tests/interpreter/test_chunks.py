@@ -33,11 +33,11 @@ CASES = [
     (shape, gates) for shape in SHAPES for gates in CHANNEL_GATES if shape == "per channel" or "resets" not in gates
 ]
 CASES += [("none", "none"), ("per head", "infinite resets")]
-# One for each kind of gate, which are kernels of their own; of products in 16 bits, all that are hot in other ways.
+# KINDS: one case per kind of gate, each with its own compiled kernel. NARROW: the cases for 16-bit products.
 KINDS = [("per channel", "hot"), ("per head", "hot"), ("constant", "strong"), ("none", "none")]
 NARROW = [(shape, gates) for shape, gates in CASES if shape == "per channel"] + [("per head", "strong"), *KINDS[1:]]
 HEADS = {"grouped queries": (4, 2, 2), "grouped values": (1, 1, 2)}  # of q, k, v
-# K and V: rows that descriptors can load; that they cannot; two blocks of keys, one of them in part; more of values.
+# K and V: rows that descriptors can load, rows that they cannot, two blocks of keys (one partial), two of values.
 DIMS = [(8, 8), (20, 5), (72, 8), (16, 72), (1, 8), (8, 1)]
 
 
@@ -72,7 +72,7 @@ def to(x: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 error; absolute where nothing is expected."""
+    """Return the relative L2 error; the absolute one if ``expected`` is zero."""
     assert actual.shape == expected.shape
     norm, distance = expected.double().norm(), (actual.double() - expected.double()).norm()
     return (distance / norm if norm > 0 else distance).item()
@@ -124,11 +124,11 @@ def test_dims(case: tuple[str, str], dims: tuple[int, int]):
     [(case, torch.bfloat16) for case in NARROW]
     + [(case, torch.float16) for case in (("per channel", "resets"), ("per head", "hot"), ("none", "none"))],
 )
-def test_sixteen_bits_cost_little_more_than_rounding_the_operands(case: tuple[str, str], dtype: torch.dtype):
-    """Results within 1.5 times the error of rounding operands, gradients within twice it, as these are rounded too.
+def test_sixteen_bit_errors_are_close_to_those_of_rounded_operands(case: tuple[str, str], dtype: torch.dtype):
+    """The error of results is at most 1.5 times, of gradients (rounded themselves) twice that of rounding the operands.
 
-    The gradient of a constant gate is a single number: what rounding costs it may be next to nothing by luck. So 16
-    heads have the same one.
+    The gradient of a constant gate is a single number, whose rounding error may be nearly 0 by chance. So 16 heads have
+    the same gate.
     """
     x = make(150, (24, 16), case, heads=(16, 16, 16) if case[0] == "constant" else (1, 1, 1))
     if case[0] == "constant":
@@ -145,7 +145,7 @@ def test_sixteen_bits_cost_little_more_than_rounding_the_operands(case: tuple[st
 
 @pytest.mark.slow
 def test_groups_of_values_are_summed_in_fp32():
-    """More of them than the widest row takes at once, in 16 bits."""
+    """V exceeds the widest row's values per launch, with 16-bit operands."""
     x = make(64, (16, 300), ("per channel", "resets"))
     grads = [torch.randn_like(y) for y in run(x, "reference")]
     exact = with_gradients(x, "reference", grads)[2]
@@ -177,7 +177,7 @@ def test_more_values_than_a_launch_takes():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [("per channel", "resets"), ("per head", "strong"), ("none", "none")], ids=", ".join)
 @pytest.mark.parametrize("heads", HEADS)
-def test_heads_that_others_share(heads: str, case: tuple[str, str]):
+def test_shared_heads(heads: str, case: tuple[str, str]):
     x = make(70, case=case, heads=HEADS[heads])
     grads = [torch.randn_like(y) for y in run(x, "reference")]
     actual = with_gradients(to(x, torch.float32), "triton", grads)
@@ -203,7 +203,7 @@ def test_packed_equals_one_by_one(case: tuple[str, str], lengths: list[int]):
     assert max(map(error, actual, expected)) <= 1e-5
 
 
-def test_offsets_that_are_a_column():
+def test_strided_offsets():
     x = to(make(70), torch.float32)
     ends = torch.tensor([[0, 7], [70, 7]])[:, 0]
     plain = run(x, "triton", cu_seqlens=ends.contiguous())
@@ -258,7 +258,7 @@ def test_the_normalised_operator():
 
 
 @pytest.mark.parametrize("bits", [COOL.value + 1e-3, COOL.value - 1e-3])
-def test_on_either_side_of_hot(bits: float):
+def test_gates_just_below_and_above_the_hot_limit(bits: float):
     q, k, v, state, g = make(64)
     x = [q, k, v, state, torch.full_like(g, bits / 64 / 1.4426950408889634)]
     actual = run(to(x, torch.float32), "triton")
@@ -327,12 +327,12 @@ LACKS = {
 
 
 @pytest.mark.parametrize("message", LACKS)
-def test_asked_for_by_name_it_runs_or_raises(message: str):
+def test_the_named_backend_runs_or_raises(message: str):
     x = LACKS[message](*to(make(3), torch.float32))
-    with pytest.raises(ValueError, match=f"{message} with backend='triton'"):
+    with pytest.raises(ValueError, match=rf"{message} \(with backend='triton'\)"):
         run(x, "triton")
     q, k, v, state, g = x
-    gated_linear_attention(q, k, v, g, initial_state=state)  # not asked for, another one serves the case
+    gated_linear_attention(q, k, v, g, initial_state=state)  # without a name another backend runs
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def test_asked_for_by_name_it_runs_or_raises(message: str):
     ],
 )
 def test_segments_of_a_sequence(case: tuple[str, str], heads: tuple[int, int, int], parts: int, monkeypatch):
-    """More of them than chunks, too."""
+    """Includes more segments than chunks."""
     monkeypatch.setattr(op, "segments", lambda *_: parts)
     x = make(140, (24, 16), case, heads)  # three chunks
     grads = [torch.randn_like(y) for y in run(x, "reference")]
@@ -383,7 +383,7 @@ PER_SEQUENCE = {"first", "last", "dlast", "dfirst"}  # tensors that do not grow 
 
 @pytest.mark.slow
 def test_bytes_of_a_token_and_head():
-    """Distinct ones: what q, k, v, g, o and their gradients take is 1280 forward, 2304 backward."""
+    """Distinct bytes; q, k, v, g and o have 1280, with gradients 2304."""
     tokens = 256
     q, k, v, state, g = to(make(tokens, (128, 128), ("per channel", "mild")), torch.bfloat16)
     leaves = [x.requires_grad_() for x in (q, k, v, g)]
@@ -415,7 +415,7 @@ def test_bytes_of_a_token_and_head():
 )
 def test_sweeps_move_no_more_than_declared(dims: tuple[int, int], heads: tuple[int, int, int], monkeypatch):
     x = to(make(70, dims, ("per channel", "resets"), heads), torch.bfloat16)
-    declared, told = [], []
+    declared, exceeded = [], []
     for name in ("states", "sweep_keys", "sweep_values"):
         monkeypatch.setattr(op, name, _Noting(getattr(op, name), declared))
     with count_traffic() as launches:
@@ -424,12 +424,12 @@ def test_sweeps_move_no_more_than_declared(dims: tuple[int, int], heads: tuple[i
     assert [launch.kernel for launch in swept] == [kernel for kernel, _ in declared]
     for launch, (kernel, tensors) in zip(swept, declared, strict=True):
         row = chunk_launch(kernel, "sm_90", dims[0], dims[1], "bf16")
-        told += over_target(launch, sweep_traffic(row, tensors, max(heads)), tensors)
-    assert told == []
+        exceeded += over_target(launch, sweep_traffic(row, tensors, max(heads)), tensors)
+    assert exceeded == []
 
 
 class _Noting:
-    """A kernel that notes its tensors, by name, at every launch."""
+    """A kernel that records its tensors, by name, at every launch."""
 
     def __init__(self, kernel: Any, noted: list[tuple[str, dict[str, Tensor]]]):
         self.kernel, self.noted = kernel, noted

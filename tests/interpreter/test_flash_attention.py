@@ -47,10 +47,10 @@ def run(
     lost: int | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Results and gradients by name.
+    """Return results and gradients by name.
 
-    The gradients of o and lse are the same numbers in every call, that of o rounded to ``rounding`` and both NaN from
-    token ``lost`` on.
+    The gradients of o and lse are the same numbers in every call. The gradient of o is rounded to ``rounding``; both
+    are NaN from token ``lost`` on.
     """
     leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in zip("qkv", inputs, strict=True)}
     sinks = options.pop("sinks", None)
@@ -63,13 +63,14 @@ def run(
         do = do.to(rounding).to(o.dtype)
     if lost is not None:
         do[:, lost:], dlse[:, lost:] = torch.nan, torch.nan
-    results, given = ([o, lse], [do, dlse]) if lse.requires_grad else ([o], [do])  # the reference's of no sequence
+    # The reference's lse has no gradient if there are no sequences.
+    results, given = ([o, lse], [do, dlse]) if lse.requires_grad else ([o], [do])
     gradients = torch.autograd.grad(results, list(leaves.values()), given, materialize_grads=True)
     return {"o": o.detach(), "lse": lse.detach()} | dict(zip([f"d{x}" for x in leaves], gradients, strict=True))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 over what is finite, which has to be the same."""
+    """Return the relative L2 error over finite elements; both tensors have to be finite in the same places."""
     assert actual.shape == expected.shape
     finite = expected.isfinite()
     assert torch.equal(actual.isfinite(), finite)
@@ -144,7 +145,7 @@ def test_block_masks(size: int):
     + [(name, [3, 0, 70, 1, 64]) for name in ("causal", "full", "window 20", "all")],
 )
 def test_packed_equals_one_by_one(name: str, lengths: list[int]):
-    """Also beside what is NaN: tokens past the last offset belong to no sequence."""
+    """Tokens past the last offset belong to no sequence and are NaN."""
     ends = torch.tensor([0, *lengths]).cumsum(0)
     used = int(ends[-1])
     inputs = make(used + 4, used + 4)
@@ -170,7 +171,7 @@ def test_packed_queries_and_keys_of_different_lengths():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "all"])
 def test_without_tensor_descriptors(name: str, monkeypatch: pytest.MonkeyPatch):
-    """As on sm_80: every tile is read by pointers."""
+    """As on sm_80, the kernels read every tile by pointers."""
     monkeypatch.setattr(operands, "architecture", lambda device: "sm_80")
     operands._launch.cache_clear()
     inputs, ends = make(74, 74), torch.tensor([0, 3, 70])
@@ -207,7 +208,7 @@ def test_any_order_of_programs_gives_the_same_bits():
 
 @pytest.mark.slow
 def test_tiles_out_of_reach_are_not_loaded():
-    """Nothing but the tiles that hold a key of the window, and no scores; every gradient is stored once."""
+    """The kernels load only tiles with a key of the window, store no scores, and store every gradient once."""
     tokens, window = 1024, 100
     q, k, v = (x.bfloat16().requires_grad_() for x in make(tokens, tokens, heads=(1, 1), dims=(16, 16)))
     with count_traffic() as launches:
@@ -273,21 +274,21 @@ def make_same(tokens: int) -> list[Tensor]:
     return make(tokens, tokens)
 
 
-def test_what_is_not_served_is_named():
+def test_unsupported_inputs_raise():
     inputs = make(5, 5)
-    with pytest.raises(ValueError, match=r"q: expected float32, float16 or bfloat16, got torch.float64 with backend="):
+    with pytest.raises(ValueError, match=r"q: expected float32, float16 or bfloat16, got torch.float64 \(with"):
         flash_attention(*inputs, backend="triton")
-    with pytest.raises(ValueError, match=r"v: expected a dim of 1 to 256, got 257 with backend='triton'"):
+    with pytest.raises(ValueError, match=r"v: expected a dim of 1 to 256, got 257 \(with backend='triton'\)"):
         flash_attention(*(x.float() for x in make(5, 5, dims=(8, 257))), backend="triton")
     many = torch.zeros(2**15, 1, 2, 1)
-    with pytest.raises(ValueError, match="q: expected at most 65535 heads of all batch rows, got 65536 with backend="):
+    with pytest.raises(ValueError, match=r"q: expected at most 65535 heads times batch rows, got 65536 \(with"):
         flash_attention(many, many, many, backend="triton")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("turned", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("order", [(0, 3, 1, 2), (0, 2, 3, 1)])
-def test_operands_whose_columns_are_not_side_by_side(turned: str, order: tuple[int, ...]):
+def test_operands_with_a_strided_last_dimension(turned: str, order: tuple[int, ...]):
     x = {name: torch.randn(1, 20, 2, 16) for name in ("q", "k", "v", "do")}
     back = [order.index(n) for n in range(4)]
     results = []

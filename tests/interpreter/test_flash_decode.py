@@ -56,7 +56,7 @@ def run(
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 over what is finite, which has to be the same."""
+    """Return the relative L2 error over finite elements; both tensors have to be finite in the same places."""
     assert actual.shape == expected.shape
     finite = expected.isfinite()
     assert torch.equal(actual.isfinite(), finite)
@@ -78,7 +78,7 @@ def test_triton_equals_reference(name: str, lengths: str, new: int):
 
 
 def test_first_positions_in_rings_that_wrapped():
-    """Later than the oldest position that is still kept."""
+    """The first positions are later than the oldest position in the buffer."""
     inputs, options = make(2), {"start_positions": torch.tensor([150, 760, 198, 210])}
     expected = run(inputs, LENGTHS["rings"], "reference", **options)
     actual = run(inputs, LENGTHS["rings"], "triton", torch.float32, **options)
@@ -91,7 +91,7 @@ def test_first_positions_in_rings_that_wrapped():
     [(1, (1, 1), (5, 9)), (16, (6, 2), (33, 20)), (2, (40, 1), (16, 80)), (1, (4, 4), (256, 1))],
 )
 def test_any_dims_and_groups(new: int, heads: tuple[int, int], dims: tuple[int, int]):
-    """Also of more queries than one tile holds."""
+    """Includes more queries than one tile holds."""
     inputs, lengths = make(new, heads, dims, batch=2, slots=70), [70, 41]
     expected, actual = run(inputs, lengths, "reference"), run(inputs, lengths, "triton", torch.float32)
     assert max(map(error, actual, expected)) <= 1e-5
@@ -121,7 +121,7 @@ def shares(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", ["ragged", "rings"])
-def test_any_cut_into_shares_gives_the_same(lengths: str):
+def test_any_number_of_shares_gives_the_same_result(lengths: str):
     inputs = make(2)
     q, k, v = inputs
     whole = flash_decode(
@@ -173,7 +173,7 @@ def test_shares_differ_by_one_tile_at_most(
     assert max(dots) - min(dots) <= 2
 
 
-def test_slots_that_nobody_sees_may_hold_anything():
+def test_slots_that_no_query_attends_to_may_be_nan():
     lengths = [0, 9, 150, 200]
     inputs = make(2)
     options = {"window": 90, "start_positions": torch.tensor([0, 5, 0, 199])}
@@ -185,7 +185,7 @@ def test_slots_that_nobody_sees_may_hold_anything():
 
 
 def test_keys_are_read_once():
-    """By all heads of a group and all new tokens together."""
+    """All heads of a group and all new tokens share one reading."""
     q, k, v = (x.float() for x in make(4, heads=(8, 2)))
     with count_traffic() as launches:
         o = flash_decode(q, k, v, cache_lengths=torch.tensor([200] * 4), backend="triton")
@@ -230,12 +230,12 @@ def test_opcheck_and_one_graph():
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v), call(q, k, v))
 
 
-def test_what_is_not_served_is_named():
+def test_unsupported_inputs_raise():
     q, k, v = (x.float() for x in make(1))
     lengths = torch.tensor([1, 2, 3, 4])
-    with pytest.raises(ValueError, match=r"k_cache: expected a tensor without gradients, got requires_grad=True with"):
+    with pytest.raises(ValueError, match=r"k_cache: expected a tensor without gradients, got requires_grad=True \("):
         flash_decode(q, k.clone().requires_grad_(), v, cache_lengths=lengths, backend="triton")
     with torch.no_grad():
         flash_decode(q, k.clone().requires_grad_(), v, cache_lengths=lengths, backend="triton")
-    with pytest.raises(ValueError, match=r"q: expected float32, float16 or bfloat16, got torch.float64 with backend="):
+    with pytest.raises(ValueError, match=r"q: expected float32, float16 or bfloat16, got torch.float64 \(with"):
         flash_decode(q.double(), k, v, cache_lengths=lengths, backend="triton")

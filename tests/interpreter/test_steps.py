@@ -35,7 +35,7 @@ def make(tokens: int, heads: tuple[int, int, int], dims: tuple[int, int], gate: 
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Outputs and the state after, in a copy with the layout of the one given."""
+    """Run a step on a copy of the state with the same layout; returns outputs and the new state."""
     state = state.clone()
     if g is None:
         return linear_attention_step(q, k, v, state, backend=backend), state
@@ -88,7 +88,7 @@ def test_infinite_gates_forget_everything():
     assert torch.equal(after, fresh[1])
 
 
-def test_strided_inputs_and_states_are_updated_where_they_are():
+def test_strided_inputs_and_states_are_updated_in_place():
     q, k, v, g, state = (x.float() for x in make(3, HEADS["plain"], (8, 5), "per channel"))
     expected = run(q, k, v, g, state, backend="triton")
     scattered = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in (q, k, v, g)]
@@ -120,13 +120,13 @@ def test_empty_dimensions(shape: tuple[int, ...]):
     assert torch.equal(kept, state)
 
 
-def test_the_steps_that_share_it():
+def test_operators_that_share_the_step():
     q, k, v = torch.randn(B, 2, 3, 4), torch.randn(B, 2, 3, 4), torch.randn(B, 2, 3, 5)
     for step, dim in ((linear_attention_step, 4), (taylor_linear_attention_step, 15)):
         outputs, states = [], []
         for backend in ("reference", "triton"):
             torch.manual_seed(1)
-            joined = torch.rand(B, 3, dim, 6).double() + 1  # as a prefill leaves them: two views of one tensor
+            joined = torch.rand(B, 3, dim, 6).double() + 1  # two views of one tensor, as after a prefill
             joined = joined if backend == "reference" else joined.float()
             state = NormalizedState(joined[..., :-1], joined[..., -1])
             x = [x.abs().to(joined.dtype) for x in (q, k, v)]
@@ -183,15 +183,15 @@ LACKS = {
 
 
 @pytest.mark.parametrize("name", LACKS)
-def test_asked_for_by_name_it_runs_or_raises(name: str):
+def test_the_named_backend_runs_or_raises(name: str):
     change, message = LACKS[name]
     inputs = change(*(x.float() for x in make(1, HEADS["plain"], (8, 5), "per channel")))
-    with pytest.raises(ValueError, match=f"{message} with backend='triton'"):
+    with pytest.raises(ValueError, match=rf"{message} \(with backend='triton'\)"):
         gated_linear_attention_step(*inputs, backend="triton")
-    gated_linear_attention_step(*inputs)  # not asked for, another one serves the case
+    gated_linear_attention_step(*inputs)  # without a name another backend runs
 
 
-def test_the_op_is_what_the_operator_runs(monkeypatch: pytest.MonkeyPatch):
+def test_the_operator_runs_the_op(monkeypatch: pytest.MonkeyPatch):
     calls = []
     monkeypatch.setattr(decode, "step", lambda *x: calls.append(x))
     gated_linear_attention_step(*(x.float() for x in make(1, HEADS["plain"], (8, 5), "per head")), backend="triton")

@@ -15,7 +15,7 @@ HEADS = {"one each": (2, 2, 2), "grouped queries": (4, 2, 2), "grouped values": 
 
 
 def make(tokens: int, dims: tuple[int, int] = (4, 8), heads: tuple[int, int, int] = (1, 1, 1)) -> list[Tensor]:
-    """q, k, v and an initial pair of states, in fp64. Sums of keys are positive: they are divided by."""
+    """Return q, k, v and an initial NormalizedState, in fp64; the sums of keys, which are divisors, are positive."""
     (dim, value_dim), rows = dims, features.count(dims[0])
     q, k, v = (torch.randn(1, tokens, h, d) for h, d in zip(heads, (dim, dim, value_dim), strict=True))
     state, sums = torch.randn(1, max(heads[1:]), rows, value_dim), torch.zeros(1, max(heads[1:]), rows)
@@ -54,7 +54,7 @@ def to(x: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 error; absolute where nothing is expected."""
+    """Return the relative L2 error; the absolute one if ``expected`` is zero."""
     assert actual.shape == expected.shape
     norm, distance = expected.double().norm(), (actual.double() - expected.double()).norm()
     return (distance / norm if norm > 0 else distance).item()
@@ -84,7 +84,7 @@ def test_dims(dims: tuple[int, int]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", HEADS)
-def test_heads_that_others_share(heads: str):
+def test_shared_heads(heads: str):
     compare(make(70, (4, 8), HEADS[heads]))
 
 
@@ -116,7 +116,7 @@ def test_any_split_with_the_state_carried_over(cuts: list[int]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("normalize", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_sixteen_bits_cost_little_more_than_rounding_the_operands(normalize: bool, dtype: torch.dtype):
+def test_sixteen_bit_errors_are_close_to_those_of_rounded_operands(normalize: bool, dtype: torch.dtype):
     x = make(150, (16, 24))
     grads = [torch.randn_like(y) for y in run(x, "reference", normalize)]
     exact = with_gradients(x, "reference", grads, normalize=normalize)
@@ -170,7 +170,7 @@ def test_a_prefix_of_shared_heads(grouped: tuple[int, int, int]):
 
 @pytest.mark.slow
 def test_features_are_never_in_memory():
-    """What is read and written of a token and head: q, k, v and o once for each launch, no 153 features."""
+    """A launch reads and writes q, k, v and o once per token and head, and no features (153 per vector)."""
     tokens, (dim, value_dim) = 256, (16, 64)
     x = to(make(tokens, (dim, value_dim)), torch.bfloat16)
     with count_traffic() as launches:
@@ -185,8 +185,8 @@ def test_features_are_never_in_memory():
     assert set(launch.stores) == {"y", "last"}
 
 
-def test_too_many_features_are_told():
+def test_too_many_features_raise():
     q = torch.randn(1, 3, 1, 22)
-    with pytest.raises(ValueError, match=r"k: expected a key dim of at most 256, got 276 with backend='triton'"):
+    with pytest.raises(ValueError, match=r"k: expected a key dim of at most 256, got 276 \(with backend='triton'\)"):
         taylor_linear_attention(q, q, q, backend="triton")
-    taylor_linear_attention(q, q, q)  # not asked for, another one serves the case
+    taylor_linear_attention(q, q, q)  # without a name another backend runs

@@ -1,4 +1,4 @@
-"""The traffic of the step against what its package declares, and the counter against kernels whose traffic is known."""
+"""The traffic of the step is within its declared bounds; the traffic counter is right for kernels of known traffic."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def count(x: dict[str, Tensor]) -> tuple[Launch, Tensor]:
     return launch, o
 
 
-def told(launch: Launch, o: Tensor, x: dict[str, Tensor]) -> list[str]:
+def exceeded(launch: Launch, o: Tensor, x: dict[str, Tensor]) -> list[str]:
     target = step_traffic(step_launch("sm_90", x["q"].shape[3]), *x.values())
     return over_target(launch, target, {**x, "o": o})
 
@@ -42,7 +42,7 @@ def test_a_step_moves_no_more_than_declared(dims: tuple[int, int], heads: tuple[
     x = make(*dims, *heads)
     launch, o = count(x)
     assert launch.kernel == "step_kernel"
-    assert told(launch, o, x) == []
+    assert exceeded(launch, o, x) == []
     state = x["state"].numel() * 4
     assert launch.loads["state"] == launch.stores["state"] == Moved(state, state)  # read once, written once
     everything = sum(y.numel() * y.element_size() for y in x.values()) + state + o.numel() * 2
@@ -50,11 +50,11 @@ def test_a_step_moves_no_more_than_declared(dims: tuple[int, int], heads: tuple[
     assert launch.unique / (B * T * heads[1]) >= 2 * 4 * dims[0] * dims[1] / T  # of a token and head, the state's share
 
 
-def test_a_launch_that_reads_more_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_a_launch_that_reads_more_is_reported(monkeypatch: pytest.MonkeyPatch):
     narrow = StepLaunch(16, 16, 4, 1, False)  # more blocks of columns than declared: q, k and g are read more often
     monkeypatch.setattr(decode, "_launch", lambda device, key_dim: narrow)
     x = make(16, 64)
-    lines = told(*count(x), x)
+    lines = exceeded(*count(x), x)
     assert [line.partition(",")[0] for line in lines] == [f"loads {8 * x[n].numel()} bytes of {n}" for n in "qkg"]
 
 
@@ -68,7 +68,7 @@ def test_a_launch_that_reads_more_is_told(monkeypatch: pytest.MonkeyPatch):
         ({"x": Moved(16, 16)}, {"o": Moved(16, 16)}, 0.5, ["32 distinct bytes are over 0.5 times 32"]),
     ],
 )
-def test_what_is_over_a_target(loads: dict, stores: dict, unique: float, lines: list[str]):
+def test_messages_about_exceeded_bounds(loads: dict, stores: dict, unique: float, lines: list[str]):
     target = Traffic(unique, {"x": 1.0}, {"o": 1.0})
     assert over_target(Launch("k", loads, stores), target, {"x": torch.empty(4), "o": torch.empty(4)}) == lines
 
@@ -87,14 +87,14 @@ def test_compare_and_swap_counts():
 
 
 @pytest.mark.parametrize("name", ["K", "V"])
-def test_a_planted_read_out_of_bounds_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_inserted_read_out_of_bounds_raises(name: str, monkeypatch: pytest.MonkeyPatch):
     x = make(9, 7)
     count(x)
     right = decode.step_constexprs
 
     def wrong(*arguments):
         constexprs = right(*arguments)
-        return {**constexprs, name: constexprs[name] + 1}  # a mask that is one too wide
+        return {**constexprs, name: constexprs[name] + 1}  # one row or column too many passes the mask
 
     monkeypatch.setattr(decode, "step_constexprs", wrong)
     with pytest.raises(
@@ -155,5 +155,5 @@ def test_descriptors_and_atomics_count():
     with count_traffic() as launches:
         copy_block[(1,)](TensorDescriptor.from_tensor(x, [4, 4]), out, add, 4)
     assert torch.equal(out, torch.cat((x[2:], torch.zeros(2, 4))))
-    assert launches[0].loads == {"x": Moved(32, 32), "add": Moved(12, 12)}  # what lies below x is not read
+    assert launches[0].loads == {"x": Moved(32, 32), "add": Moved(12, 12)}  # rows past the end of x are not read
     assert launches[0].stores == {"out": Moved(64, 64), "add": Moved(12, 12)}

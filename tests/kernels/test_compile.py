@@ -1,4 +1,4 @@
-"""Operators as opaque ops: what torch.library asks of them, and torch.compile without a graph break."""
+"""The operators' opaque ops pass torch.library.opcheck, and torch.compile traces operators without a graph break."""
 
 from collections.abc import Callable
 from typing import Any
@@ -125,7 +125,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def step(operator: Callable[..., Any], pair: bool = False) -> Callable[..., Any]:
-    """One token against a state that is updated in place: outputs and states."""
+    """Run one token against a state that is updated in place; returns outputs and states."""
 
     def call(q, k, v, *rest):
         state = k.new_zeros(B, H, K if operator is not taylor_linear_attention_step else 15, V)

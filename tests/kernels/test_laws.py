@@ -1,5 +1,7 @@
-"""The laws of DESIGN.md for every operator: one row in OPERATORS each. Softmax attention keeps no state; its part of a
-law with states is that later queries against all keys give the later outputs."""
+"""The laws of DESIGN.md for every operator in OPERATORS.
+
+Softmax attention has no state. In place of a law about states, later queries over all keys give the later outputs.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,12 +39,12 @@ class Operator(NamedTuple):
     gate_shape: Callable[[int], tuple[int, ...]] | None = None
     query_heads: int = HEADS
     value_heads: int = HEADS
-    positive_keys: bool = False  # a normaliser near zero would make every tolerance meaningless
+    positive_keys: bool = False  # a normaliser near zero would amplify every error
     has_state: bool = True
-    state_dim: int = KEY  # of the keys, or their features, in the state
+    state_dim: int = KEY  # dim of the keys, or number of features, in the state
     pair: bool = False  # the state is a NormalizedState
     causal: bool = True
-    cuts: bool = True  # a part of a sequence is served by the same options; not so for a mask of a whole sequence
+    cuts: bool = True  # whether the options also hold for a part of the sequence, unlike a block mask
 
 
 def softmax(query_heads: int = HEADS, causal: bool = True, **options: Any) -> Operator:
@@ -51,7 +53,7 @@ def softmax(query_heads: int = HEADS, causal: bool = True, **options: Any) -> Op
 
 
 def every_other_block(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Blocks of 16 tokens, of which each sees itself and the even ones."""
+    """Run attention with blocks of 16 tokens, each of which attends to itself and to the even blocks."""
     blocks = -(-q.shape[1] // 16)
     live = (torch.arange(blocks) % 2 == 0) | torch.eye(blocks, dtype=torch.bool)
     return flash_attention(q, k, v, block_mask=BlockMask.from_dense(live, 16), **options)
@@ -121,7 +123,7 @@ def make_inputs(op: Operator, tokens: int, gates: str = "strong") -> list[Tensor
 
 
 def make_state(op: Operator) -> Any:
-    """A state as earlier tokens leave it."""
+    """Return a state as it is after earlier tokens."""
     if not op.has_state:
         return None
     k = torch.randn(BATCH, op.value_heads, 9, op.state_dim).double()
@@ -141,7 +143,7 @@ def flat(state: Any) -> list[Tensor]:
 
 
 def run(op: Operator, inputs: list[Tensor], state: Any = None, **options: Any) -> list[Tensor]:
-    """Outputs and, for stateful operators, the tensors of the final state."""
+    """Return outputs and, for operators with a state, the tensors of the final state."""
     if not op.has_state:
         return [op.call(*inputs, **options)]
     o, final = op.call(*inputs, initial_state=state, output_final_state=True, **options)
@@ -149,19 +151,20 @@ def run(op: Operator, inputs: list[Tensor], state: Any = None, **options: Any) -
 
 
 def run_backward(op: Operator, inputs: list[Tensor], state: Any, grads: list[Tensor], backend: str, dtype: torch.dtype):
-    """Outputs, states and the gradients of inputs and initial state; states stay fp32 or wider."""
+    """Return outputs, states and the gradients of inputs and initial state; states are fp32 or wider."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = [x.detach().to(dtype if x.dim() > 1 else wide, copy=True).requires_grad_() for x in inputs]
     state = to(state, lambda x: x.detach().to(wide, copy=True).requires_grad_())
     results = run(op, inputs, state, backend=backend)
     leaves = [*inputs, *flat(state)]
     loss = sum((x * g.to(x.dtype)).sum() for x, g in zip(results, grads, strict=True))
-    (loss + sum(0 * x.sum() for x in leaves if x.isfinite().all())).backward()  # zero tokens: nothing else to follow
+    # The term of zeros connects the loss to the inputs when there are no tokens.
+    (loss + sum(0 * x.sum() for x in leaves if x.isfinite().all())).backward()
     return [x.detach() for x in results], [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 error; absolute where nothing is expected."""
+    """Return the relative L2 error; the absolute one if ``expected`` is zero."""
     assert actual.shape == expected.shape
     norm = expected.double().norm()
     distance = (actual.double() - expected.double()).norm()
@@ -201,7 +204,7 @@ def test_sixteen_bits_cost_no_more_than_rounding_the_operands(name: str, backend
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_gradients_of_sixteen_bit_operands_are_rounded_once(name: str):
-    """Backward works in fp32 on the 16-bit operands: what it returns differs from fp64 by the last rounding alone."""
+    """Backward computes in fp32 on the 16-bit operands: its results differ from fp64 by the final rounding only."""
     op = OPERATORS[name]
     inputs = [x.bfloat16().double() if x.dim() > 1 else x.float().double() for x in make_inputs(op, 70, "mild")]
     grads = [torch.randn_like(x).bfloat16().double() for x in run(op, inputs, backend="reference")]
@@ -343,7 +346,7 @@ def test_autocast_is_respected():
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_double_backward_is_refused(name: str):
+def test_double_backward_raises(name: str):
     op = OPERATORS[name]
     inputs = [x.requires_grad_() for x in make_inputs(op, 20)]
     (grad,) = torch.autograd.grad(run(op, inputs)[0].square().sum(), inputs[0], create_graph=True)

@@ -5,7 +5,7 @@ import pytest
 from hybridattn.measure.json_lines import JsonLines
 
 
-def test_lines_are_appended_and_a_cut_off_one_is_overwritten(tmp_path: Path):
+def test_lines_are_appended_and_an_incomplete_one_is_overwritten(tmp_path: Path):
     file = tmp_path / "new" / "lines.jsonl"
     JsonLines(file).append({"a": 1}, {"b": 2})
     file.write_bytes(file.read_bytes()[:-3])
@@ -16,7 +16,7 @@ def test_lines_are_appended_and_a_cut_off_one_is_overwritten(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["nope", "[]"])
-def test_what_is_no_object_is_named(tmp_path: Path, text: str):
+def test_a_line_that_is_no_object_raises(tmp_path: Path, text: str):
     (tmp_path / "x.jsonl").write_text(f"{{}}\n{text}\n")
     with pytest.raises(ValueError, match=r"x\.jsonl, line 2: expected"):
         JsonLines(tmp_path / "x.jsonl")

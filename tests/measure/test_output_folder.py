@@ -36,7 +36,7 @@ def test_an_earlier_report_is_replaced_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_an_interruption_leaves_what_was_there(tmp_path: Path, interruption: type[BaseException]):
+def test_an_interruption_leaves_the_earlier_folder(tmp_path: Path, interruption: type[BaseException]):
     out = tmp_path / "demo"
     write_report(out, "old")
 
@@ -51,7 +51,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path: Path, interruption: typ
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_other_peoples_files_are_not_replaced(tmp_path: Path):
+def test_other_files_are_not_replaced(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(
         ValueError, match=r"out: expected a new path or a folder with an earlier report \(results.json\)"

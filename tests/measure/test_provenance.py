@@ -7,7 +7,7 @@ import torch
 from hybridattn.measure.provenance import commit, cpu_name, json_sha256, provenance
 
 
-def test_what_stands_beside_every_figure():
+def test_the_provenance_of_figures():
     config = {"b": [1, 2], "a": None}
     facts = provenance(config)
     assert json.loads(json.dumps(facts)) == facts

@@ -7,7 +7,7 @@ from hybridattn.measure import timing
 
 
 class Clock:
-    """A clock that only `sleep` moves, so that a busy machine does not show."""
+    """A clock that only `sleep` advances, so that the load of the machine has no effect."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -41,13 +41,13 @@ def test_a_long_call_is_not_warmed_up_twice(clock: Clock, took: float, calls: in
     assert timing.sample(lambda: clock.sleep(next(waits)), least=2, seconds=0.0625) == [0.125] * 2
 
 
-def test_calls_go_on_until_they_took_their_time(clock: Clock):
+def test_samples_are_taken_for_the_given_seconds(clock: Clock):
     assert len(timing.sample(lambda: clock.sleep(0.125), least=2, seconds=2)) == 16
     assert len(timing.sample(lambda: clock.sleep(0.125), least=20, seconds=2)) == 20
     assert len(timing.sample(lambda: clock.sleep(0.125), least=2, seconds=60, most=30)) == 30
 
 
-def test_a_summary_is_of_the_samples_as_they_were_taken():
+def test_a_summary_of_samples():
     rounds = {"0": [3.0, 1.0, 2.0], "2": [10.0, 20.0]}
     found = timing.summary(rounds)
     assert found["median"] == median([3.0, 1.0, 2.0, 10.0, 20.0]) == 3

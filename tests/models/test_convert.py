@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, rewritten: against the published formulas evaluated on their own names."""
+"""Converted checkpoints, compared with the published formulas, which are evaluated on the original weights."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def write(folder: Path, weights: dict[str, Tensor], **changes: Any) -> Path:
 
 
 def logits(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """The published formulas (BASED, section 4), a token at a time in fp64, on the names of the file."""
+    """Evaluate the published formulas (BASED, section 4), token by token in fp64, on the file's weights."""
     w = {name: x.double() for name, x in weights.items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -160,8 +160,8 @@ def test_based_of_untied_embeddings(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_what_surrounds_the_weights_is_ignored_by_name(tmp_path: Path):
-    """A prefix, counters of the trainer, frequencies; another name of the convolution; files in parts."""
+def test_other_names_and_sharded_files_are_read(tmp_path: Path):
+    """Names with a prefix, metrics, frequencies, another name of the convolution, and sharded files are read."""
     weights = based("model.", "conv1")
     expected = convert(write(tmp_path / "one", weights), tmp_path / "first").state_dict()
     extra = {f"{kind}_metrics.num-tokens.count": torch.tensor(7) for kind in ("train", "val", "test")}
@@ -182,7 +182,7 @@ def test_what_surrounds_the_weights_is_ignored_by_name(tmp_path: Path):
 
 @torch.no_grad()
 def test_gla(tmp_path: Path):
-    """Also what the family opens as it is, with a vocabulary, tied embeddings and a dtype of its own."""
+    """Compared with the family's own loading, with another vocabulary, tied embeddings and another dtype."""
     config = HybridAttnGLAConfig(
         vocab_size=40,
         hidden_size=16,
@@ -278,7 +278,7 @@ def test_folders(tmp_path: Path):
 
 
 def test_configurations_that_lack_a_size(tmp_path: Path):
-    """And those that lack a field whose default would be another model."""
+    """Configurations without a size, or without a field whose default would give another model, are refused."""
     for name in ("activation_function", "rms_norm", "mlp_fc1_bias", "mlp_fc2_bias", "qkv_proj_bias", "out_proj_bias"):
         source = write(tmp_path / name, based())
         (source / "config.json").write_text(json.dumps({key: x for key, x in FIELDS.items() if key != name}))
@@ -292,7 +292,7 @@ def test_configurations_that_lack_a_size(tmp_path: Path):
 
 
 def test_files_of_gla_that_do_not_fit(tmp_path: Path):
-    """Weights of another shape are named; what is no file of weights, or no configuration, is refused as bad input."""
+    """Weights of another shape are named; damaged weights and configurations raise a ValueError."""
     config = HybridAttnGLAConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_heads=2)
     source, target = tmp_path / "source", tmp_path / "target"
     HybridAttnGLAForCausalLM(config).save_pretrained(source)
@@ -317,7 +317,7 @@ def test_files_of_gla_that_do_not_fit(tmp_path: Path):
 
 
 def test_pickles(tmp_path: Path):
-    """Of the older format as well, which cannot be mapped; what is neither is refused."""
+    """Both pickle formats are read, the older without memory mapping; other files are refused."""
     weights = based()
     source = write(tmp_path / "source", weights)
     torch.save(weights, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)

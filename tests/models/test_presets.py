@@ -5,7 +5,6 @@ import torch
 
 from hybridattn import HybridAttnForCausalLM
 from hybridattn.layers import BaseConv, SoftmaxAttention, TaylorLinearAttention
-from hybridattn.models.decoder.configuration import expand_pattern
 from hybridattn.models.decoder.sizes import cache_elements, cache_spec, parameters_of
 from hybridattn.models.presets import PRESETS
 
@@ -83,14 +82,3 @@ def test_bytes_per_token_of_attention(name: str, published: float):
 )
 def test_norms_of_families(name: str, eps: float):
     assert on_meta(name).model.norm.eps == eps
-
-
-def test_patterns():
-    assert expand_pattern("1 full : 2 gla", 6) == ["full", "gla", "gla"] * 2
-    assert expand_pattern("2 gla:1 window") == ["gla", "gla", "window"]
-    assert PRESETS["hybrid_340m"]().mixers == ["full", *["gla"] * 7] * 3
-    with pytest.raises(ValueError, match=r"num_hidden_layers: expected a multiple of 3 .* got 7"):
-        expand_pattern("1 full : 2 gla", 7)
-    for pattern in ("full : gla", "0 full", "1 full, 2 gla", "1 full :", ""):
-        with pytest.raises(ValueError, match="mixers: expected a pattern"):
-            expand_pattern(pattern, 8)

@@ -1,4 +1,4 @@
-"""Formulas of memory and communication: by hand, against what autograd keeps, and as docs/scaling.md has them.
+"""Formulas of memory and communication, compared with counts by hand, autograd's saved tensors and docs/scaling.md.
 
 tests/models/decoder/test_sequence_parallel.py holds them against the bytes that several processes send and keep.
 """
@@ -57,7 +57,7 @@ def test_one_gpu_sends_nothing():
 
 @pytest.mark.parametrize("mixer", ["gla", "window", "full", "retention", "taylor", "conv"])
 def test_a_layer_keeps_two_to_four_times_what_its_linear_maps_give(mixer: str):
-    """``Memory.layer`` takes the upper end."""
+    """``Memory.layer`` uses four times."""
     layer = DecoderLayer(config(mixer), 0).bfloat16()
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, torch.Tensor] = {}

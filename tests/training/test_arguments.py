@@ -1,4 +1,4 @@
-"""The shipped configurations, and what is said over them."""
+"""The shipped configurations, defaults, and overrides."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ PARAMETERS = {
 }
 
 
-def test_these_are_shipped():
+def test_shipped_configurations():
     assert set(shipped()) == {*PUBLISHED, "tiny_cpu", "finetune_lora", "linearize", "tiny_llama"}
 
 
@@ -76,9 +76,9 @@ def test_fields_over_a_file(tmp_path: Path):
     ("text", "named"),
     [
         ("max_step: 5", "max_step"),
-        ("- a", "fields and values"),
+        ("- a", "expected a mapping of fields"),
         ("a: [", "expected YAML"),
-        ("", "none of them"),
+        ("", "got neither"),
         ("preset: gla_340m", "tokenizer: expected"),
         ("preset: gla_340m\ntokenizer: bytes", "max_steps"),
         ("preset: gla_340m\ntokenizer: bytes\nmax_steps: 2\nfp16: true", "fp16"),
@@ -92,7 +92,7 @@ def test_bad_files(tmp_path: Path, text: str, named: str):
         parse([str(path)])
 
 
-def test_files_that_are_not_there():
+def test_missing_files():
     for arguments in ([], ["--max_steps", "3"], ["no_such"]):
         with pytest.raises(ValueError, match="tiny_cpu"):
             parse(arguments)

@@ -12,7 +12,7 @@ def staged(folder: Path, step: int) -> Path:
     return path
 
 
-def test_the_last_whole_one_is_found(tmp_path: Path):
+def test_the_last_complete_checkpoint_is_found(tmp_path: Path):
     assert checkpoints.latest(tmp_path) == (None, [])
     paths = [checkpoints.publish(staged(tmp_path, step), tmp_path) for step in (5, 10, 100)]
     assert checkpoints.candidates(tmp_path) == paths
@@ -21,18 +21,18 @@ def test_the_last_whole_one_is_found(tmp_path: Path):
     (paths[1] / "part" / "optimizer").unlink()
     found, faults = checkpoints.latest(tmp_path)
     assert found == paths[0]
-    assert "model should have 100 bytes and has 3" in faults[0]
-    assert "part/optimizer should have 1 bytes and is missing" in faults[1]
+    assert "model: expected 100 bytes, got 3 bytes" in faults[0]
+    assert "part/optimizer: expected 1 bytes, got no file" in faults[1]
     (paths[0] / checkpoints.COMPLETE).write_text("{")
     assert checkpoints.latest(tmp_path)[0] is None
 
 
-def test_what_is_staged_is_no_checkpoint(tmp_path: Path):
+def test_a_staged_checkpoint_is_not_found(tmp_path: Path):
     staged(tmp_path, 5)
     assert checkpoints.latest(tmp_path) == (None, [])
 
 
-def test_old_ones_are_removed_and_a_damaged_one_replaced(tmp_path: Path):
+def test_old_checkpoints_are_removed_and_a_damaged_one_replaced(tmp_path: Path):
     for step in (5, 10):
         checkpoints.publish(staged(tmp_path, step), tmp_path)
     (tmp_path / "checkpoint-10" / "model").unlink()

@@ -1,4 +1,4 @@
-"""Counts against torch's counter where it sees the products, by hand where they are inside an operator."""
+"""Counts of operations, compared with torch's counter, and with counts by hand for products inside an operator."""
 
 import pytest
 import torch

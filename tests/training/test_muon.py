@@ -33,7 +33,7 @@ def test_steps_are_those_of_torch_in_bf16():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_come_near_one_and_directions_stay(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrix += 2 * torch.eye(*shape)  # singular values of any size take more steps
+    matrix += 2 * torch.eye(*shape)  # without this, tiny singular values would need more iterations
     found = orthogonal(matrix)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     turned = left.T @ found @ right.T

@@ -11,7 +11,7 @@ TEST = np.frombuffer(b"a cadabra, abrakadabra? zabra", np.uint8)
 
 
 def probability(history: list[int], token: int, order: int) -> float:
-    """P_order(token | history), straight from the definition, by recursion."""
+    """Compute P_order(token | history) by recursion, as defined."""
     if order < 0:
         return 1 / ngram.VOCAB_SIZE
     context = history[len(history) - order :]
@@ -45,7 +45,7 @@ def test_probabilities_sum_to_one(order: int):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="order: expected 0 to 6, got 7"):
         ngram.count(TRAIN, order=7)
-    with pytest.raises(ValueError, match="tokens: expected more than order = 3 of them, got 3"):
+    with pytest.raises(ValueError, match=r"tokens: expected more than 3 \(the order\), got 3"):
         ngram.count(TRAIN[:3], order=3)
     models = [ngram.count(TRAIN, order=k) for k in range(3)]
     for positions, given in ((np.array([5, 1]), r"\[1 5\]"), (np.array([], int), r"\[\]")):

@@ -1,4 +1,4 @@
-"""Packed rows: nothing lost, nothing seen across, the same from any place on."""
+"""Packed rows: no token is lost, no sequence depends on another, and a stream resumes at any position."""
 
 import json
 from itertools import islice
@@ -39,7 +39,7 @@ def test_a_batch_says_where_its_sequences_are(texts: Path):
     for x in islice(batches(texts), 20):
         ends = x["cu_seq_lens_q"].tolist()
         assert (ends[0], ends[-1]) == (0, 64)
-        assert 32 in ends  # a row never continues the one before
+        assert 32 in ends  # a sequence never crosses the end of a row
         starts = torch.tensor(ends[:-1])
         assert (x["labels"][0, starts] == -100).all()
         assert (x["labels"] == -100).sum() == len(starts)
@@ -47,7 +47,7 @@ def test_a_batch_says_where_its_sequences_are(texts: Path):
         assert x["max_length_q"] == max(np.diff(ends)) == x["position_ids"].max() + 1
 
 
-def test_documents_never_see_each_other(texts: Path):
+def test_documents_do_not_depend_on_each_other(texts: Path):
     config = HybridAttnConfig(
         vocab_size=258,
         hidden_size=16,
@@ -67,7 +67,7 @@ def test_documents_never_see_each_other(texts: Path):
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
-def test_it_goes_on_from_any_place(texts: Path, block: int):
+def test_a_stream_resumes_at_any_position(texts: Path, block: int):
     whole = list(islice(batches(texts, block=block), 12))
     for number in (0, 4, 9):
         rest = batches(texts, block=block)
@@ -87,7 +87,7 @@ def test_processes_share_the_rows_of_one(texts: Path):
 
 
 def test_token_ids_are_taken_as_they_are(tmp_path: Path):
-    path = write(tmp_path / "ids.jsonl", list(range(40)), [7] * 24)  # blocks of one keep this order
+    path = write(tmp_path / "ids.jsonl", list(range(40)), [7] * 24)  # a block of one document keeps this order
     x = next(iter(batches(path, block=1)))
     assert x["input_ids"][0].tolist() == [*range(40), *[7] * 24]
     assert x["cu_seq_lens_q"].tolist() == [0, 32, 40, 64]

@@ -1,4 +1,4 @@
-"""Whole runs: interrupted, resumed, refused, on two processes, with adapters."""
+"""Training runs: interrupted, resumed, refused, on two processes, with adapters."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def at_micro_batch(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Call `act` before the micro-batch of this number (from 1) of the next run."""
+    """Call `act` in the next run before the micro-batch of this number, from 1."""
     step, seen = StreamTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
@@ -50,12 +50,12 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def whole(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the folder of a run that nothing interrupted."""
+    """The folder of a run without interruption."""
     return shutil.copytree(finished, tmp_path / "whole")
 
 
 def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:  # in the middle of the first step: it is finished and saved
+    with monkeypatch.context() as patch:  # in the first step, which is completed and saved
         at_micro_batch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train("cut") == 143
     assert [path.name for path in checkpoints.candidates(tmp_path / "cut")] == ["checkpoint-1"]
@@ -63,7 +63,7 @@ def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole
     def die():
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:  # in the last step: what follows the checkpoint is lost, and done again
+    with monkeypatch.context() as patch:  # in the last step: the steps after the checkpoint are repeated
         at_micro_batch(patch, 9, die)
         with pytest.raises(KeyboardInterrupt):
             train("cut")
@@ -77,7 +77,7 @@ def test_a_run_interrupted_twice_is_the_whole_one_to_the_bit(train, curve, whole
 
 
 @pytest.mark.slow
-def test_a_run_told_to_end_in_its_last_step_has_ended(train, whole, tmp_path, monkeypatch):
+def test_a_sigterm_in_the_last_step_ends_a_complete_run(train, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_micro_batch(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train("cut") == 0
@@ -99,7 +99,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_used(train, curve, w
     os.truncate(whole / "checkpoint-6" / "optimizer.pt", 1000)
     before = curve("whole")
     assert train("whole", "--resume_from_checkpoint", str(whole / "checkpoint-6")) == 2
-    assert "optimizer.pt should have" in capsys.readouterr().err
+    assert "optimizer.pt: expected" in capsys.readouterr().err
     assert train("whole") == 0
     err = capsys.readouterr().err
     assert "skipping" in err
@@ -136,7 +136,7 @@ def test_other_data_in_the_same_folder_is_refused(train, whole, capsys):
         assert f"{name}: expected {kept} as in" in capsys.readouterr().err
 
 
-def test_held_out_data_that_is_not_there_is_told_from_the_data(train, tmp_path, capsys):
+def test_errors_of_evaluation_data_name_eval_data(train, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     options = ["--eval_strategy", "steps", "--eval_data", str(tmp_path / "empty")]
     assert train("nothing", *options) == 2
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(train, tmp_path, 
 
 
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch, capsys):
-    """As after a gradient that is not finite, of a loss that is."""
+    """A gradient that is not finite, from a finite loss, gives such weights."""
     step = StreamTrainer.training_step
 
     def training_step(self, model, *args, **kwargs):
@@ -197,7 +197,7 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch,
 
     monkeypatch.setattr(StreamTrainer, "training_step", training_step)
     assert train("inf") == 1
-    assert "parameters: expected finite values, got others at step 4" in capsys.readouterr().err
+    assert "parameters: expected finite values, got inf or nan at step 4" in capsys.readouterr().err
     assert checkpoints.latest(tmp_path / "inf")[0] == tmp_path / "inf" / "checkpoint-2"
 
 
@@ -228,7 +228,7 @@ def test_ways_to_run(train, curve, whole, option: str):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads the old name
 def test_lora_improves_on_another_text_and_merges(whole, tmp_path, capsys):
     text = tmp_path / "second.txt"
     text.write_text("abc" * 2000)
@@ -261,7 +261,7 @@ def test_lora_improves_on_another_text_and_merges(whole, tmp_path, capsys):
         (("--config", '{"mixer": []}'), "['mixer']"),
         (("--config", "{"), "config: expected JSON"),
         (("--config", '{"vocab_size": "258"}'), "'vocab_size' expected int"),
-        (("--freeze", "*"), "freeze: expected patterns that leave something to train"),
+        (("--freeze", "*"), "freeze: expected patterns that leave a parameter to train"),
         (("--rows_per_step", "0"), "rows_per_step: expected a positive number, got 0"),
         (("--per_device_train_batch_size", "0"), "per_device_train_batch_size: expected a positive number, got 0"),
         (("--preset", "gla_7t"), "gla_7t"),

@@ -1,4 +1,4 @@
-"""The losses by which a softmax model teaches its hybrid."""
+"""The losses of attention transfer and of distillation."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def teacher() -> HybridAttnForCausalLM:
 
 @pytest.fixture
 def student(teacher: HybridAttnForCausalLM) -> HybridAttnForCausalLM:
-    """With all but its new mixers frozen."""
+    """A student in which only the new mixers are trained."""
     student = swap(teacher, ["gla", "full", "gla"]).eval().requires_grad_(False)
     for layer in (0, 2):
         mixer_of(student, layer).requires_grad_(True)
@@ -40,7 +40,7 @@ def student(teacher: HybridAttnForCausalLM) -> HybridAttnForCausalLM:
 
 
 def made(kind: type, **attributes: Any) -> Any:
-    """A trainer that has only what its loss reads."""
+    """Create a trainer with only the attributes that its loss reads."""
     trainer = object.__new__(kind)
     trainer.__dict__.update(attributes)
     return trainer
@@ -61,7 +61,7 @@ def test_every_new_mixer_sees_the_teachers_hidden_states_and_learns_alone(teache
     reached = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, _ in student.named_parameters() if name.startswith("model.layers.2.mixer.")}
     with torch.no_grad():
-        assert not torch.allclose(student(**ROW).logits, logits)  # no hook is left
+        assert not torch.allclose(student(**ROW).logits, logits)  # the hooks are removed
 
 
 def test_transfer_weighs_micro_batches_by_their_tokens(teacher, student):

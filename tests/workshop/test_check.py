@@ -1,4 +1,4 @@
-"""The check: all CPU backends pass it, wrong ones fail it, and it goes on where it was."""
+"""The check passes for all CPU backends, fails for wrong results, and continues an interrupted run."""
 
 import json
 from pathlib import Path
@@ -37,12 +37,12 @@ def test_every_operator_of_the_cpu_passes(tmp_path: Path, capsys: pytest.Capture
     assert len({line["case"] for line in done}) == len(done)
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_recorded_cases_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out, ran = tmp_path / "check.jsonl", []
     monkeypatch.setattr(check, "run_case", lambda case, device: ran.append(case.name) or {"passed": True})
     assert check.check_operators("cpu", out, ["flash_attention"])
     first = list(ran)
-    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))  # as if it had been cut off
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))  # as after an interruption
     assert check.check_operators("cpu", out, ["flash_attention"])
     assert ran == first + first[-2:]
     monkeypatch.setattr(records, "source_sha256", lambda: "other code")
@@ -50,7 +50,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(ran) == 2 * len(first) + 2
 
 
-def test_a_failure_is_told_and_the_others_still_run(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+def test_a_failure_is_reported_and_other_cases_run(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     name = "linear_attention_step"
     right = OPERATORS[name]
 
@@ -62,7 +62,7 @@ def test_a_failure_is_told_and_the_others_still_run(tmp_path: Path, monkeypatch,
     monkeypatch.setitem(OPERATORS, name, right._replace(call=raises_at_four_tokens))
     assert not check.check_operators("cpu", tmp_path / "check.jsonl", [name])
     printed = capsys.readouterr().out
-    assert printed.count("FAILED") == 3  # of three dtypes
+    assert printed.count("FAILED") == 3  # one per dtype
     assert "RuntimeError: out of shared memory" in printed
     assert sum(line["passed"] for line in lines(tmp_path / "check.jsonl")) == len(check.cases(CPU, [name])) - 3
 
@@ -82,10 +82,10 @@ def other_bits(results):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
-    [(wrong_by_a_percent, "of o, at most"), (unwritten, "error nan of o"), (other_bits, "gave other bits")],
+    ("spoil", "message"),
+    [(wrong_by_a_percent, "of o, limit"), (unwritten, "error nan of o"), (other_bits, "gave other bits")],
 )
-def test_planted_faults_of_a_backend_are_told(spoil, told: str, tmp_path: Path, monkeypatch, capsys):
+def test_faults_of_a_backend_are_reported(spoil, message: str, tmp_path: Path, monkeypatch, capsys):
     name = "linear_attention_step"
     right = OPERATORS[name]
     assert check.check_operators("cpu", tmp_path / "right.jsonl", [name])
@@ -97,11 +97,11 @@ def test_planted_faults_of_a_backend_are_told(spoil, told: str, tmp_path: Path, 
 
     monkeypatch.setitem(OPERATORS, name, right._replace(call=wrong))
     assert not check.check_operators("cpu", tmp_path / "wrong.jsonl", [name])
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
-def test_fresh_memory_is_nan_in_a_process_that_does_not_ask_for_it():
-    """Tests do, for all of their process (tests/conftest.py): the check has to by itself."""
+def test_the_check_fills_uninitialised_memory_with_nan():
+    """tests/conftest.py does so for all tests; the check has to do it by itself."""
     torch.use_deterministic_algorithms(False)
     try:
         with check.poisoned():
@@ -165,7 +165,7 @@ def test_rows_more_than_32_bits_apart(monkeypatch: pytest.MonkeyPatch):
     assert apart.stride(0) == 1000
 
 
-def test_what_is_far_apart_is_given_so_to_the_backend(monkeypatch: pytest.MonkeyPatch):
+def test_rows_that_are_far_apart_reach_the_backend_as_such(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(check, "FAR", 100_000)
     name, strides = "linear_attention_step", {}
     right = OPERATORS[name]

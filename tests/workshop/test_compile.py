@@ -1,4 +1,4 @@
-"""The compile gate: the shipped rows are under their ceilings, and what is not is told."""
+"""``hybridattn kernels compile``: shipped rows are within their ceilings, and exceeded ceilings are reported."""
 
 import json
 import re
@@ -13,18 +13,18 @@ from hybridattn.workshop.compile import complaints, measure, read_ceilings, reco
 
 ROWS = {(name, row.name): row for name, rows in shipped_rows().items() for row in rows}
 FIRST = {next(key for key in ROWS if key[0] == name) for name in SHARED_MEMORY}
-SIZE = re.compile(r" ([KVD]?\d+|\d+x\d+|(warps|stages)\d+)\b(?!-)")  # what a row's name says beside kernel and variant
+SIZE = re.compile(r" ([KVD]?\d+|\d+x\d+|(warps|stages)\d+)\b(?!-)")  # sizes in a row's name
 
 
 def widest_of_each_variant() -> set[tuple[str, str]]:
-    """Of sm_90, for every kernel, dtype and variant the row with most registers; ``kernels compile`` does all."""
+    """Return, for sm_90, the row with the most registers of every kernel, dtype and variant, to be fast."""
     held = read_ceilings()["rows"]["sm_90"]
     names = sorted((name for key, name in ROWS if key == "sm_90"), key=lambda n: held.get(n, {}).get("registers", 0))
     return {("sm_90", name) for name in {SIZE.sub("", name): name for name in names}.values()}
 
 
 HERE = sorted(FIRST | widest_of_each_variant())
-SPILLS = {"flash_attention_key_gradients D128 V128 64x128 warps8 stages3 blocks"}  # two numbers, as its ceiling says
+SPILLS = {"flash_attention_key_gradients D128 V128 64x128 warps8 stages3 blocks"}  # its ceiling allows two spills
 FIGURES = {"registers": 72, "spill_instructions": 0, "spilled_bytes": 0, "shared_memory": 512, "matrix": 8, "tma": 0}
 
 
@@ -48,37 +48,37 @@ def test_shipped_rows_are_under_their_ceilings(key: tuple[str, str]):
 
 
 @pytest.mark.parametrize(("architecture", "warps"), [("sm_90", 1), ("gfx942", 1)])
-def test_a_planted_spill_is_told(architecture: str, warps: int):
-    """A step whose tile one warp cannot hold in its registers."""
+def test_a_spill_is_reported(architecture: str, warps: int):
+    """A single warp cannot hold the tile of this step in its registers."""
     (row,) = (row for key, row in ROWS.items() if key[0] == architecture and " K1024 " in key[1])
     figures = measure(row._replace(num_warps=warps), architecture)
-    told = complaints(architecture, figures, read_ceilings()["rows"][architecture][row.name])
+    messages = complaints(architecture, figures, read_ceilings()["rows"][architecture][row.name])
     assert figures["spill_instructions"] > 0
     assert figures["spilled_bytes"] > 0
-    assert any(line.startswith("spill_instructions") for line in told)
+    assert any(line.startswith("spill_instructions") for line in messages)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "messages"),
     [
         ({}, []),
         ({"registers": 71}, []),
         ({"tensor_memory": 640}, ["tensor memory 640 is over the architecture's 512"]),
         ({"registers": 73}, ["registers 73 is over 72"]),
         ({"matrix": 4}, []),
-        ({"matrix": 0}, ["matrix instructions are gone, were 8"]),
+        ({"matrix": 0}, ["no matrix instructions, the ceiling has 8"]),
         (
             {"shared_memory": 1 << 20},
             ["shared memory 1048576 is over the architecture's 232448", "shared_memory 1048576 is over 512"],
         ),
     ],
 )
-def test_what_is_over_a_ceiling(change: dict[str, int], told: list[str]):
-    assert complaints("sm_90", FIGURES | {"tensor_memory": 0} | change, FIGURES) == told
+def test_messages_about_exceeded_ceilings(change: dict[str, int], messages: list[str]):
+    assert complaints("sm_90", FIGURES | {"tensor_memory": 0} | change, FIGURES) == messages
 
 
-def test_a_row_without_a_ceiling_is_told():
-    assert complaints("sm_90", FIGURES | {"tensor_memory": 0}, None) == ["no ceiling recorded (--record does)"]
+def test_a_row_without_a_ceiling_is_reported():
+    assert complaints("sm_90", FIGURES | {"tensor_memory": 0}, None) == ["no ceiling recorded; --record adds it"]
 
 
 def test_ceilings_go_down_only_unless_they_may_rise():
@@ -107,7 +107,7 @@ def test_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert {figures["registers"] for figures in kept["sm_90"].values()} == {72}
     assert gate.check_compilation(["sm_90"], record=True, may_rise=True, file=file)
     file.write_text(file.read_text().replace('"triton": "', '"triton": "0.'))
-    with pytest.raises(ValueError, match="another version of Triton needs all rows anew"):
+    with pytest.raises(ValueError, match="record all rows anew with --may-rise"):
         gate.check_compilation(["sm_90"], record=True, file=file)
 
 

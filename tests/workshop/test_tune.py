@@ -1,4 +1,4 @@
-"""The search of launch rows: what is wrong is not timed, and the table is as it was."""
+"""The search of launch rows times correct candidates only, and restores the launch table."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from hybridattn.workshop.workloads import WORKLOADS
 TIMES = {(1, 4): 3.0, (2, 4): 1.0, (3, 4): 2.0}
 
 
-def test_candidates_take_turns_and_the_row_comes_back():
+def test_every_candidate_is_tried_and_the_row_restored():
     rows = {64: (1, 4), 128: (9, 9)}
 
     def error() -> float:
@@ -30,13 +30,13 @@ def test_candidates_take_turns_and_the_row_comes_back():
         "error nan",
     ]
     assert rows == {64: (1, 4), 128: (9, 9)}
-    told = describe("sweep", 64, lines).splitlines()
-    assert told[0] == "sweep 64: 2 of 5 rows run and are right"
-    assert [line.split()[0:2] for line in told[1:]] == [["(2,", "4)"], ["(1,", "4)"]]
-    assert told[2].endswith("shipped")
+    shown = describe("sweep", 64, lines).splitlines()
+    assert shown[0] == "sweep 64: 2 of 5 rows run with correct results"
+    assert [line.split()[0:2] for line in shown[1:]] == [["(2,", "4)"], ["(1,", "4)"]]
+    assert shown[2].endswith("shipped")
 
 
-def test_a_search_that_is_left_puts_the_row_back():
+def test_an_aborted_search_restores_the_row():
     rows = {64: (1, 4)}
     lines = search(rows, 64, [(2, 4)], lambda: 0.0, lambda: 1.0)
     next(lines)
@@ -46,7 +46,7 @@ def test_a_search_that_is_left_puts_the_row_back():
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_rows_are_searched_among_their_like(architecture: str):
+def test_candidates_have_the_form_of_the_rows(architecture: str):
     for kernel, found in searches(architecture).items():
         assert found.workload in WORKLOADS
         for dim, row in found.rows.items():
@@ -54,7 +54,7 @@ def test_rows_are_searched_among_their_like(architecture: str):
             assert found.shape(dim).key_dim >= 16
 
 
-def test_looked_up_rows_are_forgotten():
+def test_caches_of_launch_rows_are_cleared():
     from hybridattn.kernels.linear_attention.triton import op
 
     assert op._launch.cache_info().currsize >= 0
@@ -62,7 +62,7 @@ def test_looked_up_rows_are_forgotten():
     assert op._launch.cache_info().currsize == 0
 
 
-def test_what_cannot_be_tuned_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_tuning_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match="device: expected a GPU to tune on, got 'cpu'"):
         search_launches("cpu", [], [], 5, tmp_path / "tune.jsonl")
     with pytest.raises(SystemExit):

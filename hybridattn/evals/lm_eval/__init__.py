@@ -1,1 +1,1 @@
-"""Recall and language modelling with lm-eval: tasks, the checked model, scores and reports."""
+"""Evaluate recall and language modelling with lm-eval: tasks, a model class with checks, scores and reports."""

@@ -1,6 +1,6 @@
-"""`hybridattn eval`: lm-eval with our tasks, checks before the first score, and results by length, depth and load.
+"""The command `hybridattn eval`: run lm-eval with this package's tasks and checks; report scores by length and depth.
 
-lm-eval has to be installed.
+Importing this module requires lm-eval.
 """
 
 import json
@@ -36,22 +36,22 @@ def evaluate(
 ) -> bool:
     """Score a checkpoint with lm-eval; write ``results.json``, ``report.md``, a heat map per task and lm-eval's files.
 
-    Answers are kept beside ``out`` until the run is through, so that the same command goes on where it was interrupted.
+    Answers are cached next to ``out`` until the run is complete, so that the same command resumes an interrupted run.
 
     Args:
         model: folder of any Hugging Face checkpoint of a causal language model, or its name on the Hub.
-        flags: flags of ``lm_eval run``, ``--tasks`` among them.
-        lengths: tokens of prompt and answer; by default `grid.LENGTHS`, up to the longest input of the model.
-        out: the folder to write, whole or not at all; an earlier report there is replaced.
-        allow_truncation: whether to go on when prompts are longer than the model's input.
-        trained_length: tokens that the model was trained on; bits per token by position are then measured as well, at
-            that length and up to 16 times it.
+        flags: flags of ``lm_eval run``, including ``--tasks``.
+        lengths: lengths of prompt and answer in tokens; by default `grid.LENGTHS`, up to the model's maximum input.
+        out: the folder to write, atomically; it replaces an earlier report.
+        allow_truncation: whether prompts may be longer than the model's maximum input.
+        trained_length: sequence length of the model's training, in tokens. If given, bits per token by position are
+            measured at this length and up to 16 times it.
 
     Returns:
         Whether the model was scored; if not, the reason was printed.
 
     Raises:
-        ValueError: a bad argument; the message names it, what was expected and what was given.
+        ValueError: a bad argument; the message has its name, the expected and the given value.
     """
     check_output(out)
     setup_logging()
@@ -63,8 +63,8 @@ def evaluate(
         args.model_args["max_length"] = max(longest_input(args.model_args), *(lengths or [0]))
     if args.model_args["max_length"] < 1:
         raise ValueError(
-            "lengths: expected --lengths, or max_length in --model_args, where neither configuration nor tokenizer "
-            f"names the longest input, got neither for {model}"
+            "lengths: expected --lengths, or max_length in --model_args, since configuration and tokenizer have no "
+            f"maximum length, got neither for {model}"
         )
     if trained_length is not None and trained_length < 1:
         raise ValueError(f"trained_length: expected a positive number of tokens, got {trained_length}")
@@ -72,8 +72,8 @@ def evaluate(
         args.metadata = {"max_seq_lengths": list(lengths), **(args.metadata or {})}
     args.include_path = [TASKS, *([args.include_path] if args.include_path else [])]
     args.log_samples = True
-    kept = Path(f"{os.path.abspath(out)}.answers_{fingerprint(args.model_args)}")
-    args.use_cache = f"{args.use_cache}_{kept.name.rpartition('_')[2]}" if args.use_cache else str(kept / "answers")
+    cached = Path(f"{os.path.abspath(out)}.answers_{fingerprint(args.model_args)}")
+    args.use_cache = f"{args.use_cache}_{cached.name.rpartition('_')[2]}" if args.use_cache else str(cached / "answers")
     try:
         with written_aside(out) as folder:
             args.output_path = str(folder / "lm_eval")
@@ -82,13 +82,13 @@ def evaluate(
     except UnsoundError as error:
         print(f"hybridattn: {error}", file=sys.stderr)
         return False
-    shutil.rmtree(kept, ignore_errors=True)
+    shutil.rmtree(cached, ignore_errors=True)
     print(f"\n{(out / 'report.md').read_text(encoding='utf-8')}\nIn {out}: {', '.join(sorted(os.listdir(out)))}")
     return True
 
 
 def parse(flags: Sequence[str]) -> Namespace:
-    """What lm-eval's own command line makes of the flags; it reads them from ``sys.argv`` alone."""
+    """Parse flags with lm-eval's own command line, which reads them only from ``sys.argv``."""
     before, sys.argv = sys.argv, ["lm_eval", "run", "--model", "hybridattn", *flags]
     try:
         return HarnessCLI().parse_args()
@@ -97,7 +97,10 @@ def parse(flags: Sequence[str]) -> Namespace:
 
 
 def longest_input(model_args: dict[str, Any]) -> int:
-    """The longest input that a checkpoint or its tokenizer names, in tokens; 0 if none, where lm-eval takes 2048."""
+    """Return the maximum input length in a checkpoint's configuration or tokenizer, in tokens; 0 if neither has one.
+
+    lm-eval would assume 2048 tokens instead of 0.
+    """
     trust = {"trust_remote_code": bool(model_args.get("trust_remote_code"))}
     config = AutoConfig.from_pretrained(model_args["pretrained"], **trust)
     tokenizer = AutoTokenizer.from_pretrained(model_args.get("tokenizer", model_args["pretrained"]), **trust)
@@ -105,7 +108,7 @@ def longest_input(model_args: dict[str, Any]) -> int:
 
 
 def fingerprint(model_args: dict[str, Any]) -> str:
-    """A name for the answers of one model: its arguments, its files, and the code that runs it."""
+    """Return a key for a model's cached answers: a hash of its arguments, files, code and package versions."""
     folder = Path(model_args["pretrained"])
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -114,7 +117,7 @@ def fingerprint(model_args: dict[str, Any]) -> str:
 
 
 def report(folder: Path, args: Namespace, trained_length: int | None = None) -> None:
-    """Write our files from those of lm-eval, which lie in ``folder / "lm_eval"``."""
+    """Write ``results.json``, ``report.md`` and heat maps from lm-eval's files in ``folder / "lm_eval"``."""
     (written,) = (folder / "lm_eval").rglob("results_*.json")
     aggregated = json.loads(written.read_text(encoding="utf-8"))
     samples = dict(scores.read_samples(folder / "lm_eval"))
@@ -144,19 +147,19 @@ def report(folder: Path, args: Namespace, trained_length: int | None = None) -> 
 
 
 def positions_of(model_args: dict[str, Any], trained_length: int) -> dict[str, Any]:
-    """Bits per token by position of the model that lm-eval was given."""
+    """Measure bits per token by position for the model in ``model_args``."""
     options = {name: model_args[name] for name in ("trust_remote_code", "dtype") if name in model_args}
     return positions.extrapolation_of(model_args["pretrained"], trained_length, **options)
 
 
 def count_truncated(samples: dict[str, list[dict[str, Any]]], model_args: dict[str, Any]) -> int:
-    """Prompts that lost tokens; those of an interrupted run, which the model was not asked again, included."""
+    """Count the prompts that were truncated, including prompts whose answers come from an interrupted run's cache."""
     if not model_args["allow_truncation"]:
-        return 0  # else there would be no results
+        return 0  # `CheckedLM` raises for a truncated prompt
     count = counter(
         model_args.get("tokenizer", model_args["pretrained"]),
         bool(model_args.get("trust_remote_code")),
         model_args.get("add_bos_token"),
     )
-    asked = [list(each.values()) for rows in samples.values() for row in rows for each in row["arguments"].values()]
-    return truncated([request for request in asked if len(request) == 2], count, model_args["max_length"])
+    requests = [list(each.values()) for rows in samples.values() for row in rows for each in row["arguments"].values()]
+    return truncated([request for request in requests if len(request) == 2], count, model_args["max_length"])

@@ -1,6 +1,6 @@
-"""lm-eval's model of transformers with two checks: parity before anything is scored, and whole prompts.
+"""lm-eval's class for models of transformers with two checks: parity gates before scoring, and no truncated prompts.
 
-Importing this module registers the model as ``hybridattn`` with lm-eval, which has to be installed.
+Importing this module requires lm-eval and registers the class there as ``hybridattn``.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-import hybridattn  # noqa: F401  # registers our models with transformers
+import hybridattn  # noqa: F401  # registers this package's models with transformers
 from hybridattn.evals.lm_eval import parity
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
@@ -17,20 +17,20 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 
 class UnsoundError(RuntimeError):
-    """The figures would not mean what they seem to."""
+    """A check failed, so that scores would be misleading."""
 
 
 @register_model("hybridattn")
 class CheckedLM(cast(Any, HFLM)):  # lm-eval's decorator hides the class from type checkers
-    """`HFLM` of a causal language model that passes the parity gates and, unless allowed, truncates no prompt.
+    """`HFLM` for causal language models that must pass the parity gates; truncates no prompt unless allowed.
 
     Args:
         pretrained: folder or name of the checkpoint.
-        allow_truncation: whether prompts may lose their beginning.
-        options: those of `HFLM`.
+        allow_truncation: whether prompts may be truncated at their beginning.
+        options: arguments of `HFLM`.
 
     Raises:
-        UnsoundError: a gate failed, or later a prompt is too long; the message names them.
+        UnsoundError: a gate failed, or, in later calls, a prompt is too long.
     """
 
     def __init__(self, pretrained: str, *, allow_truncation: bool = False, **options: Any):
@@ -43,20 +43,20 @@ class CheckedLM(cast(Any, HFLM)):  # lm-eval's decorator hides the class from ty
             if not result.passed
         ]
         if failed:
-            raise UnsoundError(f"parity gates failed, nothing was scored: {', '.join(failed)}")
+            raise UnsoundError(f"parity: expected all gates to pass before scoring, got failed: {', '.join(failed)}")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As `HFLM`, if all prompts are whole."""
+        """Generate as `HFLM` does; raise UnsoundError if a prompt would be truncated."""
         self.check_whole(requests)
         return super().generate_until(requests, disable_tqdm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As `HFLM`, if all prompts are whole."""
+        """Score continuations as `HFLM` does; raise UnsoundError if a prompt would be truncated."""
         self.check_whole(requests)
         return super().loglikelihood(requests, disable_tqdm)
 
     def check_whole(self, requests: list[Instance]) -> None:
-        """Raise unless no prompt is truncated, or that is allowed."""
+        """Raise UnsoundError if a prompt would be truncated and this is not allowed."""
         if self.allow_truncation:
             return
         cut = truncated(
@@ -64,12 +64,13 @@ class CheckedLM(cast(Any, HFLM)):  # lm-eval's decorator hides the class from ty
         )
         if cut:
             raise UnsoundError(
-                f"{cut} of {len(requests)} prompts are longer than max_length={self.max_length} less the tokens to "
-                "generate: choose other --lengths, a larger max_length in --model_args, or --allow_truncation"
+                f"prompts: expected at most max_length={self.max_length} tokens with the tokens to generate, got more "
+                f"in {cut} of {len(requests)}; use other --lengths, a larger max_length in --model_args, or "
+                "--allow_truncation"
             )
 
     def get_model_info(self) -> dict[str, Any]:
-        """As `HFLM`, with the device and the gates' results."""
+        """Return `HFLM`'s information, the device and the gates' results."""
         device = torch.device(self.device)
         return {
             **super().get_model_info(),
@@ -79,12 +80,12 @@ class CheckedLM(cast(Any, HFLM)):  # lm-eval's decorator hides the class from ty
 
 
 def truncated(requests: Sequence[Sequence[Any]], count: Callable[[str], int], max_length: int) -> int:
-    """How many requests lose tokens of their prompts, as `HFLM` cuts them.
+    """Count the requests whose prompts `HFLM` would truncate.
 
     Args:
-        requests: of each, a prompt and its options of generation, or a prompt and its continuation.
-        count: tokens of a text.
-        max_length: the longest input, in tokens, which the generated ones are part of.
+        requests: pairs of a prompt and its generation options, or of a prompt and its continuation.
+        count: function that returns the number of tokens of a text.
+        max_length: maximum length of the input in tokens, generated tokens included.
     """
     cut = 0
     for text, rest in requests:

@@ -1,4 +1,4 @@
-"""Heat maps of scores over two axes."""
+"""Draw heat maps of scores over two axes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 
 class Panel(NamedTuple):
-    """One map: its axes' names, their values, and the scores ``[down, across]``, NaN where there is none."""
+    """One heat map: names and values of its axes, and the scores ``[down, across]`` (NaN: no score)."""
 
     across: str
     down: str
@@ -20,12 +20,12 @@ class Panel(NamedTuple):
 
 
 def draw(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """Draw maps side by side, every score written into its field; colours from 0 to 1.
+    """Draw heat maps side by side, with every score as text in its cell; the colour scale is from 0 to 1.
 
     Args:
-        panels: the maps, one or more.
+        panels: one or more heat maps.
         path: the PNG file to write.
-        title: a line over the picture.
+        title: title above the heat maps.
     """
     width = sum(2 + 0.9 * len(panel.columns) for panel in panels)
     height = 2 + 0.5 * max(len(panel.rows) for panel in panels)

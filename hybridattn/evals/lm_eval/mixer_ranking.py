@@ -1,16 +1,15 @@
-"""What the benchmark makes of mixers whose order is known: small models, trained on key-value pairs in text.
+"""Validate the recall task ``hybridattn_kv``: check that it ranks small trained mixers as the literature does.
 
     python -m hybridattn.evals.lm_eval.mixer_ranking --out reports/order
 
-trains one model per mix in seconds to a minute on one thread and scores each with `hybridattn eval` on the task
-``hybridattn_kv``, at its own loads and on twice as many pairs as any training row had. The literature orders them full
-attention, hybrids, BASED, GLA, sliding window (Arora et al., "Simple linear attention language models balance the
-recall-throughput tradeoff", 2024, arXiv:2402.18668, figures 2 and 3; Arora et al., "Just read twice", 2024,
-arXiv:2407.05483, table 1).
+This command trains one model per mix of mixers, in seconds to a minute on one thread. It scores each with
+`hybridattn eval` on the task, at the loads of training and with twice as many pairs as any training row. The order in
+the literature is full attention, hybrids, BASED, GLA, sliding window (Arora et al., "Simple linear attention language
+models balance the recall-throughput tradeoff", 2024, arXiv:2402.18668, figures 2 and 3; Arora et al., "Just read
+twice", 2024, arXiv:2407.05483, table 1).
 
-Two things make that possible without a GPU. Tokens are syllables, pairs of digits and single characters, so that a key
-has three and a value two. And a training row asks for all of its pairs, one line after the other, where the task asks
-for one.
+Two simplifications make training possible without a GPU. Tokens are syllables, pairs of digits and single characters,
+so that a key has three tokens and a value two. A training row queries all of its pairs, while the task queries one.
 """
 
 import argparse
@@ -34,10 +33,10 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 SEPARATOR, PAD = 0, 1
 LOADS = (2, 4, 8)  # pairs of the training rows
 TEST_LOADS = (4, 8, 16)
-LINE_TOKENS = 7  # of a pair: three syllables, the colon, two pairs of digits, the end of the line
-LENGTH = 192  # tokens of the prompts that are scored, answers included; training prompts have up to as many
+LINE_TOKENS = 7  # tokens of a pair: three syllables, the colon, two pairs of digits, the end of the line
+LENGTH = 192  # tokens of test prompts with their answers, and maximum tokens of training prompts
 BATCH = 32
-POOL = 24  # batches per load that are drawn from again and again
+POOL = 24  # batches per load, from which training draws repeatedly
 
 MIXERS = {
     "full attention": (["conv", "full"], 350),
@@ -46,7 +45,7 @@ MIXERS = {
     "GLA": (["conv", "gla"], 500),
     "sliding window": (["conv", "window"], 300),
 }
-"""Mixers and training steps, by name, in the order of the literature."""
+"""Mixers and training steps by name, from the highest to the lowest recall in the literature."""
 
 OPTIONS = {
     "conv": {"kernel_size": 3, "expand": 0},
@@ -58,9 +57,9 @@ OPTIONS = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Syllables of the tasks' words, two digits, a space and two digits, or else single bytes."""
+    """Build a tokenizer whose tokens are syllables of the tasks' words, [space and] two digits, or single bytes."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    space = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # how ByteLevel writes it
+    space = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # ByteLevel's symbol for a space
     digits = [f"{i:02}" for i in range(100)]
     merged = [*SYLLABLES, *digits, *(f"{space}{pair}" for pair in digits)]
     merges = [*((token[0], token[1]) for token in (*SYLLABLES, *digits)), *((space, pair) for pair in digits)]
@@ -77,7 +76,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(mixers: list[str], vocab_size: int) -> HybridAttnForCausalLM:
-    """A model without MLPs, 64 wide."""
+    """Build a model of width 64 without MLPs."""
     return HybridAttnForCausalLM(
         HybridAttnConfig(
             vocab_size=vocab_size,
@@ -97,14 +96,14 @@ def build(mixers: list[str], vocab_size: int) -> HybridAttnForCausalLM:
 
 
 def training_text(rng: Random, cell: Cell) -> str:
-    """The context of a row of the task, then each of its pairs once more, in another order."""
+    """Return the context of a row of the task, followed by all of its pairs in another order."""
     context = kv.row(rng, cell)["prompt"].rpartition("\n")[0]
     pairs = re.findall(r"^[a-z]{6}: \d{4}$", context, re.MULTILINE)
     return "\n".join([context, *rng.sample(pairs, len(pairs))])
 
 
 def training_rows(tokens: PreTrainedTokenizerFast, rng: Random, load: int) -> mqar.Rows:
-    """A batch of rows of ``load`` pairs, padded on the right, labels at both halves of every value asked for."""
+    """Draw a batch of rows with ``load`` pairs, padded on the right; both tokens of every queried value are labels."""
     shortest = LINE_TOKENS * (load + 2) + ANSWER_TOKENS
     cells = [
         Cell(rng.randint(shortest, LENGTH), 0.5, load, "once", lambda text: len(tokens(text, verbose=False).input_ids))
@@ -112,14 +111,14 @@ def training_rows(tokens: PreTrainedTokenizerFast, rng: Random, load: int) -> mq
     ]
     rows = [torch.tensor(tokens(training_text(rng, cell), verbose=False).input_ids) for cell in cells]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    before_value = LINE_TOKENS * torch.arange(load) + 3  # tokens from the end of a row to before a value
+    before_value = LINE_TOKENS * torch.arange(load) + 3  # distance from a row's end to the token before a value
     back = torch.stack([before_value, before_value - 1], -1).flatten()
     positions = torch.stack([len(row) - back for row in rows])
     return mqar.Rows(padded, positions, padded.gather(1, positions + 1))
 
 
 def batches(tokens: PreTrainedTokenizerFast, seed: int) -> Iterator[mqar.Rows]:
-    """Batches of rising load, in turn, without end."""
+    """Yield batches endlessly, cycling through the loads in rising order."""
     rng = Random(f"order {seed}")
     pools = [[training_rows(tokens, rng, load) for _ in range(POOL)] for load in LOADS]
     while True:
@@ -128,7 +127,7 @@ def batches(tokens: PreTrainedTokenizerFast, seed: int) -> Iterator[mqar.Rows]:
 
 
 def train(mix: str, folder: Path, *, seed: int = 0) -> None:
-    """Train one of `MIXERS` and save it, with its tokenizer."""
+    """Train one of `MIXERS` and save it with its tokenizer."""
     mixers, steps = MIXERS[mix]
     tokens = tokenizer()
     torch.manual_seed(seed)
@@ -139,20 +138,20 @@ def train(mix: str, folder: Path, *, seed: int = 0) -> None:
 
 
 def score(folder: Path, out: Path, *, rows_per_cell: int = 8) -> dict[str, float]:
-    """`hybridattn eval` on a trained model: the share of answers that are right, by pairs; the report is in ``out``."""
+    """Run `hybridattn eval` on a trained model, report to ``out``; return the share of correct answers by load."""
     from hybridattn.evals.lm_eval.evaluate import evaluate  # needs lm-eval
     from hybridattn.evals.lm_eval.scores import by
 
     sizes = {"loads": TEST_LOADS, "rows_per_cell": rows_per_cell}
     flags = ["--tasks", "hybridattn_kv", "--metadata", json.dumps(sizes), "--batch_size", "16", "--device", "cpu"]
     if not evaluate(str(folder), flags, lengths=[LENGTH], out=out):
-        raise RuntimeError(f"{folder}: expected a sound model, got the report above")
+        raise RuntimeError(f"{folder}: expected a model that passes the checks, got the failures printed above")
     (found,) = json.loads((out / "results.json").read_text(encoding="utf-8"))["tasks"].values()
     return {str(load): share for load, share in by(found["cells"], "load").items()}
 
 
 def main() -> None:
-    """Train and score every mix."""
+    """Train and score every mix of mixers, and print a table."""
     from hybridattn.measure.markdown import table
 
     parser = argparse.ArgumentParser(prog="python -m hybridattn.evals.lm_eval.mixer_ranking", description=__doc__)

@@ -1,7 +1,8 @@
-"""Gates before any score: what a model says must not depend on how it is asked.
+"""Parity gates, checked before scoring: a model's logits must not depend on caching, padding or prefill.
 
-`generate` itself is asked, as the evaluation will ask it, so that any model of transformers can be put to the test. It
-is made to take given tokens, and the logits of these steps are compared with those of one forward pass.
+The gates call `generate`, as the evaluation does, so that they apply to any model of transformers. A logits processor
+forces `generate` to take given tokens. The logits of these steps are compared with those of another way to compute
+them, for instance of one forward pass.
 """
 
 from typing import Any, NamedTuple
@@ -10,29 +11,29 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-PROMPT = 96  # tokens: more than one chunk of the linear operators
+PROMPT = 96  # tokens; more than one chunk of the linear operators
 STEPS = 8
 PADDING = 37
 
-# Largest relative L2 error of a position's logits. Small sound models measure 2e-6 in fp32 and up to 3e-2 in bf16, deep
-# ones somewhat more; fp64 models keep fp32 states. What is broken is off by several tenths.
+# Maximum relative L2 error of a position's logits. Correct small models have 2e-6 in fp32 and up to 3e-2 in bf16, deep
+# ones somewhat more; fp64 models have fp32 states. Incorrect models differ by several tenths.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class Result(NamedTuple):
-    """What a gate measured: its largest error, and the tolerance it is held to."""
+    """Result of a gate: its largest error, and the tolerance for it."""
 
     error: float
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        """Whether the error is a number within the tolerance."""
+        """Whether the error is within the tolerance, and not nan."""
         return self.error <= self.tolerance
 
 
 class Follow(LogitsProcessor):
-    """Leaves one token possible in each step: the given ones, ``[rows, STEPS]``, after ``prompt`` others."""
+    """Force generation of the given tokens ``[rows, STEPS]`` after a prompt of ``prompt`` tokens."""
 
     def __init__(self, tokens: Tensor, prompt: int):
         self.tokens, self.prompt = tokens, prompt
@@ -44,20 +45,20 @@ class Follow(LogitsProcessor):
 
 @torch.inference_mode()
 def check(model: Any, *, max_length: int | None = None, seed: int = 0) -> dict[str, Result]:
-    """Put a causal language model to all gates, with random tokens.
+    """Check a causal language model with all gates, on random tokens.
 
     Args:
-        model: a model of transformers that generates, in evaluation mode.
-        max_length: the longest input that the model takes; shorter prompts are used if need be.
-        seed: of the tokens.
+        model: a generative model of transformers, in evaluation mode.
+        max_length: maximum input length of the model in tokens; shortens the prompts if needed.
+        seed: seed of the tokens.
 
     Returns:
-        The result of ``"cached = uncached"`` (generation with and without cache), ``"padded = unpadded"`` (a row padded
-        on the left beside a longer one, and alone) and ``"prefill + decode = forward"`` (one prompt and steps of one
-        token, and one pass over all of them).
+        The results by gate: ``"cached = uncached"``, generation with and without cache; ``"padded = unpadded"``, a row
+        that is padded on the left next to a longer row, and the row alone; ``"prefill + decode = forward"``, a prompt
+        and steps of one token, and one pass over all of these tokens.
 
     Raises:
-        ValueError: ``max_length`` is too short to test anything.
+        ValueError: ``max_length`` is too short for the gates.
     """
     prompt = min(PROMPT, (max_length or PROMPT + STEPS) - STEPS)
     padding = min(PADDING, prompt // 2)
@@ -80,7 +81,7 @@ def check(model: Any, *, max_length: int | None = None, seed: int = 0) -> dict[s
 
 
 def random_tokens(model: Any, length: int, seed: int) -> Tensor:
-    """Two rows without the tokens that mean padding or an end, int64 ``[2, length]``."""
+    """Draw two rows without padding and end tokens, int64 ``[2, length]``."""
     special = {pad_token(model)}
     for config in (model.config, model.generation_config):
         end = getattr(config, "eos_token_id", None)
@@ -92,13 +93,13 @@ def random_tokens(model: Any, length: int, seed: int) -> Tensor:
 
 
 def pad_token(model: Any) -> int:
-    """The token that fills padding; no model may see it."""
+    """Return the padding token, which must not affect the outputs of a model."""
     token = model.config.pad_token_id
     return 0 if token is None else token
 
 
 def stepwise(model: Any, rows: Tensor, mask: Tensor | None, *, use_cache: bool = True) -> Tensor:
-    """Logits ``[rows, STEPS, vocabulary]`` of ``generate`` being led along the last tokens of the rows."""
+    """Return the logits ``[rows, STEPS, vocabulary]`` of ``generate``, forced to produce the rows' last tokens."""
     prompt = rows[:, :-STEPS]
     options: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False, "num_beams": 1, "use_cache": use_cache}
     out = model.generate(
@@ -113,7 +114,7 @@ def stepwise(model: Any, rows: Tensor, mask: Tensor | None, *, use_cache: bool =
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """The largest relative L2 distance of two positions' logits, whose mean, which softmax ignores, is taken out."""
+    """Return the largest relative L2 distance of the logits of a position, minus their mean, which softmax ignores."""
     a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (a, b))
     distance = (a - b).norm(dim=-1) / b.norm(dim=-1)
     return float(distance.nan_to_num(torch.inf).max())

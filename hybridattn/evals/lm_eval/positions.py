@@ -1,4 +1,4 @@
-"""How well text is predicted by position, at the length a model was trained on and beyond it."""
+"""Measure bits per token by position in the sequence, at the training length of a model and at longer lengths."""
 
 import math
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from hybridattn.training.byte_corpus import SEPARATOR, standard_library
 def bits_by_position(
     model: PreTrainedModel, tokens: np.ndarray, *, length: int, windows: int = 8
 ) -> list[dict[str, Any]]:
-    """Bits per token of a causal language model in windows of a text, by the position in the window.
+    """Compute the bits per token of a causal language model in windows of a text, by position in the window.
 
     Args:
-        model: in evaluation mode.
+        model: a causal language model in evaluation mode.
         tokens: token ids ``[time]`` of one text.
-        length: tokens that the model reads per window.
-        windows: evenly spaced; fewer where they would overlap.
+        length: input tokens per window.
+        windows: maximum number of evenly spaced windows; fewer if they would overlap.
 
     Returns:
-        JSON values for positions 0 to 31, 32 to 63, 64 to 127 and so on, doubling: ``first``, ``last``, ``bits`` per
-        token and the number of ``tokens`` behind them.
+        JSON values for positions 0 to 31, 32 to 63, 64 to 127, and so on: ``first`` and ``last`` position, ``bits`` per
+        token, and ``tokens``, the number of tokens in the mean.
 
     Raises:
         ValueError: the text is shorter than one window.
@@ -42,7 +42,7 @@ def bits_by_position(
         text = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64)).to(model.device)
         hidden = model.base_model(input_ids=text[None, :-1], use_cache=False).last_hidden_state[0]
         head: Any = model.get_output_embeddings()
-        for first in range(0, length, 1024):  # logits of all tokens at once would not fit
+        for first in range(0, length, 1024):  # in chunks, since the logits of all tokens may not fit in memory
             logits = head(hidden[first : first + 1024]).float()
             loss = F.cross_entropy(logits, text[1 + first : 1 + first + len(logits)], reduction="none")
             nats[first : first + len(logits)] += loss.double().cpu()
@@ -66,11 +66,11 @@ def extrapolation(
     factors: Sequence[int] = (1, 2, 4, 8, 16),
     windows: int = 8,
 ) -> dict[str, list[dict[str, Any]]]:
-    """``bits_by_position`` at multiples of the length that a model was trained on, by the length as a string.
+    """Compute ``bits_by_position`` at multiples of the training length; the keys are lengths as strings.
 
     Args:
-        trained: that length, in tokens.
-        factors: multiples of it; those for which the text is too short are left out, the first excepted.
+        trained: training length in tokens.
+        factors: multiples of the training length; lengths beyond the text are skipped, except the first.
         model, tokens, windows: as in ``bits_by_position``.
     """
     lengths = [trained * f for f in factors]
@@ -79,15 +79,15 @@ def extrapolation(
 
 
 def extrapolation_of(name: str, trained: int, **options: Any) -> dict[str, Any]:
-    """``extrapolation`` of a checkpoint on held-out sources of Python's standard library, read as one text.
+    """Compute ``extrapolation`` for a checkpoint, on the held-out sources of Python's standard library as one text.
 
     Args:
-        name: its folder, or its name on the Hub.
-        trained: the length it was trained on, in its own tokens.
-        options: of ``from_pretrained``, such as ``trust_remote_code``.
+        name: the checkpoint's folder, or its name on the Hub.
+        trained: its training length, in its own tokens.
+        options: arguments of ``from_pretrained``, such as ``trust_remote_code``.
 
     Returns:
-        JSON values: ``trained``, ``bytes_per_token`` of the text, and ``lengths``, as ``extrapolation`` gives.
+        JSON values: ``trained``, ``bytes_per_token`` of the text, and ``lengths``, the result of ``extrapolation``.
 
     Raises:
         ValueError: the text is shorter than ``trained``.

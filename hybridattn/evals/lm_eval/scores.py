@@ -1,4 +1,4 @@
-"""Answers by length, depth and load: the table, the cells and the Markdown of `hybridattn eval`."""
+"""Aggregate lm-eval's samples by length, depth and load, and write the Markdown report of `hybridattn eval`."""
 
 import json
 from collections import defaultdict
@@ -16,17 +16,17 @@ AXES = ("length", "depth", "load")
 
 
 def read_samples(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Tasks and their samples, in the order of names, from the files that lm-eval writes with ``--log_samples``."""
+    """Yield tasks and their samples, sorted by name, from the files that lm-eval writes with ``--log_samples``."""
     for path in sorted(folder.rglob("samples_*.jsonl")):
         task = path.stem.removeprefix("samples_").rpartition("_")[0]
         yield task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def summary(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a task's samples say: ``rows``, ``contains``, and of tasks with cells ``chance`` and ``cells``.
+    """Summarise a task's samples: ``rows``, ``contains``, and for tasks with cells ``chance`` and ``cells``.
 
-    A cell holds the mean of its rows: ``length``, ``depth``, ``load`` (the lower end of its octave, since a phone book
-    holds what fits), ``rows``, ``contains``, ``chance``.
+    A cell has ``length``, ``depth``, ``load``, ``rows``, and the means ``contains`` and ``chance`` of its rows. Loads
+    are rounded down to powers of two, since the number of entries in a phone book varies.
     """
     cells = defaultdict(list)
     for sample in samples:
@@ -40,7 +40,7 @@ def summary(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Number and means of some samples of a cell."""
+    """Return the number of samples and their means."""
     return {
         "rows": len(samples),
         "contains": fmean(sample["contains"] for sample in samples),
@@ -49,7 +49,7 @@ def mean(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def by(cells: Sequence[dict[str, Any]], axis: str) -> dict[Any, float]:
-    """The score of every value of an axis, over all rows that have it."""
+    """Return the mean score for every value of an axis, over all rows with this value."""
     groups = defaultdict(list)
     for cell in cells:
         groups[cell[axis]].append(cell)
@@ -57,12 +57,12 @@ def by(cells: Sequence[dict[str, Any]], axis: str) -> dict[Any, float]:
 
 
 def weighted(cells: Sequence[dict[str, Any]]) -> float:
-    """The mean over the rows of some cells."""
+    """Return the mean score over all rows of the cells."""
     return sum(cell["contains"] * cell["rows"] for cell in cells) / sum(cell["rows"] for cell in cells)
 
 
 def panels(found: dict[str, Any]) -> list[Panel]:
-    """The maps of a task's cells: length by depth and length by load, where that varies."""
+    """Return the heat maps of a task's cells: length by depth and length by load, if these vary."""
     cells = found.get("cells", [])
     lengths = sorted({cell["length"] for cell in cells})
     maps = []
@@ -79,7 +79,7 @@ def panels(found: dict[str, Any]) -> list[Panel]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The whole report as Markdown, built from the values of results.json alone."""
+    """Return the report as Markdown, from the content of results.json."""
     tasks = results["tasks"]
     gates = ", ".join(
         f"{gate} (error {result['error']:.1e}, tolerance {result['tolerance']:.0e})"
@@ -91,8 +91,8 @@ def report(results: dict[str, Any]) -> str:
     ]
     parts = [
         f"# Recall of {results['model']}",
-        f"Share of answers that the completion contains, on {results['device']}. "
-        f"Prompts truncated: {results['truncated']}. Parity, before the first score: {gates}.",
+        f"Scores are the share of answers that the completion contains, on {results['device']}. "
+        f"Truncated prompts: {results['truncated']}. Parity gates: {gates}.",
         table(["task", "rows", "contains", "chance"], totals),
     ]
     for axis in AXES:
@@ -110,7 +110,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _positions(found: dict[str, Any]) -> list[str]:
-    """A sentence and a table: lengths down, positions across."""
+    """Return a sentence and a table of bits per token: a row per length, a column per range of positions."""
     spans = max(found["lengths"].values(), key=len)
     rows = [
         [f"{int(length):,}", *(f"{span['bits']:.3f}" for span in of_length), *[""] * (len(spans) - len(of_length))]
@@ -118,6 +118,6 @@ def _positions(found: dict[str, Any]) -> list[str]:
     ]
     return [
         f"Held-out sources of Python's standard library, {found['bytes_per_token']:.2f} bytes per token; the model was "
-        f"trained on {found['trained']:,} tokens.",
+        f"trained on sequences of {found['trained']:,} tokens.",
         table(["tokens", *(f"from {span['first']:,}" for span in spans)], rows),
     ]

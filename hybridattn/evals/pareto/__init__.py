@@ -1,1 +1,1 @@
-"""Recall beside throughput: suites of configurations, trained or loaded, measured and reported as one row each."""
+"""Measure recall, memory and speed of the same models: suites of models, and the run that trains and measures them."""

@@ -1,7 +1,7 @@
-"""Carry out a suite: train the models that have to be trained, then measure all of them in rounds, and report.
+"""Run a suite: train its models on MQAR if needed, measure all of them in rounds, and write the report.
 
-Every measurement is stored as soon as it has been made and looked up before it is made, so a run that was killed goes
-on. The report is written anew after every stage, and when the run is interrupted.
+Every measurement is stored at once and looked up before it is made, so a run that was killed can resume. The report is
+rewritten after the training, after every round, and when the run is interrupted.
 """
 
 import time
@@ -25,69 +25,71 @@ from hybridattn.evals.report.document import one_line
 from hybridattn.evals.report.rows import TIMED, row_key, rows, run_of
 from hybridattn.evals.report.store import Store
 from hybridattn.evals.speed import latency, memory, models
+from hybridattn.layers import SoftmaxAttention
 from hybridattn.measure.cpu_probe import probe_seconds
 from hybridattn.measure.provenance import cpu_name
 from hybridattn.models.decoder import HybridAttnConfig
 
 Planned = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
-"""Kind and configuration of a measurement, and the function of the model that makes it."""
+"""A measurement's kind and configuration, and the function that measures a model."""
 
 
 def run_suite(
     suite: Suite, out: Path, *, title: str, shard: tuple[int, int] | None = None, again: bool = False
 ) -> dict[str, Any]:
-    """Measure what ``out`` does not have yet, and write the report there.
+    """Make the measurements that ``out`` does not have yet, and write the report there.
 
     Args:
-        suite: what to measure.
-        out: the folder of measurements, weights and report.
-        title: of the report.
-        shard: (i, n): only train the i-th of n parts, from 1: every n-th model, beginning with the i-th. Measurements
-            of trained models need all of them on one machine: merge the parts, then run without a shard.
-        again: time again what is there.
+        suite: models and measurements.
+        out: folder of measurements, weights and report.
+        title: title of the report.
+        shard: (i, n) to only train the i-th of n parts: every n-th model, from the i-th on, counted from 1. To measure
+            the models, merge the folders of all parts on one machine, then run without a shard.
+        again: repeat timings that are in ``out`` already.
 
     Returns:
         The content of the report's ``results.json``.
 
     Raises:
-        ValueError: ``shard`` is out of range or trains nothing, there is no GPU for device "cuda"; or as `Store`.
+        ValueError: ``shard`` is out of range or trains no model, or there is no GPU for device "cuda"; or as `Store`.
     """
     store = Store(out)
     part, parts = shard or (1, 1)
     if not 1 <= part <= parts:
         raise ValueError(f"shard: expected i/n with 1 <= i <= n, got {part}/{parts}")
     if part > len(suite.models):
-        raise ValueError(f"shard: expected a part with a model, there are {len(suite.models)}, got {part}/{parts}")
+        raise ValueError(f"shard: expected i up to the number of models, {len(suite.models)}, got {part}/{parts}")
     if shard and (again or not any(entry["steps"] for entry in suite.models.values())):
-        raise ValueError("shard: expected models to train, which is all that a part does; and not --again, which times")
+        given = "--again, which only repeats timings" if again else "a suite without training"
+        raise ValueError(f"shard: expected a suite with models to train, and not --again, got {given}")
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' without a GPU, got 'cuda'")
     if again:
-        ours = {row_key(base(suite, name)) for name in suite.models}
+        row_keys = {row_key(base(suite, name)) for name in suite.models}
         timed = ("model", "state", "largest_batch", *TIMED)
-        store.remove(lambda each: each["kind"] in timed and row_key(each["config"]) in ours)
+        store.remove(lambda each: each["kind"] in timed and row_key(each["config"]) in row_keys)
     try:
         train(suite, list(suite.models)[part - 1 :: parts], store)
         if shard is None:
             if store.found:
                 build(out, title=title)
             measure(suite, store, lambda: build(out, title=title))
-    except BaseException as reason:  # Ctrl-C above all: what there is makes a report
+    except BaseException as reason:  # also KeyboardInterrupt: report the measurements made so far
         if store.found:
             build(out, title=title)
-            hint = "The same command goes on." if isinstance(reason, KeyboardInterrupt) else ""
-            print(f"Not all was measured; what there is: {out / 'report.html'}. {hint}")
+            hint = "Run the same command again to resume." if isinstance(reason, KeyboardInterrupt) else ""
+            print(f"Measurements are incomplete; report so far: {out / 'report.html'}. {hint}")
         raise
     return build(out, title=title)
 
 
 def device_name(suite: Suite) -> str:
-    """The name of what the suite runs on."""
+    """Return the name of the suite's GPU or CPU."""
     return torch.cuda.get_device_name() if suite.device == "cuda" else cpu_name()
 
 
 def base(suite: Suite, name: str) -> dict[str, Any]:
-    """What all measurements of a row have in common; its hash identifies the row."""
+    """Return the configuration that all measurements of a row share; its hash identifies the row."""
     entry = suite.models[name]
     trained = {"procedure": suite.procedure, "steps": entry["steps"]} if entry["steps"] else None
     common = {"name": name, "model": entry["model"], "train": trained, "device": device_name(suite)}
@@ -96,7 +98,7 @@ def base(suite: Suite, name: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------- training
 def trainings(suite: Suite, name: str) -> Iterator[tuple[dict[str, Any], Job]]:
-    """The configurations of a model's recall measurements, and the jobs that make them."""
+    """Yield the configurations of a model's recall measurements, each with the job that makes it."""
     entry = suite.models[name]
     for rate in suite.rates if entry["steps"] else ():
         for seed in suite.seeds:
@@ -106,7 +108,7 @@ def trainings(suite: Suite, name: str) -> Iterator[tuple[dict[str, Any], Job]]:
 
 
 def train(suite: Suite, names: Sequence[str], store: Store) -> None:
-    """Train the models that the store has no recall of; and store their weights beside the measurements."""
+    """Train the models whose recall or weights are not stored yet; store both."""
     wanted = [
         each
         for name in names
@@ -118,10 +120,10 @@ def train(suite: Suite, names: Sequence[str], store: Store) -> None:
         config, job = wanted[index]
         file = store.weights_of(config)
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A tied weight is one array under two names, which the format refuses: the model ties it again.
+        # safetensors rejects a tied weight, one array under two names; loading the model ties the head again.
         written = {each: values for each, values in trained.weights.items() if each != "lm_head.weight"}
         save_file(written, file.with_suffix(".partial"))
-        file.with_suffix(".partial").replace(file)  # whole or not at all
+        file.with_suffix(".partial").replace(file)  # atomic
         figures = {
             "recall": {str(pairs): share for pairs, share in trained.recall.items()},
             "curve": trained.curve,
@@ -136,7 +138,7 @@ def train(suite: Suite, names: Sequence[str], store: Store) -> None:
 
 
 def model_of(suite: Suite, name: str, store: Store) -> PreTrainedModel:
-    """The model that is timed: of the trained ones the first at the best rate, or else as its definition says."""
+    """Load the model to time: the first seed at the best learning rate if the suite trains it, else its definition."""
     where = {"dtype": DTYPES[suite.dtype], "device": suite.device}
     model = models.build(suite.models[name]["model"], **where)
     if configs := [config for config, _ in trainings(suite, name)]:
@@ -145,14 +147,14 @@ def model_of(suite: Suite, name: str, store: Store) -> PreTrainedModel:
         stored = {each: torch.from_numpy(values) for each, values in load_file(store.weights_of(best)).items()}
         missing, unexpected = model.load_state_dict(stored, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
-            raise ValueError(f"{name}: expected the model's weights, missing {missing}, unexpected {unexpected}")
+            raise ValueError(f"{name}: expected the model's weights, got missing {missing}, unexpected {unexpected}")
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
 def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> None:
-    """Measure every model once per round; the first round prints a row as soon as a model has been measured."""
-    is_told = False
+    """Measure every model once per round; in the first round, print a model's row after it has been measured."""
+    has_estimate = False
     with tqdm(total=suite.rounds * len(suite.models), desc="measuring", unit="model") as bar, threads(suite.threads):
         for turn in range(suite.rounds):
             start, in_round, missing = time.perf_counter(), uuid4().hex[:8], missing_in(suite, store, turn)
@@ -165,25 +167,25 @@ def measure(suite: Suite, store: Store, write_report: Callable[[], object]) -> N
                 bar.update()
             more = suite.rounds - turn - 1
             if any(missing.values()) and more:
-                if not is_told:
+                if not has_estimate:
                     took = time.perf_counter() - start
                     tqdm.write(f"A round takes {took:,.0f} s; {more} more take about {more * took / 60:.0f} min.")
-                    is_told = True
+                    has_estimate = True
                 write_report()
 
 
 def rows_of(suite: Suite, store: Store) -> list[dict[str, Any]]:
-    """The rows of the suite's models."""
-    ours = {row_key(base(suite, name)) for name in suite.models}
+    """Return the report rows of the suite's models."""
+    row_keys = {row_key(base(suite, name)) for name in suite.models}
     known = (each for each in store.found.values() if "name" in each["config"])
-    return rows([each for each in known if row_key(each["config"]) in ours])
+    return rows([each for each in known if row_key(each["config"]) in row_keys])
 
 
 def missing_in(suite: Suite, store: Store, turn: int) -> dict[str, list[Planned]]:
-    """What is left to measure in a round, by model.
+    """Return the measurements of a round that are missing, by model.
 
-    Rows are compared within a round. So a round whose times were not all taken by one run, as of a run that was killed
-    or of a suite that has got another model, is timed anew as a whole.
+    Rows are compared within a round, so one run must take all times of a round. If it did not, because it was killed or
+    because the suite has a new model, all times of the round are taken again.
     """
     planned = {
         name: [each for each in plan(suite, name, turn) if is_possible(store, *each[:2])] for name in suite.models
@@ -197,13 +199,13 @@ def missing_in(suite: Suite, store: Store, turn: int) -> dict[str, list[Planned]
 
 
 def is_possible(store: Store, kind: str, config: dict[str, Any]) -> bool:
-    """Whether a measurement has not been found impossible in the first round."""
+    """Whether a measurement did not fail in the first round for lack of memory or positions."""
     first = store.get(kind, {**config, "round": 0}) if "round" in config else None
     return first is None or "reason" not in first
 
 
 def measure_model(suite: Suite, name: str, missing: Sequence[Planned], store: Store, in_round: str) -> None:
-    """Make some measurements of one model."""
+    """Make the missing measurements of one model and store them."""
     model = model_of(suite, name, store)
     most = latency.positions(model)
     baseline = row_key(base(suite, next(iter(suite.models))))
@@ -223,7 +225,7 @@ def measure_model(suite: Suite, name: str, missing: Sequence[Planned], store: St
 
 
 def plan(suite: Suite, name: str, turn: int) -> Iterator[Planned]:
-    """A model's measurements of one round; bytes, which do not vary, are measured in the first one only."""
+    """Yield a model's measurements in one round; sizes do not vary, so only the first round measures them."""
     common = base(suite, name)
     if turn == 0:
         yield "model", common, facts
@@ -246,12 +248,12 @@ def plan(suite: Suite, name: str, turn: int) -> Iterator[Planned]:
 
 
 def facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a row says of the model itself."""
+    """Return the properties of a model that a row lists."""
     config = model.config
     return {
         "type": config.model_type,
-        "mixers": list(config.mixers) if isinstance(config, HybridAttnConfig) else None,
-        "reach": _reach(config) if isinstance(config, HybridAttnConfig) else None,
+        "mixers": [mixer.name for mixer in config.layer_mixers] if isinstance(config, HybridAttnConfig) else None,
+        "reach": _reach(model) if isinstance(config, HybridAttnConfig) else None,
         "attn_implementation": config._attn_implementation,
         "attention_operators": latency.attention_operators(model),
         "parameters": model.num_parameters(),
@@ -259,25 +261,28 @@ def facts(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _reach(config: HybridAttnConfig) -> int | None:
-    """Tokens after which the cache of a model is declared to grow no more; None if it always grows."""
-    if "full" in config.mixers:
-        return None
-    options = config.mixer_options or {}
-    return max([1, *(options.get(name, {}).get("window") or 1 for name in config.mixers)])
+def _reach(model: PreTrainedModel) -> int | None:
+    """Return the tokens after which the model's cache no longer grows; None if it always grows."""
+    reach = 1
+    for layer in model.modules():
+        if isinstance(layer, SoftmaxAttention):
+            if layer.window is None:
+                return None
+            reach = max(reach, layer.window)
+    return reach
 
 
 def time_pass(
     run_pass: Callable[..., list[float]], model: PreTrainedModel, *, with_peak: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Samples of a function of `latency`, and its peak memory."""
+    """Return the samples of a function of `latency` in seconds, and its peak memory in bytes (None: not measured)."""
     once = partial(run_pass, model, least=1, **{**options, "seconds": 0})
     peak = memory.peak_bytes(once, model.device) if with_peak else None
     return {"seconds": exact(run_pass(model, **options)), "peak_bytes": peak}
 
 
 def exact(seconds: Sequence[float]) -> list[float]:
-    """Samples to the nanosecond, which the clock counts in."""
+    """Round samples to nanoseconds, the resolution of the clock."""
     return [round(each, 9) for each in seconds]
 
 

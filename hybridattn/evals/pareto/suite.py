@@ -1,7 +1,6 @@
-"""Suites: models, how they are trained, and what is measured of them, from a YAML file or from arguments."""
+"""Define and load suites: models, their training, and the measurements to make, from a YAML file or arguments."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from hybridattn.evals.recall import mqar
 from hybridattn.evals.speed.models import configuration, definition
 from hybridattn.models.decoder.configuration import without_models
 
 SUITES = Path(__file__).parent / "suites"
-FORMS = ("mixers", "preset", "path", "config")  # of a model in a suite's file
+FORMS = ("mixers", "preset", "path", "config")  # the ways to define a model in a suite's file; exactly one is given
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,26 +24,26 @@ class Suite:
     """Everything that determines a run.
 
     Attributes:
-        models: by name, ``model`` (see `models.definition`) and ``steps`` of training on MQAR, None for none. The first
-            one is the baseline that speeds are compared with.
+        models: by name, ``model`` (see `models.definition`) and ``steps`` of training on MQAR, or None for no training.
+            The first model is the baseline of speed comparisons.
         device: "cpu" or "cuda".
-        dtype: of the timed model; training is in fp32.
-        threads: per operation, on a CPU, of everything that is timed.
-        rounds: their number; every model is timed once in each.
-        seconds: of samples per time and round at least.
-        procedure: of `mqar.PROCEDURES`.
-        seeds: models trained per rate.
+        dtype: dtype of the timed model; training is in fp32.
+        threads: threads per operation on a CPU, for timings.
+        rounds: number of rounds; every model is timed once in each.
+        seconds: minimum total time of the samples of a timing in a round.
+        procedure: a name in `mqar.PROCEDURES`.
+        seeds: seeds of the models that are trained for each rate.
         rates: learning rates; the one with the best median recall counts.
         looks: steps between two tests of recall, the points of a learning curve.
-        state: tokens after which caches are measured.
-        prefill: prompt lengths, one sequence.
-        decode: (context, batch) of the timed steps.
-        graphs: decode with CUDA graphs as well.
-        training: row lengths of forward and backward, one sequence.
-        memory: ``tokens`` and ``budget``, bytes of the largest batch; None: not measured.
+        state: numbers of tokens after which the size of the cache is measured.
+        prefill: prompt lengths in tokens, for one sequence.
+        decode: (context in tokens, batch) of the timed decoding steps.
+        graphs: whether to time decoding also with CUDA graphs.
+        training: row lengths in tokens for forward and backward, for one sequence.
+        memory: ``tokens`` of the prompts and ``budget`` in bytes for the search of the largest batch; None for none.
 
     Raises:
-        ValueError: a wrong value; the message names the attribute, what was expected and what was given.
+        ValueError: a wrong value; the message has the attribute, the expected and the given value.
     """
 
     models: dict[str, dict[str, Any]]
@@ -65,7 +65,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         _expect("models", bool(self.models), "at least one", self.models)
-        for name in self.models:  # in tables and pictures; matplotlib leaves names out that begin with _
+        for name in self.models:  # matplotlib omits labels that start with _
             _expect("models", name.isprintable() and not name.startswith("_"), "printable names without _ first", name)
         _expect("device", self.device in ("cpu", "cuda"), "'cpu' or 'cuda'", self.device)
         _expect("dtype", str(self.dtype) in DTYPES, f"one of {sorted(DTYPES)}", self.dtype)
@@ -94,7 +94,7 @@ class Suite:
             "integers",
             self.seeds,
         )
-        # YAML takes 1e-2 for a text, and 1.0e-2 for a number.
+        # YAML reads 1e-2 as a string, and 1.0e-2 as a number.
         rates = _is_list(self.rates) and all(_is_number(rate) and 0 < rate < math.inf for rate in self.rates)
         _expect("rates", rates, "numbers above 0", self.rates)
         if any(entry["steps"] for entry in self.models.values()):
@@ -124,15 +124,15 @@ def _expect(name: str, holds: bool, expected: str, value: Any) -> None:
 
 
 def load(name: str) -> Suite:
-    """Read a shipped suite, by name, or a YAML file.
+    """Read a suite from the package, by name, or from a YAML file.
 
-    Its fields are those of `Suite`, and ``shared``, a configuration that every model with ``mixers`` takes what it does
-    not say itself from; ``mixer_options`` are merged, and those of mixers it does not have left out. A model has
-    ``mixers`` (a list or a pattern, beside other fields of a configuration), ``preset``, ``path`` or ``config``, and
-    ``steps`` where it is to be trained.
+    The file has the fields of `Suite` and ``shared``, default fields of the configurations of all models with
+    ``mixers``. ``mixer_options`` are merged, without those of mixers that the model does not have. A model has one of
+    ``mixers`` (a list or a pattern, with other fields of a configuration), ``preset``, ``path`` and ``config``; with
+    ``mixers`` it may have ``steps`` of training.
 
     Raises:
-        ValueError: no such suite, a field that there is not, or a wrong value.
+        ValueError: no such suite, an unknown field, or a wrong value.
     """
     shipped = sorted(path.stem for path in SUITES.glob("*.yaml"))
     file = SUITES / f"{name}.yaml" if name in shipped else Path(name)
@@ -141,9 +141,9 @@ def load(name: str) -> Suite:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: expected YAML, got: {error}") from error
+        raise ValueError(f"{file}: expected YAML, got an error: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
-        raise ValueError(f"{file}: expected a mapping with models, by name")
+        raise ValueError(f"{file}: expected a mapping with the field models, a mapping by name, got {content!r:.50}")
     shared = content.pop("shared", {})
     _expect("shared", isinstance(shared, dict), "a mapping", shared)
     known = {each.name for each in fields(Suite)}
@@ -167,20 +167,17 @@ def _model(label: str, entry: dict[str, Any], shared: dict[str, Any]) -> dict[st
         given = each.get("mixer_options", {})
         is_mapping = isinstance(given, dict) and all(isinstance(options, dict) for options in given.values())
         _expect("mixer_options", is_mapping, f"a mapping of mappings ({label})", given)
-    options = shared.get("mixer_options", {}) | entry.get("mixer_options", {})
     wanted = entry["mixers"]
     _expect("mixers", isinstance(wanted, str | list), f"a list or a pattern ({label})", wanted)
-    used = re.findall(r"\w+", wanted) if isinstance(wanted, str) else wanted
-    merged = {
-        name: shared.get("mixer_options", {}).get(name, {}) | entry.get("mixer_options", {}).get(name, {})
-        for name in options
-        if name in used
-    }
     _expect("steps", steps is None or _is_positive(steps), f"a positive integer ({label})", steps)
-    given = {"config": {**shared, **entry, "mixer_options": merged}}
+    defaults, own = shared.get("mixer_options", {}), entry.get("mixer_options", {})
+    merged = {name: defaults.get(name, {}) | own.get(name, {}) for name in defaults | own}
+    given = {**shared, **entry, "mixer_options": merged}
     try:
         with without_models():
-            configuration(given)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"models: expected a configuration of {label!r}, got: {error}") from error
-    return {"model": given, "steps": steps}
+            config = configuration({"config": given})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"models: expected a valid configuration of {label!r}, got an error: {error}") from error
+    used = {mixer.name for mixer in config.layer_mixers}
+    given["mixer_options"] = {name: options for name, options in merged.items() if name in used}
+    return {"model": {"config": given}, "steps": steps}

@@ -1,1 +1,1 @@
-"""Multi-query associative recall: how much a mixer can look up in its context."""
+"""Multi-query associative recall (MQAR): train small models to look up key-value pairs in their context."""

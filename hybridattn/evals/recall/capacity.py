@@ -1,8 +1,8 @@
-"""What a mixer's state can hold, apart from what a model learns to put there.
+"""Measure how many random key-value pairs the state of an untrained mixer can hold.
 
-N random pairs are written straight into the state of a layer, as if its projections had made them; then each key is
-read back. Recall is the share of keys whose result is nearer to their own value, by inner product, than to the N - 1
-others: 1/N by chance. Decays are those of the untrained layer.
+N random pairs are written directly into the state of a layer, bypassing its projections; then each key is used as a
+query. Recall is the share of keys whose output has a larger inner product with their own value than with the N - 1
+other values: 1/N by chance. Decays are those of the untrained layer.
 """
 
 from functools import partial
@@ -24,26 +24,26 @@ from hybridattn.models.decoder.sizes import cache_elements
 def capacity(
     mixer: str, pairs: int, *, hidden_size: int = 64, trials: int = 8, seed: int = 0, **options: Any
 ) -> dict[str, float]:
-    """Recall of ``pairs`` random pairs from the state of an untrained mixer of one head.
+    """Measure the recall of random pairs from the state of an untrained mixer with one head.
 
     Args:
-        mixer: its name in the decoder's table; one without a state of keys and values has none.
-        pairs: N.
-        hidden_size: of the layer; values have as many dimensions.
-        trials: independent sets of pairs that the result is the mean of.
-        seed: of layer and pairs.
-        options: of the layer.
+        mixer: the mixer's name in the decoder's table.
+        pairs: number of pairs, N.
+        hidden_size: width of the layer, and dimension of values.
+        trials: independent sets of pairs; the result is their mean.
+        seed: seed of layer and pairs.
+        options: options of the layer.
 
     Returns:
-        ``recall``, and ``state_elements``, the numbers that the state after N tokens has.
+        ``recall``, and ``state_elements``, the number of elements in the state after N tokens.
 
     Raises:
-        ValueError: the mixer keeps no keys and values.
+        ValueError: the mixer has no state of keys and values.
     """
     torch.manual_seed(seed)
     layer = build_mixer(mixer, hidden_size, {"num_heads": 1, **options}) if mixer != "conv" else None
     if not isinstance(layer, LinearAttention | DecayedLinearAttention | SoftmaxAttention):
-        raise ValueError(f"mixer: expected one that keeps keys and values, got {mixer!r}")
+        raise ValueError(f"mixer: expected one with a state of keys and values, got {mixer!r}")
     keys = torch.randn(trials, pairs, 1, layer.head_dim if isinstance(layer, SoftmaxAttention) else layer.key_dim)
     values = torch.randn(trials, pairs, 1, keys.shape[-1] if isinstance(layer, SoftmaxAttention) else layer.value_dim)
     read = _read(layer, keys, values)[:, :, 0]
@@ -56,7 +56,7 @@ def capacity(
 
 
 def _read(layer: TokenMixer, keys: Tensor, values: Tensor) -> Tensor:
-    """What every key [B,N,1,K] gets out of the state that all pairs have been written to, [B,N,1,V]."""
+    """Write all pairs into the state, then return its output [B,N,1,V] for every key [B,N,1,K] as a query."""
     if isinstance(layer, SoftmaxAttention):
         kept = min(layer.window or keys.shape[1], keys.shape[1])
         return flash_attention(keys, keys[:, -kept:], values[:, -kept:], causal=False)
@@ -70,7 +70,7 @@ def _read(layer: TokenMixer, keys: Tensor, values: Tensor) -> Tensor:
     attend = partial(layer.attend, normalize=layer.normalize, output_final_state=True)
     _, state = attend(keys, keys, values)
     assert state is not None
-    # Every key alone, a row each: what it writes itself has no value, so that it only scales what it reads.
+    # Query each key in its own row. The operator also writes a pair: its value is zero, so it only scales the output.
     rows = keys.flatten(0, 1)[:, None]
     parts = (state.kv, state.k_sum) if isinstance(state, NormalizedState) else (state,)
     parts = [x.repeat_interleave(keys.shape[1], 0) for x in parts]

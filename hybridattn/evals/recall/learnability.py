@@ -1,23 +1,23 @@
-"""How reliably a mix learns to recall: seeds and learning rates of one configuration, never the best run alone."""
+"""Summarise the training runs of one configuration over seeds and learning rates: best rate, median and spread."""
 
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-THRESHOLD = 0.9  # of the recall that counts as learnt
+THRESHOLD = 0.9  # recall from which a run counts as having learned the task
 
 
 def learnability(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the runs of a configuration say together.
+    """Summarise the runs of one configuration.
 
     Args:
-        runs: each with ``rate``, ``seed``, ``recall`` at the end, of one number of pairs, and ``curve``, (steps,
-            recall) on the way.
+        runs: dicts with ``rate``, ``seed``, ``recall`` (the final recall of one number of pairs) and ``curve``, pairs
+            of (steps, recall).
 
     Returns:
-        The best rate by its median (``rate``), and of the runs at that rate ``median``, ``best``, ``worst``,
-        ``steps_to_threshold`` (the median of those that got there, or None), ``reached`` and ``runs``, the numbers of
-        those and of all; ``threshold``.
+        ``rate``, the learning rate with the best median recall. For the runs at this rate: ``median``, ``best`` and
+        ``worst`` recall; ``runs``, their number; ``reached``, the number that reached the threshold;
+        ``steps_to_threshold``, the median over the latter, or None; ``threshold``.
     """
     rates = sorted({run["rate"] for run in runs})
     by_rate = {rate: [run for run in runs if run["rate"] == rate] for rate in rates}
@@ -37,5 +37,5 @@ def learnability(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def steps_to_threshold(curve: Sequence[tuple[int, float]]) -> int | None:
-    """The steps after which recall was first seen at the threshold."""
+    """Return the steps at the first test of recall that reached the threshold, or None."""
     return next((steps for steps, recall in curve if recall >= THRESHOLD), None)

@@ -1,14 +1,15 @@
-"""Multi-query associative recall (MQAR): the published procedure, and a form that a CPU trains in a minute.
+"""Multi-query associative recall (MQAR): data, training and scoring, as published and as a recipe for CPUs.
 
-The latter: N key-value pairs are followed by the N keys in random order; at each of these the model must name the key's
-value:
+In the CPU recipe, which trains a model in a minute, the N keys follow N key-value pairs in random order. At each of
+these queries the model must predict the key's value:
 
     k1 v1 k2 v2 ... kN vN  q1 q2 ... qN        3N tokens, a label at every query
 
-Keys are drawn without replacement from 1 .. V/2 - 1, values likewise from V/2 .. V - 1, anew in every row. All N pairs
-are asked, so every row supervises N look-ups; training cycles through growing N, without which large N is learnt late.
-After Arora et al., "Zoology", 2023, arXiv:2312.04927, section 4 and appendix on MQAR, whose rows (``published_rows``)
-are longer: queries are scattered among filler, most of them soon after the pairs.
+Every row draws its keys without replacement from 1 .. V/2 - 1 and its values from V/2 .. V - 1. A row queries all N
+pairs, so it has N labels. Training cycles through growing N; without this, models learn large N late.
+
+Source: Arora et al., "Zoology", 2023, arXiv:2312.04927, section 4 and appendix on MQAR. The published rows
+(``published_rows``) are longer: filler separates the queries, most of which come soon after the pairs.
 """
 
 import math
@@ -26,15 +27,15 @@ VOCAB_SIZE = 256
 TRAIN_PAIRS = (4, 8, 16, 32)
 TEST_PAIRS = (8, 16, 32)
 TEST_ROWS = 256
-TEST_SEED = 7  # training draws from other seeds
+TEST_SEED = 7  # training uses other seeds
 
 PUBLISHED_VOCAB_SIZE = 8192
 PUBLISHED_TRAIN = {(64, 4): 100_000, (128, 8): 20_000, (256, 16): 20_000, (256, 32): 20_000, (256, 64): 20_000}
-"""Rows by (tokens, pairs), gone through 32 times in batches of 256."""
+"""Training rows by (tokens, pairs); 32 epochs in batches of 256."""
 PUBLISHED_TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
-"""(tokens, pairs), a thousand rows each."""
+"""Test slices (tokens, pairs), a thousand rows each."""
 PUBLISHED_RATES = (1e-3, 10**-2.5, 1e-2, 10**-1.5)
-"""Learning rates that are tried; the best counts."""
+"""Learning rates of the published search; the best one counts."""
 
 
 class Rows(NamedTuple):
@@ -42,8 +43,8 @@ class Rows(NamedTuple):
 
     Attributes:
         tokens: int64 ``[rows, T]``.
-        positions: int64 ``[rows, N]``, of the queries.
-        labels: int64 ``[rows, N]``, the values of their keys.
+        positions: int64 ``[rows, N]``, positions of the queries.
+        labels: int64 ``[rows, N]``, values of the queried keys.
     """
 
     tokens: Tensor
@@ -52,13 +53,13 @@ class Rows(NamedTuple):
 
 
 def rows(count: int, pairs: int, *, generator: torch.Generator, vocab_size: int = VOCAB_SIZE) -> Rows:
-    """Draw MQAR rows.
+    """Draw MQAR rows of the CPU recipe.
 
     Args:
         count: number of rows.
         pairs: key-value pairs per row, N.
         generator: source of randomness.
-        vocab_size: V; keys and values take half each, token 0 is not used.
+        vocab_size: V; keys and values use half each, token 0 is not used.
 
     Raises:
         ValueError: ``pairs`` is not in 1 .. V/2 - 1.
@@ -85,17 +86,17 @@ def published_rows(
     power: float = 0.01,
     live_filler: bool = False,
 ) -> Rows:
-    """Draw rows of the published form: the pairs, then every key once at one of the later even places, and filler.
+    """Draw rows of the published form: the pairs, then every key once at a later even position, and filler.
 
     Args:
         count, pairs, generator, vocab_size: as in ``rows``.
         length: tokens of a row, even and at least 4 * pairs.
-        power: a: the i-th place after the pairs is drawn with a weight of i^(a - 1), without replacement.
-        live_filler: draw filler from the whole vocabulary, as the published code does, so that it may name a key of the
-            row, whose value is then no label; by default it never does.
+        power: a in the weight i^(a - 1) with which the i-th position after the pairs is drawn, without replacement.
+        live_filler: draw filler from the whole vocabulary, as the published code does. Filler may then contain keys of
+            the row, at positions without a label; by default it contains none.
 
     Raises:
-        ValueError: too short a row, or too many pairs for the vocabulary.
+        ValueError: a row that is too short, or too many pairs for the vocabulary.
     """
     half, context = vocab_size // 2, 2 * pairs
     if not 1 <= pairs < half:
@@ -117,32 +118,32 @@ def published_rows(
 
 
 def distinct(count: int, below: int, size: int, generator: torch.Generator) -> Tensor:
-    """Integers below ``below``, distinct within each row, int64 ``[count, size]``."""
+    """Draw integers below ``below``, distinct within each row, int64 ``[count, size]``."""
     return torch.rand(count, below, generator=generator).argsort(dim=1)[:, :size]
 
 
 def query_logits(model: PreTrainedModel, batch: Rows) -> Tensor:
-    """Logits at the query positions, ``[rows, N, V]``: gathered before the head, which costs as much as a layer."""
+    """Compute the logits ``[rows, N, V]`` at the queries only, since the head costs as much as a layer."""
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     return model.lm_head(hidden[torch.arange(len(hidden))[:, None], batch.positions])
 
 
 @torch.inference_mode()
 def recall(model: PreTrainedModel, pairs: int, *, count: int = TEST_ROWS) -> float:
-    """Share of queries answered right on ``count`` held-out rows of ``pairs`` pairs, greedily over the vocabulary."""
+    """Compute the accuracy on ``count`` held-out rows of ``pairs`` pairs; the answer is the argmax of the logits."""
     batch = rows(count, pairs, generator=torch.Generator().manual_seed(TEST_SEED), vocab_size=model.config.vocab_size)
     return accuracy(model, batch)
 
 
 @torch.inference_mode()
 def accuracy(model: PreTrainedModel, batch: Rows) -> float:
-    """Share of the rows' queries that are answered right, greedily over the vocabulary."""
+    """Compute the share of queries whose label is the argmax of the logits."""
     batch = Rows(*(x.to(model.device) for x in batch))
     return (query_logits(model, batch).argmax(-1) == batch.labels).float().mean().item()
 
 
 def published_recall(model: PreTrainedModel, *, count: int = 1000, batch: int = 50) -> dict[tuple[int, int], float]:
-    """Accuracy on ``count`` rows of each published test slice, by (tokens, pairs)."""
+    """Compute the accuracy on ``count`` rows of each published test slice, by (tokens, pairs)."""
     scores = {}
     for length, pairs in PUBLISHED_TEST:
         generator = torch.Generator().manual_seed(TEST_SEED)
@@ -155,7 +156,7 @@ def published_recall(model: PreTrainedModel, *, count: int = 1000, batch: int = 
 def recipe_batches(
     seed: int = 0, *, pairs: Sequence[int] = TRAIN_PAIRS, batch: int = 64, vocab_size: int = VOCAB_SIZE
 ) -> Iterator[Rows]:
-    """The CPU recipe's training rows without end: ``batch`` rows of ``pairs[0]`` pairs, of ``pairs[1]``, and so on."""
+    """Yield the CPU recipe's training batches endlessly: ``batch`` rows of ``pairs[0]`` pairs, of ``pairs[1]``, .."""
     generator = torch.Generator().manual_seed(1000 + seed)
     while True:
         for n in pairs:
@@ -169,12 +170,12 @@ def published_batches(
     slices: dict[tuple[int, int], int] | None = None,
     vocab_size: int = PUBLISHED_VOCAB_SIZE,
 ) -> Iterator[Rows]:
-    """The published training rows without end: the same ones in every epoch, batches in another order each time.
+    """Yield the published training batches endlessly: every epoch has the same rows in another order of batches.
 
     Args:
-        seed: of rows and order.
-        batch: rows per step, all of one slice.
-        slices: rows by (tokens, pairs), ``PUBLISHED_TRAIN`` by default; a last incomplete batch is left out.
+        seed: seed of rows and order.
+        batch: rows per step, all from one slice.
+        slices: rows by (tokens, pairs), ``PUBLISHED_TRAIN`` by default; an incomplete last batch is dropped.
         vocab_size: V.
     """
     slices = PUBLISHED_TRAIN if slices is None else slices
@@ -200,13 +201,13 @@ def train(
     """Train a model on MQAR: AdamW (weight decay 0.1, clip 1), linear warm-up times a cosine over ``steps``.
 
     Args:
-        model: a causal language model with ``model`` (the base) and ``lm_head``; left in evaluation mode.
-        steps: optimiser steps.
-        seed: of the rows of the CPU recipe, where ``batches`` is None.
+        model: a causal language model with ``model`` (the base) and ``lm_head``; in evaluation mode afterwards.
+        steps: number of optimiser steps.
+        seed: seed of the CPU recipe's rows, if ``batches`` is None.
         batches: the rows of each step.
         rate: peak learning rate.
-        warmup: steps over which the rate rises.
-        on_step: called with the number of steps done.
+        warmup: steps of linear warm-up.
+        on_step: called after every step with the number of steps done.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -232,19 +233,19 @@ def train(
 
 
 class Procedure(NamedTuple):
-    """How models are trained and scored.
+    """Functions that generate training data and score a model.
 
     Attributes:
-        batches: ``(seed, vocab_size=..) -> Rows`` without end.
-        recall: of a trained model, by number of pairs.
-        telling: the pairs that tell models apart, one of these numbers.
-        look: recall of so many pairs on the way.
+        batches: ``(seed, vocab_size=..) -> Iterator[Rows]``, endless.
+        recall: recall of a trained model by number of pairs.
+        curve_pairs: the number of pairs, a key of ``recall``, of learning curves.
+        curve_recall: recall at ``curve_pairs`` during training, on fewer rows.
     """
 
     batches: Callable[..., Iterator[Rows]]
     recall: Callable[[PreTrainedModel], dict[int, float]]
-    telling: int
-    look: Callable[[PreTrainedModel], float]
+    curve_pairs: int
+    curve_recall: Callable[[PreTrainedModel], float]
 
 
 def _recipe_recall(model: PreTrainedModel) -> dict[int, float]:
@@ -255,13 +256,13 @@ def _published_recall(model: PreTrainedModel) -> dict[int, float]:
     return {pairs: score for (_, pairs), score in published_recall(model).items()}
 
 
-def _published_look(model: PreTrainedModel) -> float:
+def _published_curve_recall(model: PreTrainedModel) -> float:
     generator = torch.Generator().manual_seed(TEST_SEED)
     return accuracy(model, published_rows(100, 256, 64, generator=generator, vocab_size=model.config.vocab_size))
 
 
 PROCEDURES = {
     "recipe": Procedure(recipe_batches, _recipe_recall, 32, partial(recall, pairs=32, count=64)),
-    "published": Procedure(published_batches, _published_recall, 64, _published_look),
+    "published": Procedure(published_batches, _published_recall, 64, _published_curve_recall),
 }
-"""The CPU recipe and the published procedure."""
+"""By name, the CPU recipe and the published procedure."""

@@ -1,4 +1,4 @@
-"""Training many small models on MQAR: on a CPU one process and one thread per model being trained, on a GPU in turn."""
+"""Train many small models on MQAR: in parallel on a CPU, one process with one thread each; one by one on a GPU."""
 
 import os
 import signal
@@ -23,13 +23,13 @@ class Job(NamedTuple):
     """One model to train on MQAR.
 
     Attributes:
-        options: of its configuration.
-        steps: optimiser steps.
-        seed: of everything.
+        options: fields of its configuration.
+        steps: number of optimiser steps.
+        seed: seed of weights and data.
         rate: peak learning rate.
-        looks: steps between two tests of recall, 0 for none but the last.
-        procedure: of `mqar.PROCEDURES`.
-        device: where it is trained.
+        looks: steps between two tests of recall; 0 for only the final test.
+        procedure: a name in `mqar.PROCEDURES`.
+        device: "cpu" or "cuda".
     """
 
     options: dict[str, Any]
@@ -45,10 +45,10 @@ class Trained(NamedTuple):
     """Result of one training.
 
     Attributes:
-        weights: by name.
-        recall: share of queries answered right, by number of pairs.
-        curve: (steps, recall of the procedure's most telling number of pairs) at every look; the end is the last.
-        seconds: of training, tests included.
+        weights: weights by name.
+        recall: share of correct answers, by number of pairs.
+        curve: (steps, recall at the procedure's ``curve_pairs``) at every test, the final one included.
+        seconds: duration of training, tests during it included.
     """
 
     weights: dict[str, np.ndarray]
@@ -60,17 +60,17 @@ class Trained(NamedTuple):
 def train_all(
     jobs: Sequence[Job], on_done: Callable[[int, Trained], None] = lambda index, trained: None
 ) -> list[Trained]:
-    """Train a model per job, as many at a time as there are cores, the longest first; on a GPU one at a time.
+    """Train one model per job, longest jobs first: on a CPU in one process per core, on a GPU one at a time.
 
     Args:
-        jobs: what to train, all on one device.
-        on_done: called with the index of a job and its result as soon as it is there.
+        jobs: the models to train, all on one device.
+        on_done: called with the index and the result of every finished job.
 
     Returns:
         The results, in the order of the jobs.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a training failed; the others are stopped.
+        torch.multiprocessing.ProcessRaisedException: a training failed; all other trainings are stopped.
     """
     if not jobs:
         return []
@@ -82,7 +82,7 @@ def train_all(
     running = start_processes(
         work, arguments, nprocs=min(len(jobs), cores), join=False, daemon=True, start_method="spawn"
     )
-    assert running is not None  # it is only where join=True
+    assert running is not None  # start_processes returns None only for join=True
     results: dict[int, Trained] = {}
     try:
         with tqdm(total=sum(job.steps for job in jobs), desc=f"recall, {len(jobs)} models", unit="step") as bar:
@@ -102,8 +102,8 @@ def train_all(
 
 
 def work(_rank: int, jobs: list[tuple[int, Job]], taken: Any, reports: Any) -> None:
-    """One worker: take the next job until none is left; report (steps done since the last report, finished ones)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
+    """Run a worker: train jobs until none is left; report (steps since the last report, finished jobs by index)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent terminates its workers
     torch.set_num_threads(1)
     while True:
         with taken.get_lock():
@@ -116,7 +116,7 @@ def work(_rank: int, jobs: list[tuple[int, Job]], taken: Any, reports: Any) -> N
 
 
 def train_one(job: Job, on_tick: Callable[[], None] = lambda: None) -> Trained:
-    """Train a model; ``on_tick`` is called after every `TICK` steps."""
+    """Train a model; call ``on_tick`` after every `TICK` steps."""
     torch.manual_seed(job.seed)
     model = HybridAttnForCausalLM(HybridAttnConfig(**job.options)).to(torch.device(job.device))  # pyright: ignore
     procedure, curve = mqar.PROCEDURES[job.procedure], []
@@ -131,7 +131,7 @@ def train_one(job: Job, on_tick: Callable[[], None] = lambda: None) -> Trained:
     seconds = time.perf_counter() - start
     recall = procedure.recall(model)
     weights = {name: p.cpu().numpy() for name, p in model.state_dict().items()}
-    return Trained(weights, recall, [*curve, (job.steps, recall[procedure.telling])], seconds)
+    return Trained(weights, recall, [*curve, (job.steps, recall[procedure.curve_pairs])], seconds)
 
 
 def _on_step(
@@ -146,5 +146,5 @@ def _on_step(
         on_tick()
     if job.looks and step % job.looks == 0 and step < job.steps:
         model.eval()
-        curve.append((step, mqar.PROCEDURES[job.procedure].look(model)))
+        curve.append((step, mqar.PROCEDURES[job.procedure].curve_recall(model)))
         model.train()

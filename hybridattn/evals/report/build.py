@@ -1,4 +1,4 @@
-"""Write a report from the measurements in a folder: a page that opens without a network, Markdown, JSON, pictures."""
+"""Write a report from the measurements in a folder: a self-contained HTML page, Markdown, JSON and pictures."""
 
 import json
 from collections import defaultdict
@@ -24,10 +24,10 @@ def build(out: Path, *, title: str) -> dict[str, Any]:
     Returns:
         The content of ``results.json``: ``rows`` (see `rows.rows`), ``points`` of the fronts, ``language_model``,
         ``problems``, ``probes`` (seconds of the CPU probe, by device and threads), and ``provenance``, one entry per
-        device, versions and commit that measurements come from.
+        device, versions and commit of the measurements.
 
     Raises:
-        ValueError: there are no measurements, or one does not say where it comes from.
+        ValueError: there are no measurements, or a measurement lacks its provenance.
     """
     results = summarize(store.read(out))
     parts = document.sections(results)
@@ -42,12 +42,12 @@ def build(out: Path, *, title: str) -> dict[str, Any]:
     for name, text in texts.items():
         partial = out / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
-        partial.replace(out / name)  # whole or not at all
+        partial.replace(out / name)  # atomic
     return results
 
 
 def summarize(found: Sequence[store.Measurement]) -> dict[str, Any]:
-    """The content of ``results.json`` (see `build`) from measurements."""
+    """Compute the content of ``results.json`` (see `build`) from measurements."""
     made = rows(found)
     texts = [each["figures"] for each in found if each["kind"] == "language_model"]
     probes = defaultdict(list)
@@ -64,21 +64,22 @@ def summarize(found: Sequence[store.Measurement]) -> dict[str, Any]:
 
 
 def sources(found: Sequence[store.Measurement]) -> list[dict[str, Any]]:
-    """Where measurements come from: device, machine, versions and commit, once each, with their number and dates."""
+    """List the distinct origins of measurements (device, machine, versions, commit) with their number and dates."""
 
     def source_of(measurement: store.Measurement) -> str:
         return json.dumps(measurement["provenance"], sort_keys=True)
 
-    told = []
+    origins = []
     for _, group in groupby(sorted(found, key=source_of), key=source_of):
         members = list(group)
         dates = [f"{each['date'][:19]}Z" for each in members]
-        told.append({**members[0]["provenance"], "measurements": len(members), "first": min(dates), "last": max(dates)})
-    return told
+        count = {"measurements": len(members), "first": min(dates), "last": max(dates)}
+        origins.append({**members[0]["provenance"], **count})
+    return origins
 
 
 def summary(results: dict[str, Any]) -> str:
-    """One line on the report: its configurations, measurements, devices and date."""
+    """Return one line about the report: numbers of configurations and measurements, devices and date."""
     devices = dict.fromkeys(source["device"] for source in results["provenance"])
     last = max(source["last"] for source in results["provenance"])
     count = sum(source["measurements"] for source in results["provenance"])
@@ -86,11 +87,11 @@ def summary(results: dict[str, Any]) -> str:
     return f"{rows} configuration{'s' if rows != 1 else ''}, {count} measurements, {' and '.join(devices)}, {last[:10]}"
 
 
-def as_markdown(title: str, parts: Sequence[document.Section], contradictions: Sequence[str]) -> str:
-    """The report for a terminal or a repository, with the PNGs beside it."""
+def as_markdown(title: str, parts: Sequence[document.Section], problem_lines: Sequence[str]) -> str:
+    """Return the report as Markdown, which refers to the PNGs in the same folder."""
     text = [f"# {title}"]
-    if contradictions:
-        text += ["These figures contradict each other:", "\n".join(f"- {each}" for each in contradictions)]
+    if problem_lines:
+        text += ["These caches differ from their declaration:", "\n".join(f"- {each}" for each in problem_lines)]
     for part in parts:
         text += [f"## {part.title}", *part.texts]
         if part.figure:
@@ -102,12 +103,12 @@ def as_markdown(title: str, parts: Sequence[document.Section], contradictions: S
 
 
 def as_table(table: document.Table) -> str:
-    """A table as Markdown."""
+    """Return a table as Markdown."""
     return markdown.table(table.heads, [[entry.text for entry in row] for row in table.rows])
 
 
 def as_page(title: str, parts: Sequence[document.Section], drawn: dict[str, str], results: dict[str, Any]) -> str:
-    """The report as one HTML file, pictures and figures included."""
+    """Return the report as one HTML file, which contains the pictures and the JSON results."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         PAGE.read_text(encoding="utf-8")
     )
@@ -120,7 +121,7 @@ def as_page(title: str, parts: Sequence[document.Section], drawn: dict[str, str]
         }
         for part in parts
     ]
-    # What ends a script element inside JSON is written so that it does not.
+    # Escape "<", so that "</script>" in the JSON does not end the script element.
     embedded = json.dumps(results).replace("<", "\\u003c")
     return template.render(
         title=title, summary=summary(results), problems=results["problems"], sections=views, json=embedded

@@ -1,7 +1,7 @@
-"""What changed between two reports.
+"""Compare two reports and list the figures that changed.
 
-A machine's speed drifts from one run to the next, so a row's times are compared by their ratio to the baseline of the
-same report, which was timed in the same rounds. Only the baseline's own times are compared as they are.
+A machine's speed drifts between runs. A row's times are therefore compared as ratios to the baseline of the same
+report, which was timed in the same rounds. Only the baseline's own times are compared in seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from hybridattn.measure.markdown import table
 
 
 class Figure(NamedTuple):
-    """A value, and the range in which another run of the same thing lies; ``text`` formats it."""
+    """A value and the range of its repetitions (rounds or seeds); ``text`` is the format string of the value."""
 
     value: float
     low: float
@@ -23,15 +23,16 @@ class Figure(NamedTuple):
 
 
 def compare(old: Sequence[Row], new: Sequence[Row]) -> dict[str, Any]:
-    """Compare the rows of two reports by their labels, so that rows whose configuration changed can still be compared.
+    """Compare the rows of two reports that have equal labels; their configurations may differ.
 
-    A figure changed if the ranges of its old and new value do not overlap: for times the range of the rounds (of the
-    ratios to the baseline, or, for the baseline, of the medians), for recall that of the seeds, for bytes and the
-    number of parameters the value alone.
+    A figure changed if the ranges of its old and new value do not overlap. The range of a time is over the rounds, of
+    ratios to the baseline or, for the baseline itself, of medians. The range of recall is over the seeds. Bytes and
+    numbers of parameters have no range.
 
     Returns:
-        ``changes``, tuples of row, figure, old, new, and new over old; ``compared``, the number of figures in both;
-        ``gone`` and ``come``, rows in one report only, and figures, as "row: figure", in one only of rows in both.
+        ``changes``, tuples of row, figure, old, new, and new / old; ``compared``, the number of figures in both
+        reports; ``gone`` and ``come``, the rows, and the figures as "row: figure", that only the old or only the new
+        report has.
     """
     before, after = ({row["label"]: row for row in each} for each in (old, new))
     changes: list[tuple[str, str, str, str, str]] = []
@@ -50,7 +51,7 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> dict[str, Any]:
 
 
 def _figures(row: Row) -> Iterator[tuple[str, Figure]]:
-    """Name and value of everything that a row has."""
+    """Yield the name and value of every figure of a row."""
     for pairs, found in row["recall"].items():
         yield f"recall, {pairs} pairs", Figure(found["median"], found["low"], found["high"], "{:.3f}")
     for tokens, sizes in row["state"].items():
@@ -83,7 +84,7 @@ def _certain(value: float) -> Figure:
 
 
 def report(old: Path, new: Path) -> str:
-    """The comparison of two reports' folders as Markdown."""
+    """Compare two reports by their folders; return Markdown."""
     found = compare(rows(store.read(old)), rows(store.read(new)))
     text = [f"{found['compared']} figures in both reports; the ranges of {len(found['changes'])} do not overlap."]
     if found["changes"]:

@@ -1,4 +1,4 @@
-"""The text of a report: sections of sentences, tables and one picture each, for Markdown and for the page alike."""
+"""Compose a report's sections: sentences, tables and plots, which are rendered as Markdown and as HTML."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from hybridattn.measure.cpu_probe import describe_load
 
 
 class Entry(NamedTuple):
-    """A table's entry: its text, and the number it is sorted by, None for text."""
+    """A table's entry: its text, and the number to sort by (None: sort by text)."""
 
     text: str
     value: float | None = None
 
 
 class Table(NamedTuple):
-    """Heads and rows; the first column names the rows."""
+    """Headings and rows; the first column has the rows' names."""
 
     heads: list[str]
     rows: list[list[Entry]]
@@ -24,7 +24,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report; ``figure`` is the name of its picture, ``code`` a text that is shown as it is."""
+    """A section of the report; ``figure`` is the name of its plot, ``code`` a preformatted text."""
 
     title: str
     texts: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Section:
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
-    """The report's parts that there are measurements for, from the content of ``results.json``."""
+    """Return the report's sections that there are measurements for, from the content of ``results.json``."""
     rows, points = results["rows"], results["points"]
     made = [overview(rows, points) if rows else None, language_model(results["language_model"])]
     if rows:
@@ -45,7 +45,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
 
 # ------------------------------------------------------------------------------------------------------------- overview
 def overview(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> Section:
-    """One configuration, one row."""
+    """Return the section with the main table: recall, parameters, memory and speed of every row."""
     pairs = list(dict.fromkeys(n for row in rows for n in row["recall"]))
     prefill = [tokens for (tokens,) in _settings(rows, "prefill", ("tokens",))][:1]
     steps = _settings(rows, "decode", ("tokens", "batch", "graph"))
@@ -60,27 +60,27 @@ def overview(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -
     ]
     table = Table([head for head, _ in columns], [[entry(row) for _, entry in columns] for row in rows])
     texts = [
-        "Every row is one configuration: recall is the "
-        "median of the training seeds at the best learning rate, in brackets the lowest and the highest where they "
-        "differ; cache and speed are those of the first of these seeds. The bytes of a cache are those that were "
-        "allocated. Speeds are at the median time of all samples."
+        "Every row is one configuration. Recall is the median over the training seeds at the best learning rate; "
+        "brackets give the lowest and highest seed if they differ. Cache size and speed are measured on the first of "
+        "these seeds. The size of a cache is its allocated memory. Speeds are computed from the median time of all "
+        "samples."
     ]
     if baseline := _baseline(rows):
         texts.append(
-            f"In brackets after a speed: how many times as fast as {baseline}, compared within each round; the median "
-            "of the rounds."
+            f"Brackets after a speed give the speed relative to {baseline}: the median over rounds of the ratio within "
+            "a round."
         )
     return Section("One configuration, one row", texts, [table], "pareto" if points else None)
 
 
 def _baseline(rows: Sequence[dict[str, Any]]) -> str:
-    """The row that others are compared with, or what it is where there are several; empty if there is none."""
+    """Return the label of the baseline row, a description if there are several, or an empty string if there is none."""
     compared = {row["baseline"] for row in rows if row["baseline"] not in (None, row["label"])}
     return "the first model of its suite" if len(compared) > 1 else "".join(compared)
 
 
 def _settings(rows: Sequence[dict[str, Any]], kind: str, names: Sequence[str]) -> list[Any]:
-    """The settings that any row was timed at, in order."""
+    """Return the settings at which any row was timed, sorted."""
     return sorted({tuple(each[name] for name in names) for row in rows for each in row[kind]})
 
 
@@ -93,17 +93,17 @@ def _step(tokens: int, batch: int, graph: bool) -> str:
 
 
 def one_line(row: dict[str, Any]) -> str:
-    """A row for a terminal: recall, and of bytes, prefill and decoding the first that was measured."""
+    """Format a row for a terminal: recall, and the first measurement each of state bytes, prefill and decoding."""
     recall = "/".join(f"{found['median']:.3f}" for found in row["recall"].values())
-    told = [f"recall {recall} of {'/'.join(row['recall'])} pairs"] if recall else []
-    told += [f"state after {int(n):,}: {_size(sizes).text} bytes" for n, sizes in row["state"].items()][:1]
+    parts = [f"recall {recall} of {'/'.join(row['recall'])} pairs"] if recall else []
+    parts += [f"state after {int(n):,}: {_size(sizes).text} bytes" for n, sizes in row["state"].items()][:1]
     for kind, work in (("prefill", "of"), ("decode", "after")):
         for timed in row[kind][:1]:
             text = _rate(row, kind, **_named(_setting(timed))).text
             rate, _, faster = text.partition(" (") if "median" in timed else (text, "", "")
             unit = f" tokens/s{f' ({faster}' if faster else ''}" if "median" in timed else ""
-            told.append(f"{kind} {work} {timed['tokens']:,}: {rate}{unit}")
-    return f"{row['label']}: {', '.join(told)}"
+            parts.append(f"{kind} {work} {timed['tokens']:,}: {rate}{unit}")
+    return f"{row['label']}: {', '.join(parts)}"
 
 
 def _setting(timed: dict[str, Any]) -> tuple[int, int, bool]:
@@ -111,7 +111,7 @@ def _setting(timed: dict[str, Any]) -> tuple[int, int, bool]:
 
 
 def number(value: float | None, text: str) -> Entry:
-    """An entry that is sorted by a number; an empty one where there is none."""
+    """Return an entry that is sorted by a number, or an empty entry for None."""
     return Entry("") if value is None else Entry(text.format(value), value)
 
 
@@ -144,7 +144,7 @@ def _rate(row: dict[str, Any], kind: str, **wanted: Any) -> Entry:
 
 # ------------------------------------------------------------------------------------------------------- language model
 def language_model(found: dict[str, Any] | None) -> Section | None:
-    """A language model on real text beside n-gram models."""
+    """Return the section on the language model and the n-gram models."""
     if found is None:
         return None
     corpus, training, sample = found["corpus"], found["training"], found["continuation"]
@@ -156,9 +156,9 @@ def language_model(found: dict[str, Any] | None) -> Section | None:
         f"A byte-level hybrid of {found['parameters']:,} parameters ({', '.join(found['mixers'])}), trained for "
         f"{training['seconds']:.0f} s ({training['steps']} steps, {training['tokens_per_second']:,.0f} tokens/s, "
         f"{training['threads']} threads{', bf16' if training['bf16'] else ''}) on the Python standard library: "
-        f"{corpus['train_bytes']:,} bytes in {corpus['train_files']} files; {corpus['held_out_files']} others were "
-        "held out. Beside it interpolated Witten-Bell models of order 0 to 4, fitted to the same files, scored on the "
-        f"same {found['scored_bytes']:,} bytes: the last 256 of every 512-byte window.",
+        f"{corpus['train_bytes']:,} bytes in {corpus['train_files']} files; {corpus['held_out_files']} other files "
+        "were held out. The baselines are interpolated Witten-Bell n-gram models of order 0 to 4, fitted to the same "
+        f"files. All are scored on the same {found['scored_bytes']:,} bytes: the last 256 of every 512-byte window.",
         "The text below was sampled at temperature 0.8 from the saved model, reloaded in a new process with "
         f"`AutoModelForCausalLM` and `AutoTokenizer`: {sample['tokens_per_second']:,.0f} tokens/s "
         f"({sample['threads']} thread).",
@@ -168,7 +168,7 @@ def language_model(found: dict[str, Any] | None) -> Section | None:
 
 # --------------------------------------------------------------------------------------------------------------- fronts
 def fronts(points: Sequence[dict[str, Any]]) -> Section:
-    """The best recall within a budget."""
+    """Return the section with the best recall within budgets of memory and time."""
     recalls = [point["recall"] for point in points]
     tables = []
     for name, what, scale, unit in (
@@ -190,15 +190,15 @@ def fronts(points: Sequence[dict[str, Any]]) -> Section:
             )
         tables.append(Table([what, "best recall", "recall", "it takes"], rows))
     texts = [
-        f"The best recall of {points[0]['pairs']} pairs within a budget of memory or of time. In the picture, dashed "
-        "lines join the rows that no other row matches in both and beats in one."
+        f"The best recall of {points[0]['pairs']} pairs within a budget of memory or of time. In the plot, dashed "
+        "lines connect the Pareto front: rows that no other row equals in both quantities and exceeds in one."
     ]
     return Section("Pareto fronts", texts, tables)
 
 
 # ---------------------------------------------------------------------------------------------------------------- times
 def times(rows: Sequence[dict[str, Any]]) -> Section | None:
-    """Time against length."""
+    """Return the section with times of prefill, decoding and training by length."""
     lengths = [_named((*each, False)) for each in _settings(rows, "prefill", ("tokens", "batch"))]
     steps = [_named(each) for each in _settings(rows, "decode", ("tokens", "batch", "graph"))]
     trained = [_named((*each, False)) for each in _settings(rows, "training", ("tokens", "batch"))]
@@ -222,20 +222,21 @@ def times(rows: Sequence[dict[str, Any]]) -> Section | None:
     if not tables:
         return None
     texts = [
-        "Median, and in brackets lower and upper quartile of all samples, as they were taken. The exponent b is that "
-        "of a * T^b, fitted to all lengths. Prefill ends with the first new token."
+        "Entries are the median of all samples, with lower and upper quartile in brackets. The exponent is b in "
+        "a * T^b, fitted to the median times of all lengths T. Prefill ends with the first new token."
     ]
     if baseline := _baseline(rows):
         texts.append(
-            f"After the semicolon: how many times as fast as {baseline}, compared within each round; the median and "
-            "the range of the rounds."
+            f"After the semicolon is the speed relative to {baseline}: median and range, over rounds, of the ratio "
+            "within a round."
         )
     has = any(row["prefill_exponent"] is not None for row in rows)
-    return Section("Time against length", texts, tables, "scaling" if has else None, "One sequence; bars: quartiles.")
+    caption = "For one sequence; bars show quartiles."
+    return Section("Time against length", texts, tables, "scaling" if has else None, caption)
 
 
 def _time(timed: dict[str, Any] | None) -> Entry:
-    """Median and quartiles in milliseconds, and the speed relative to the baseline."""
+    """Format median and quartiles in milliseconds, and the speed relative to the baseline."""
     if timed is None or "reason" in timed:
         return Entry("" if timed is None else timed["reason"])
     middle, low, high = (timed[name] * 1e3 for name in ("median", "lower_quartile", "upper_quartile"))
@@ -272,11 +273,11 @@ _LAST_COLUMNS = {
 
 # ----------------------------------------------------------------------------------------------------- memory, learning
 def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
-    """The largest batches."""
+    """Return the section with the largest batches within the memory budget."""
     found = [row for row in rows if "tried" in (row["largest_batch"] or {})]
     if not found:
         return None
-    heads = ["model", "budget, MB", "prompt, tokens", "largest batch", "MB with it", "the next one tried"]
+    heads = ["model", "budget, MB", "prompt, tokens", "largest batch", "its memory, MB", "next larger batch tried"]
     body = []
     for row in found:
         largest = row["largest_batch"]
@@ -287,8 +288,8 @@ def memory(rows: Sequence[dict[str, Any]]) -> Section | None:
         numbers += [number(largest["batch"], "{:,}"), number(_mega(taken), "{:,.1f}")]
         body.append([Entry(row["label"]), *numbers, Entry(over)])
     texts = [
-        "Sequences that are decoded together within the budget, found by bisection: weights, caches and a decoding "
-        "step at their peak, all of it tensors."
+        "The largest number of sequences that can be decoded together within the memory budget, found by bisection. "
+        "Memory is the peak of all tensors: weights, caches and temporaries of prefill and a decoding step."
     ]
     return Section("Largest batch", texts, [Table(heads, body)])
 
@@ -299,7 +300,7 @@ def _attempt(tried: dict[str, Any]) -> str:
 
 
 def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
-    """How reliably the models learnt."""
+    """Return the section on recall over seeds and training steps."""
     found = [row for row in rows if row["learnability"] is not None]
     if not found:
         return None
@@ -314,22 +315,21 @@ def learning(rows: Sequence[dict[str, Any]]) -> Section | None:
         body.append([*cells, number(learnt["steps_to_threshold"], "{:,.0f}")])
     threshold = found[0]["learnability"]["threshold"]
     texts = [
-        "Recall of the number of pairs with the largest spread between models, at the learning rate with the best "
-        f"median, over the seeds; the threshold is {threshold:g}, and the steps to it are the median of the runs that "
-        "reached it."
+        "Recall over the seeds at the learning rate with the best median, for the number of pairs of the learning "
+        f"curve. The threshold is {threshold:g}. Steps to it are the median over the runs that reached it."
     ]
     drawn = any(len(curve) > 1 for row in found for curve in row["curves"])
     figure = "learnability" if drawn else None
-    return Section("Learnability", texts, [Table(heads, body)], figure, "A line per seed, at the best rate.")
+    return Section("Learnability", texts, [Table(heads, body)], figure, "One line per seed, at the best rate.")
 
 
 # --------------------------------------------------------------------------------------------------------------- origin
 def origin(results: dict[str, Any]) -> Section:
-    """Where the figures come from, and how disturbed the machine was."""
+    """Return the section on the origin of the measurements and the load of the CPU during them."""
     body = []
     for row in results["rows"]:
-        told = ", ".join((row["facts"] or {}).get("attention_operators") or []) or "not measured"
-        body.append([Entry(row["label"]), Entry(row["config_sha256"][:16]), Entry(told)])
+        operators = ", ".join((row["facts"] or {}).get("attention_operators") or []) or "not measured"
+        body.append([Entry(row["label"]), Entry(row["config_sha256"][:16]), Entry(operators)])
     texts = []
     for source in results["provenance"]:
         versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items() if version)

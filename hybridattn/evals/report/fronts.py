@@ -1,4 +1,4 @@
-"""Pareto fronts of recall against memory and speed; their points, budgets, and labels that do not overlap."""
+"""Compute Pareto fronts of recall against memory and speed, and place labels that do not overlap in their plot."""
 
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -12,12 +12,13 @@ from matplotlib.transforms import Bbox, BboxBase
 
 
 def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points of the fronts, one dict for every row that has recall, bytes and a decoding speed.
+    """Return the points of the fronts: one dict for every row that has recall, cache size and decoding speed.
 
     Returns:
-        ``name``; ``recall`` of ``pairs`` pairs, the number of pairs with the largest spread; ``state_bytes`` after
-        ``state_tokens``, the fewest that were measured; ``step``, seconds of one sequence after ``context`` tokens, the
-        shortest; ``tokens_per_second`` of ``batch`` sequences, the most that were decoded there.
+        ``name``; ``recall`` at ``pairs``, the number of pairs with the largest spread between rows; ``state_bytes``
+        after ``state_tokens``, the smallest measured number of tokens; ``step``, seconds of a decoding step of one
+        sequence after ``context`` tokens, the shortest context; ``tokens_per_second`` for ``batch`` sequences, the
+        largest batch after that context.
     """
     found, pairs = [], _most_spread(rows)
     for row in rows:
@@ -43,7 +44,7 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _most_spread(rows: Sequence[dict[str, Any]]) -> int | None:
-    """The number of pairs at which recall differs most between rows; None if no number is common to all rows."""
+    """Return the number of pairs at which recall differs most between rows; None if rows have no number in common."""
     trained = [row for row in rows if row["recall"]]
     common = set[str]().union(*(row["recall"] for row in trained)).intersection(*(row["recall"] for row in trained))
 
@@ -55,7 +56,10 @@ def _most_spread(rows: Sequence[dict[str, Any]]) -> int | None:
 
 
 def best_under(costs: Sequence[float], gains: Sequence[float], limits: Sequence[float]) -> list[int | None]:
-    """For every limit the index of the largest gain whose cost is within it, of equal ones the cheapest, or None."""
+    """Return for every limit the index of the largest gain at a cost within the limit, or None.
+
+    Of equal gains, the cheapest is taken.
+    """
     best: list[int | None] = []
     for limit in limits:
         within = [i for i, cost in enumerate(costs) if cost <= limit]
@@ -64,7 +68,7 @@ def best_under(costs: Sequence[float], gains: Sequence[float], limits: Sequence[
 
 
 def limits(costs: Sequence[float]) -> list[float]:
-    """Round limits over the range of some costs: 1, 2 and 5 times powers of ten."""
+    """Return round limits over the range of costs: 1, 2 and 5 times powers of ten."""
     steps = [m * 10.0**e for e in range(-9, 15) for m in (1, 2, 5)]
     low = max(i for i, step in enumerate(steps) if step <= min(costs))
     high = min(i for i, step in enumerate(steps) if step >= max(costs))
@@ -72,7 +76,9 @@ def limits(costs: Sequence[float]) -> list[float]:
 
 
 def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
-    """The Pareto front: indices of the points that no other one matches in both and beats in one, by rising cost.
+    """Return the Pareto front, by rising cost: the indices of the points that no other point dominates.
+
+    A point dominates another if it is at least as good in cost and gain, and better in one.
 
     Args:
         costs: less is better.
@@ -87,9 +93,9 @@ def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
 
 
 def place_labels(axes: Axes, labels: Sequence[str], colors: Sequence[str]) -> list[Annotation]:
-    """Label the points of a panel's scatter so that no label covers another one, a point or the panel's line.
+    """Label the points of a scatter plot so that no label overlaps another label, a point or the line.
 
-    Each label takes the first free one of some places around its point, nearest first; the farthest if none is free.
+    Each label takes the first free position around its point, nearest first, or the farthest if none is free.
     """
     points = np.asarray(axes.collections[0].get_offsets())
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in axes.transData.transform(points)]

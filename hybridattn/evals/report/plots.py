@@ -1,7 +1,7 @@
-"""The pictures of a report, drawn once for PNG files and for the page.
+"""Draw a report's plots, for PNG files and for the HTML page.
 
-Text and lines have one color, which a page replaces by its own (`svg`); series have colors that show on white and on
-black.
+Text and lines have one color, which `svg` replaces by the page's text color. The colors of series have enough contrast
+on white and on black.
 """
 
 import io
@@ -18,13 +18,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from hybridattn.evals.report.fronts import front, place_labels
 
-INK = "#123456"  # of text and lines; `svg` makes it the page's
+INK = "#123456"  # placeholder color of text and lines, which `svg` replaces
 COLORS = ("#3b82d0", "#d9772b", "#2f9e58", "#d6455d", "#9467bd", "#a0785a", "#d664b4", "#8a8a8a", "#a3a022", "#20a8b8")
 MARKERS = "osD^vP*Xph"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hybridattn",
-    "text.parse_math": False,  # a model's name may have dollars
+    "text.parse_math": False,  # a model's name may contain dollar signs
     "font.family": "sans-serif",
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
 
 
 def plots(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> dict[str, Figure]:
-    """The pictures that there are measurements for, by name: ``pareto``, ``scaling``, ``learnability``."""
+    """Draw the plots that there are measurements for; by name, ``pareto``, ``scaling`` and ``learnability``."""
     drawn: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
         if points:
@@ -50,13 +50,13 @@ def plots(rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> d
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, on white."""
+    """Write a PNG with a white background."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, facecolor="white")
 
 
 def svg(figure: Figure) -> str:
-    """The picture as an element of a page, without a background, in the page's color of text and its font."""
+    """Return a figure as an SVG element with a transparent background and the page's text color and font."""
     out = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -78,7 +78,7 @@ def _figure(count: int, width: float = 5.6) -> tuple[Figure, list[Axes]]:
 
 
 def _log(axes: Axes, *names: str) -> None:
-    """Logarithmic axes with plain numbers."""
+    """Make axes logarithmic, with labels such as 2k instead of powers of ten."""
     for name in names:
         getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")
@@ -89,16 +89,16 @@ def _log(axes: Axes, *names: str) -> None:
 
 
 def _same(points: Sequence[dict[str, Any]], name: str, text: str, otherwise: str = "") -> str:
-    """What all points have in common; memory may have run out for some of them where others were measured."""
+    """Format the value that all points share; return ``otherwise`` if it differs, as where memory ran out for some."""
     values = {point[name] for point in points}
     return text.format(*values) if len(values) == 1 else otherwise
 
 
 def pareto(points: Sequence[dict[str, Any]]) -> Figure:
-    """Recall against state bytes, and against decoded tokens per second; the fronts are dashed."""
+    """Plot recall against state bytes and against decoded tokens per second, with dashed Pareto fronts."""
     figure, axes = _figure(2)
     recalls = [point["recall"] for point in points]
-    steps = [round(recall, 3) for recall in recalls]  # recall is a share of a few thousand answers
+    steps = [round(recall, 3) for recall in recalls]  # recall is a share of a few thousand answers: 3 digits are exact
     first = points[0]
     states = [point["state_bytes"] for point in points]
     rates = [point["tokens_per_second"] for point in points]
@@ -127,7 +127,7 @@ def pareto(points: Sequence[dict[str, Any]]) -> Figure:
 
 
 def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Seconds of prefill against its length, and of a decoding step against the context, one sequence."""
+    """Plot the seconds of prefill against prompt length, and of a decoding step against context, for one sequence."""
     figure, axes = _figure(2)
 
     def alone(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Recall over training steps, a line per seed at the best rate."""
+    """Plot recall over training steps, one line per seed at the best rate."""
     figure, (axes,) = _figure(1)
     for i, row in enumerate(rows):
         for n, curve in enumerate(row["curves"]):

@@ -1,7 +1,7 @@
-"""From measurements to rows: a row is one configuration, with its recall, memory and speed, all of the same model.
+"""Group a report's measurements into rows: one row per configuration, with recall, memory and speed of the same model.
 
-Times are medians and quartiles of the samples as they were taken. A row is compared with its baseline, the first model
-of its suite, within a round, in which one run timed both: a machine whose speed drifts changes both alike.
+Times are medians and quartiles of the raw samples. A row is compared with its baseline, the first model of its suite,
+within a round, in which one run timed both. A drift of the machine's speed then affects both alike.
 """
 
 import math
@@ -16,7 +16,7 @@ from hybridattn.evals.recall.learnability import learnability
 from hybridattn.measure.provenance import json_sha256
 from hybridattn.measure.timing import ratio, summary
 
-BASE = ("name", "model", "train", "device", "dtype", "threads")  # the fields of a configuration that make a row
+BASE = ("name", "model", "train", "device", "dtype", "threads")  # the configuration fields that identify a row
 TIMED = ("prefill", "decode", "training")
 
 Row = dict[str, Any]
@@ -27,17 +27,21 @@ def rows(measurements: Sequence[dict[str, Any]]) -> list[Row]:
     """Group measurements by configuration, in the order in which models were first measured.
 
     Returns:
-        JSON values, one dict per row: ``label``, its name, and in brackets what rows of that name differ in;
-        ``baseline``, the label of the row that speeds are compared with (None: there is none); ``config`` and
-        ``config_sha256``; ``facts`` (parameters, kernels, ..); ``recall`` by number of pairs (median, lowest and
-        highest of the seeds at the best rate) with ``learnability`` and ``curves``; ``state`` by tokens; ``prefill``,
-        ``decode`` and ``training``, lists by tokens and batch, each with the `summary` of its seconds, ``peak_bytes``
-        and ``speedup`` (`_speedup`; None for the baseline itself); ``prefill_exponent``; ``decode_growth``, the ratio
-        of the step after the longest context to that after the shortest, one sequence; ``largest_batch``. What was not
-        measured is empty or None.
+        JSON values, one dict per row. Fields that were not measured are empty or None:
+
+        - ``label``: the row's name, followed in brackets by the fields in which rows of this name differ.
+        - ``baseline``: label of the row that speeds are compared with, or None.
+        - ``config``, ``config_sha256``, and ``facts``: properties of the model (parameters, kernels, ..).
+        - ``recall``: by number of pairs, median, lowest and highest over the seeds at the best rate; with
+          ``learnability`` and ``curves``.
+        - ``state``: cache sizes by number of tokens.
+        - ``prefill``, ``decode``, ``training``: lists by tokens and batch, each with the `summary` of its seconds,
+          ``peak_bytes`` and ``speedup`` (see `_speedup`; None for the baseline itself).
+        - ``prefill_exponent``; ``decode_growth``: ratio of the decoding times after the longest and after the shortest
+          context, for one sequence; ``largest_batch``.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for each in sorted(measurements, key=lambda each: each["kind"] != "model"):  # models come in the suite's order
+    for each in sorted(measurements, key=lambda each: each["kind"] != "model"):  # "model" ones are in the suite's order
         if "name" in each["config"]:
             groups[row_key(each["config"])].append(each)
     made = {key: _row(key, group) for key, group in groups.items()}
@@ -52,19 +56,19 @@ def rows(measurements: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def row_key(config: dict[str, Any]) -> str:
-    """The hash that identifies the row of a measurement's configuration."""
+    """Return the hash that identifies the row of a measurement's configuration."""
     return json_sha256({name: config[name] for name in BASE})
 
 
 def _baseline(measurements: Sequence[dict[str, Any]]) -> str:
-    """Of a row's measurements, the key of the row that the newest timing was made to be compared with."""
+    """Return the key of the baseline row that the newest timing of a row names, or an empty string."""
     return next((each["figures"]["baseline"] for each in reversed(measurements) if "baseline" in each["figures"]), "")
 
 
 def _speedup(timed: Timed, baselines: Sequence[Timed]) -> dict[str, float] | None:
-    """How many times as fast as the baseline: ``median``, ``low`` and ``high`` of the ratios of each round's medians.
+    """Compute the speed relative to the baseline: ``median``, ``low`` and ``high`` of the ratios of rounds' medians.
 
-    None where no round has both.
+    None if no round has both.
     """
     base = next((each for each in baselines if _setting(each) == _setting(timed)), {}).get("rounds", {})
     both = [turn for turn in timed["rounds"] if turn in base]
@@ -79,9 +83,9 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
     config = row["config"]
     alike = [each["config"] for each in rows if each["config"]["name"] == config["name"]]
     differ = [name for name in BASE if any(each[name] != config[name] for each in alike)]
-    told = [f"{config[name]} threads" if name == "threads" else config[name] for name in BASE[3:] if name in differ]
-    told += [row["config_sha256"][:8]] if {"model", "train"} & set(differ) else []
-    return f"{config['name']} ({', '.join(told)})" if told else config["name"]
+    parts = [f"{config[name]} threads" if name == "threads" else config[name] for name in BASE[3:] if name in differ]
+    parts += [row["config_sha256"][:8]] if {"model", "train"} & set(differ) else []
+    return f"{config['name']} ({', '.join(parts)})" if parts else config["name"]
 
 
 def _row(key: str, measurements: Sequence[dict[str, Any]]) -> Row:
@@ -109,7 +113,7 @@ def _row(key: str, measurements: Sequence[dict[str, Any]]) -> Row:
 
 
 def _timed(measurements: Sequence[dict[str, Any]]) -> list[Timed]:
-    """The rounds of each setting together, by tokens, batch and graph; a round is known by its ``in_round``."""
+    """Combine the rounds of each setting, sorted by tokens, batch and graph; ``in_round`` identifies a round."""
     settings: dict[tuple[int, int, bool], list[dict[str, Any]]] = defaultdict(list)
     for each in measurements:
         config = each["config"]
@@ -128,14 +132,14 @@ def _timed(measurements: Sequence[dict[str, Any]]) -> list[Timed]:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
-    """The b of cost = a * size^b that fits best, least squares of logarithms; None for fewer than two sizes."""
+    """Fit cost = a * size^b by least squares of logarithms and return b; None for fewer than two sizes."""
     if len(set(sizes)) < 2:
         return None
     return float(np.polyfit([math.log(x) for x in sizes], [math.log(y) for y in costs], 1)[0])
 
 
 def _recall(measurements: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Recall at the rate that is best by its median; runs with another ``looks`` than the newest are left out."""
+    """Summarise recall at the rate with the best median; runs with another ``looks`` than the newest are ignored."""
     if not measurements:
         return {"recall": {}, "learnability": None, "curves": []}
     looks = measurements[-1]["config"].get("looks")
@@ -150,25 +154,25 @@ def _recall(measurements: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_of(config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-    """One training, as `learnability` takes it, from its measurement."""
+    """Convert a recall measurement to a run as `learnability` expects it."""
     recall = {"recall": figures["curve"][-1][1], "curve": figures["curve"], "shares": figures["recall"]}
     return {"rate": config["rate"], "seed": config["seed"], **recall}
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """Sentences on caches that are not as declared: other bytes than the formula, or growth where there is none."""
-    told = []
+    """Describe caches that differ from their declaration, by size or because a constant cache grew."""
+    found = []
     for row in rows:
         name = row["label"]
         sizes = {int(tokens): each for tokens, each in row["state"].items() if "reason" not in each}
         for tokens, each in sizes.items():
             if each["formula"] not in (None, each["allocated"]):
-                told.append(
-                    f"{name}: the cache after {tokens:,} tokens has {each['allocated']:,} bytes, by its formula "
-                    f"{each['formula']:,}"
+                found.append(
+                    f"{name}: cache after {tokens:,} tokens: expected {each['formula']:,} bytes by its formula, got "
+                    f"{each['allocated']:,}"
                 )
         reach = (row["facts"] or {}).get("reach")
         kept = {each["allocated"] for tokens, each in sizes.items() if reach is not None and tokens >= reach}
         if len(kept) > 1:
-            told.append(f"{name}: the cache is declared constant and has {' and '.join(map(str, sorted(kept)))} bytes")
-    return told
+            found.append(f"{name}: cache: expected a constant size, got {' and '.join(map(str, sorted(kept)))} bytes")
+    return found

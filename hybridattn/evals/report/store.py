@@ -1,9 +1,8 @@
-"""The measurements of a report: one line of JSON each, in ``measurements.jsonl`` of the report's folder.
+"""Store a report's measurements as lines of JSON, in ``measurements.jsonl`` of the report's folder.
 
-A measurement is determined by its kind and its configuration, whose hash is its key: a changed configuration is another
-measurement, and one that is in the file is not made again. A line is appended as soon as a measurement has been made,
-so a run that was killed goes on where it was. Where measurements come from (device, versions, commit) is a line of its
-own, which the lines of measurements refer to.
+The key of a measurement is the hash of its kind and configuration. A changed configuration is a new measurement, and a
+measurement in the file is not made again. Each measurement is appended at once, so a run that was killed can resume.
+The origin of measurements (device, versions, commit) has a line of its own, to which the measurements' lines refer.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ from hybridattn.measure.output_folder import RESULTS
 from hybridattn.measure.provenance import json_sha256, provenance
 
 FILE = "measurements.jsonl"
-WEIGHTS = "weights"  # folder with the weights of trained models, beside the file
-ORIGIN = ("device", "versions", "platform", "cpu", "cores", "commit")  # what every measurement's provenance names
+WEIGHTS = "weights"  # folder with the weights of trained models, next to the file
+ORIGIN = ("device", "versions", "platform", "cpu", "cores", "commit")  # fields of every measurement's provenance
 
 Measurement = dict[str, Any]
 """``kind``, ``config``, ``figures`` (JSON values), ``date`` (UTC), ``config_sha256`` and ``provenance``."""
@@ -28,10 +27,10 @@ class Store:
     """The measurements in a folder, by key, in the order in which they were made.
 
     Args:
-        out: the report's folder; it need not exist yet.
+        out: the report's folder, which may not exist yet.
 
     Raises:
-        ValueError: ``out`` is a file or a report of another kind, or a line of the file is not a measurement.
+        ValueError: ``out`` is a file or has another kind of report, or a line of the file is not a measurement.
     """
 
     def __init__(self, out: Path):
@@ -51,7 +50,8 @@ class Store:
                 else:
                     self._origins[line["origin"]] = _checked_origin(line)
             except (ValueError, KeyError) as error:
-                raise ValueError(f"{out / FILE}, line {number}: expected a measurement, got: {error}") from error
+                where = f"{out / FILE}, line {number}"
+                raise ValueError(f"{where}: expected a measurement, got an error: {error}") from error
 
     def _keep(self, measurement: Measurement) -> None:
         for name in ("config", "figures"):
@@ -64,7 +64,7 @@ class Store:
         self.found[expected] = measurement  # the newest is the last one
 
     def get(self, kind: str, config: dict[str, Any]) -> dict[str, Any] | None:
-        """The figures of a measurement; None if it has not been made."""
+        """Return the figures of a measurement, or None if it has not been made."""
         found = self.found.get(key(kind, config))
         return None if found is None else found["figures"]
 
@@ -72,21 +72,21 @@ class Store:
         """Append a measurement; it replaces one of the same kind and configuration.
 
         Args:
-            kind: what was measured.
-            config: everything that determines it, as JSON values.
-            figures: JSON values.
-            device: name of what it was measured on.
+            kind: kind of measurement, such as "prefill".
+            config: everything that determines the measurement, as JSON values.
+            figures: the results, as JSON values.
+            device: name of the GPU or CPU.
 
         Raises:
             ValueError: device, versions or commit are not known, or another process writes to the folder.
         """
-        self._provenance = self._provenance or provenance({})  # once: of the code that runs, whatever is committed
+        self._provenance = self._provenance or provenance({})  # once, since a commit during the run would change it
         source = {"device": device, **{name: self._provenance.get(name) for name in ORIGIN[1:]}}
         date = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.append({"kind": kind, "config": config, "figures": figures, "date": date, "provenance": source})
 
     def append(self, measurement: Measurement) -> None:
-        """Append a measurement as it is, with the date and the provenance that it has."""
+        """Append a measurement with its own date and provenance."""
         source = {name: measurement["provenance"].get(name) for name in ORIGIN}
         origin = json_sha256(_checked_origin(source))[:12]
         lines = []
@@ -102,40 +102,40 @@ class Store:
         """Remove the measurements for which ``is_removed`` holds."""
         kept = [each for each in self.found.values() if not is_removed(each)]
         file, aside = self.out / FILE, self.out / f"{FILE}.partial"
-        aside.unlink(missing_ok=True)  # of a run that was killed
+        aside.unlink(missing_ok=True)  # a run that was killed may have left one
         self._lines = JsonLines(aside)
         self.found, self._origins = {}, {}
         for each in kept:
             self.append(each)
         if kept:
-            self._lines.file.replace(file)  # whole or not at all
+            self._lines.file.replace(file)  # atomic
             self._lines.file = file
         else:
             file.unlink(missing_ok=True)
             self._lines = JsonLines(file)
 
     def weights_of(self, config: dict[str, Any]) -> Path:
-        """The file of the weights of a trained model, by the configuration of its recall measurement."""
+        """Return the path of a trained model's weights, from the configuration of its recall measurement."""
         return self.out / WEIGHTS / f"{key('recall', config)[:24]}.safetensors"
 
 
 def key(kind: str, config: dict[str, Any]) -> str:
-    """The hash that identifies a measurement."""
+    """Return the hash that identifies a measurement."""
     return json_sha256({"kind": kind, "config": config})
 
 
 def _checked_origin(origin: dict[str, Any]) -> dict[str, Any]:
     for name in ("device", "versions", "commit"):
         if not origin.get(name):
-            raise ValueError(f"{name}: expected in the provenance of every measurement, got {origin.get(name)!r}")
+            raise ValueError(f"{name}: expected a value in a measurement's provenance, got {origin.get(name)!r}")
     return origin
 
 
 def read(out: Path) -> list[Measurement]:
-    """The measurements of a report's folder, in the order in which they were made.
+    """Read the measurements of a report's folder, in the order in which they were made.
 
     Raises:
-        ValueError: the folder has none, or as `Store`.
+        ValueError: the folder has no measurements; or as `Store`.
     """
     found = list(Store(out).found.values())
     if not found:
@@ -144,12 +144,12 @@ def read(out: Path) -> list[Measurement]:
 
 
 def merge(folders: Sequence[Path], out: Path) -> None:
-    """Join the measurements of several folders, with trained weights, in ``out``; of two alike the newer is kept.
+    """Merge the measurements and trained weights of several folders into ``out``; of equal keys the newest remains.
 
-    Where ``out`` has measurements already, it is one of the folders.
+    Measurements that ``out`` already has take part in the merge.
 
     Raises:
-        ValueError: a folder has no measurements, or as `Store`.
+        ValueError: a folder has no measurements; or as `Store`.
     """
     target = Store(out)
     sources = [Store(folder) for folder in folders if read(folder)]

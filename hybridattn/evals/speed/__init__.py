@@ -1,1 +1,1 @@
-"""How fast a model reads and writes, and how much memory it keeps per sequence."""
+"""Measure a model's prefill, decoding and training times, and its memory per sequence."""

@@ -1,7 +1,7 @@
-"""How long a Hugging Face causal language model takes for prefill, decoding and training.
+"""Time prefill, decoding steps and training passes of Hugging Face causal language models.
 
-Each is timed apart, after a warm-up, on the model's device and with as many threads as the caller set. A sample is the
-seconds of one call.
+Each is timed separately, after a warm-up, on the model's device and with the caller's number of threads. A sample is
+the duration of one call in seconds.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from hybridattn.measure.timing import sample
 
-MOST_STEPS = 200  # calls of one decoding, whose context grows with each
+MOST_STEPS = 200  # decoding steps per measurement: each one makes the context longer
 
 
 @torch.inference_mode()
@@ -26,13 +26,15 @@ def prefill(
     least: int = 3,
     seconds: float = 0.2,
 ) -> list[float]:
-    """Seconds from a whole prompt to its first new token, from an empty cache; logits of the last position only.
+    """Time a prefill: from a prompt and an empty cache to the first new token. Returns samples in seconds.
+
+    Only the logits of the last position are computed.
 
     Args:
         model: a causal language model in evaluation mode.
         tokens: prompt length.
         batch: sequences per call.
-        least, seconds: as in `timing.sample`.
+        least, seconds: fewest samples and their least total time, as in `timing.sample`.
     """
     prompt = random_prompt(model, batch, tokens)
     return sample(lambda: read(model, prompt), least=least, seconds=seconds)
@@ -48,17 +50,17 @@ def decode(
     least: int = 3,
     seconds: float = 0.2,
 ) -> list[float]:
-    """Seconds of a greedy decoding step, one token per sequence, after a prompt.
+    """Time greedy decoding steps, one token per sequence, after a prompt. Returns samples in seconds.
 
     Args:
         model: a causal language model in evaluation mode.
-        tokens: prompt length; the cache grows by one with every call.
-        batch: sequences decoded together. All are copies of one; this does not affect the time.
+        tokens: prompt length; every call adds one token to the cache.
+        batch: sequences decoded together. All are copies of one, which does not affect the time.
         graph: replay the step as a CUDA graph, on a static cache.
         least, seconds: as in `timing.sample`, with at most `MOST_STEPS` calls.
 
     Raises:
-        ValueError: a graph without a GPU.
+        ValueError: ``graph`` without a GPU.
     """
     if graph:
         step = graphed_step(model, tokens, batch)
@@ -80,7 +82,7 @@ def training(
     least: int = 3,
     seconds: float = 0.2,
 ) -> list[float]:
-    """Seconds of forward and backward on rows of tokens, without an optimiser; arguments as in `prefill`."""
+    """Time forward and backward passes on rows of ``tokens`` tokens, without an optimiser; otherwise as `prefill`."""
     rows = random_prompt(model, batch, tokens)
 
     def step() -> None:
@@ -96,7 +98,7 @@ def training(
 
 
 def graphed_step(model: PreTrainedModel, tokens: int, batch: int) -> Callable[[], None]:
-    """A decoding step after a prompt, captured: calling it replays the graph.
+    """Capture a decoding step after a prompt as a CUDA graph; the returned function replays it.
 
     Raises:
         ValueError: the model is not on a GPU.
@@ -123,7 +125,7 @@ def graphed_step(model: PreTrainedModel, tokens: int, batch: int) -> Callable[[]
 
 @torch.inference_mode()
 def filled(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> tuple[Cache, Tensor]:
-    """The cache after a prompt of ``tokens`` tokens, ``batch`` times, and the next tokens ``[batch, 1]``."""
+    """Return the cache of a random prompt, repeated ``batch`` times, and the next tokens ``[batch, 1]``."""
     cache, last = read(model, random_prompt(model, 1, tokens))
     if batch > 1:
         cache.batch_repeat_interleave(batch)
@@ -131,33 +133,33 @@ def filled(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> tuple[Cach
 
 
 def random_prompt(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
-    """Token ids ``[batch, tokens]``, the same at every call."""
+    """Return random token ids ``[batch, tokens]``, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
 
 
 def read(model: PreTrainedModel, prompt: Tensor, cache: Cache | None = None) -> tuple[Cache, Tensor]:
-    """Read a prompt ``[batch, tokens]``; returns the cache and the greedy next token ``[batch, 1]``."""
+    """Prefill a prompt ``[batch, tokens]``; return the cache and the greedy next tokens ``[batch, 1]``."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return cache, next_token(logits)
 
 
 def next_token(logits: Tensor) -> Tensor:
-    """The most likely token after the last position, ``[batch, time, vocab] -> [batch, 1]``."""
+    """Return the most likely token after the last position, ``[batch, time, vocab] -> [batch, 1]``."""
     return logits[:, -1:].argmax(-1)
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """The number of positions that a model has learned embeddings of, beyond which it cannot read; None for others."""
+    """Return the number of learned position embeddings, which limits the input; None for a model without any."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [x for x in model.modules() if isinstance(x, nn.Embedding) and x is not model.get_input_embeddings()]
-    # OPT's table has two more rows.
+    # OPT's embedding table has two rows more than max_position_embeddings.
     return most if most is not None and any(0 <= x.num_embeddings - most <= 2 for x in tables) else None
 
 
 class _Names(TorchDispatchMode):
-    """The names of the operators that run, in `names`."""
+    """Record the names of the operators that run in this mode, in `names`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,9 +170,9 @@ class _Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()  # in inference mode SDPA would not say which of its kernels runs
+@torch.no_grad()  # in inference mode SDPA does not dispatch to a separate operator per kernel
 def attention_operators(model: PreTrainedModel) -> list[str]:
-    """Names of the operators of a short prefill that are attention: what PyTorch's SDPA chose has a name of its own."""
+    """Return the names of the attention operators in a short prefill; they show which kernel PyTorch's SDPA chose."""
     with _Names() as seen:
         read(model, random_prompt(model, 1, 64))
     return sorted(name for name in seen.names if "attention" in name or name.startswith("hybridattn::"))

@@ -1,4 +1,4 @@
-"""Bytes: what a cache holds, what a call takes at its peak, and how many sequences fit."""
+"""Measure cache sizes, peak memory of calls, and the largest batch within a memory budget, in bytes."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -21,10 +21,11 @@ from hybridattn.models.decoder.sizes import cache_bytes
 
 
 def cache_sizes(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> dict[str, int | None]:
-    """Bytes of the cache of ``batch`` sequences after ``tokens`` tokens.
+    """Measure the cache of ``batch`` sequences after ``tokens`` tokens, in bytes.
 
     Returns:
-        ``allocated``, and ``formula``, what a model of ours declares; None for others.
+        ``allocated``, the measured size; ``formula``, the size that a model of this package declares, or None for other
+        models.
     """
     cache, _ = latency.filled(model, tokens=tokens, batch=batch)
     config, formula = model.config, None
@@ -34,7 +35,7 @@ def cache_sizes(model: PreTrainedModel, *, tokens: int, batch: int = 1) -> dict[
 
 
 def bytes_of(cache: Cache) -> int:
-    """Bytes of all tensors that a cache of any model holds, whole storages, counted once."""
+    """Return the bytes of all tensors in a cache of any model; a storage counts whole, and once."""
     if all(isinstance(layer, MixerCacheLayer) for layer in cache.layers):
         return allocated_bytes(cache)
     found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(vars(cache).values())}
@@ -54,10 +55,10 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes of tensors that a call had at a time, beyond what was there before it.
+    """Return the peak bytes of tensors that a call allocates, beyond the tensors allocated before it.
 
-    Temporary tensors of operators are counted; memory that libraries allocate for themselves is not. On a GPU the
-    allocator reports the peak, on a CPU PyTorch's profiler; None for other devices.
+    Temporary tensors of operators are counted; memory that libraries allocate without PyTorch is not. The source is the
+    allocator on a GPU and PyTorch's profiler on a CPU. Other devices give None.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -80,24 +81,25 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of parameters and buffers."""
+    """Return the bytes of parameters and buffers."""
     return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
 
 
 def largest_batch(model: PreTrainedModel, *, tokens: int, budget: int, most: int = 1 << 16) -> dict[str, Any]:
-    """The most sequences that are decoded within a memory budget, after a prompt of ``tokens`` tokens each.
+    """Find the largest number of sequences that can be decoded within a memory budget, after a prompt each.
 
-    Batches are doubled until one does not fit, then bisected. One fits if weights, caches and a step, at their peak,
-    are within the budget; one that runs out of memory does not.
+    The batch size is doubled until a batch does not fit, then bisected. A batch fits if the peak of weights, caches and
+    a decoding step is within the budget; a batch that runs out of memory does not fit.
 
     Args:
         model: a causal language model in evaluation mode.
         tokens: prompt length.
-        budget: bytes.
-        most: sequences beyond which nothing is tried.
+        budget: memory budget in bytes.
+        most: largest batch size to try.
 
     Returns:
-        ``batch`` (0 if not even one fits) and ``tried``: ``batch`` and ``bytes``, None where memory ran out.
+        ``batch`` (0 if not even one sequence fits) and ``tried``, a list of ``batch`` and ``bytes`` (None if memory
+        ran out).
     """
     weights, tried = weight_bytes(model), []
 
@@ -123,10 +125,10 @@ def _one_step(model: PreTrainedModel, tokens: int, batch: int) -> None:
 
 
 def _attempt(call: Callable[[], object], device: torch.device) -> int | None:
-    """The peak of a call, None if memory ran out.
+    """Return the peak bytes of a call, or None if memory ran out.
 
     Raises:
-        RuntimeError: peaks cannot be measured on this system.
+        RuntimeError: peak memory cannot be measured on this device.
     """
     try:
         taken = peak_bytes(call, device)
@@ -135,11 +137,11 @@ def _attempt(call: Callable[[], object], device: torch.device) -> int | None:
             raise
         return None
     if taken is None:
-        raise RuntimeError("largest_batch: expected a CUDA GPU or a CPU, whose peak of memory is known")
+        raise RuntimeError(f"largest_batch: expected a CUDA GPU or a CPU, to measure peak memory, got {device.type}")
     return taken
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on a CPU."""
+    """Whether an error is an out-of-memory error of a GPU or of a CPU."""
     is_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)

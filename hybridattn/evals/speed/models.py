@@ -1,4 +1,4 @@
-"""The models that are measured: presets, folders, names on the Hub, configurations of ours or of transformers."""
+"""Load or create the models to measure, from a preset, a folder, a name on the Hub, or a configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,19 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def named(name: str) -> dict[str, Any]:
-    """What a name on the command line means: a preset, or else a folder or a name on the Hub."""
+    """Return the definition for a name on the command line: a preset, or else a folder or a name on the Hub."""
     return {"preset": name} if name in PRESETS else {"path": name}
 
 
 def definition(given: dict[str, Any]) -> dict[str, Any]:
-    """A model's definition as it is hashed: ``given``, and of a local folder the hash of what it holds.
+    """Check a model's definition; for a local folder, add a hash of its files, so that changed files change the key.
 
     Args:
-        given: one of ``preset``, ``path`` or ``config``, the fields of a configuration (``model_type``, if it is one of
-            transformers).
+        given: exactly one of ``preset``, ``path`` and ``config``. A ``config`` has the fields of a configuration, with
+            ``model_type`` for a model of transformers.
 
     Raises:
-        ValueError: another number of these, an unknown preset, or a folder without config.json.
+        ValueError: not exactly one of these, an unknown preset, or a folder without config.json.
     """
     forms = [form for form in ("preset", "path", "config") if form in given]
     if len(forms) != 1 or len(given) != 1:
@@ -36,7 +36,7 @@ def definition(given: dict[str, Any]) -> dict[str, Any]:
     if "preset" in given and str(given["preset"]) not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {given['preset']!r}")
     folder = Path(given.get("path", ""))
-    if "path" not in given or not folder.exists():  # what is no folder may be a name on the Hub
+    if "path" not in given or not folder.exists():  # a path that does not exist may be a name on the Hub
         return given
     if not (folder / "config.json").is_file():
         raise ValueError(f"path: expected a folder with config.json, got {folder}")
@@ -45,7 +45,7 @@ def definition(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def configuration(given: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a definition."""
+    """Return the configuration of a model's definition."""
     if "preset" in given:
         return PRESETS[given["preset"]]()
     if "path" in given:
@@ -55,10 +55,10 @@ def configuration(given: dict[str, Any]) -> PreTrainedConfig:
 
 
 def build(given: dict[str, Any], *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> PreTrainedModel:
-    """The model of a definition, in evaluation mode: stored weights where there are any, else random ones.
+    """Load or create the model of a definition, in evaluation mode; random weights if none are stored.
 
     Raises:
-        ValueError: a path where there is no model.
+        ValueError: there is no model at the path.
     """
     torch.manual_seed(seed)
     path = given.get("path")

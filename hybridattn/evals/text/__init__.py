@@ -1,1 +1,1 @@
-"""Language modelling on real text: held-out bits per byte beside n-gram models."""
+"""Train a small language model on text and compare its held-out bits per byte with n-gram models."""

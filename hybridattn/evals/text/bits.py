@@ -1,4 +1,4 @@
-"""Held-out bits per byte of a causal language model and of n-gram models, at the same positions."""
+"""Compute held-out bits per byte of a causal language model and of n-gram models, on the same bytes."""
 
 import math
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from hybridattn.training.byte_corpus import SEPARATOR
 
 @dataclass(frozen=True)
 class Windows:
-    """Where a text is scored.
+    """Windows of a text, and the tokens in them that count towards the score.
 
     Attributes:
-        tokens: int64 ``[windows, length + 1]``, what a model reads; the last one is a target only.
-        places: int64 ``[windows, length + 1]``, the index of each of them in the text.
-        scored: bool ``[windows, length]``, which targets (``tokens[:, 1:]``) count.
+        tokens: int64 ``[windows, length + 1]``, input of the model; the last token is a target only.
+        places: int64 ``[windows, length + 1]``, the index of each token in the text.
+        scored: bool ``[windows, length]``, whether a target (``tokens[:, 1:]``) counts.
     """
 
     tokens: np.ndarray
@@ -35,7 +35,7 @@ def scored_windows(tokens: np.ndarray, *, length: int = 512, scored: int = 256, 
         tokens: token ids ``[time]``.
         length: tokens a model reads per window.
         scored: targets that count per window.
-        most: at most this many windows; fewer where scored spans would overlap.
+        most: maximum number of windows; fewer if scored spans would overlap.
 
     Raises:
         ValueError: the text is shorter than one window.
@@ -52,11 +52,11 @@ def scored_windows(tokens: np.ndarray, *, length: int = 512, scored: int = 256, 
 
 @torch.inference_mode()
 def model_bits_per_byte(model: PreTrainedModel, windows: Windows, *, batch: int = 16) -> float:
-    """Bits per byte of a causal language model in evaluation mode, in the dtype its parameters have.
+    """Compute the bits per byte of a causal language model, in the dtype of its parameters.
 
     Args:
-        model: a causal language model over the same token ids.
-        windows: where to score it.
+        model: a causal language model over the same token ids, in evaluation mode.
+        windows: windows to score.
         batch: windows per forward pass.
     """
     nats = 0.0
@@ -69,13 +69,13 @@ def model_bits_per_byte(model: PreTrainedModel, windows: Windows, *, batch: int 
 
 
 def ngram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, windows: Windows, *, orders: int = 5) -> list[float]:
-    """Bits per byte of interpolated Witten-Bell models of orders 0 to ``orders - 1``, where a model was scored.
+    """Compute the bits per byte of interpolated Witten-Bell models of orders 0 to ``orders - 1``.
 
     Args:
         train: token ids ``[time]`` to count.
         held_out: the text of ``windows``, token ids ``[time]``.
-        windows: where to score.
-        orders: how many models.
+        windows: windows to score.
+        orders: number of models.
     """
     counts = [ngram.count(train, order=order) for order in tqdm(range(orders), desc="n-gram models", unit="order")]
     return ngram.bits_per_token(counts, held_out, windows.places[:, 1:][windows.scored])

@@ -1,4 +1,4 @@
-"""A small hybrid language model on real text: trained, compared with n-gram models, saved, reloaded, sampled from."""
+"""The demo's language model: train a small hybrid on text, score it against n-gram models, save, reload and sample."""
 
 import json
 import subprocess
@@ -14,11 +14,11 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.training import loop
 from hybridattn.training.byte_corpus import PAD, SEPARATOR, VOCAB_SIZE, Corpus, byte_tokenizer, standard_library
 
-SECONDS = 60  # of training
+SECONDS = 60  # training time
 PROMPT = 'def read_file(path):\n    """'
 NEW_TOKENS = 256
 
-# 0.8 million parameters: with this budget a larger model is worse.
+# 0.8 million parameters: a larger model scores worse after the same training time.
 OPTIONS = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -38,7 +38,7 @@ OPTIONS = {
     "pad_token_id": PAD,
 }
 
-# What a user writes to use a saved model. It runs in a new process.
+# The code with which a user would load a saved model. It runs in a new process.
 RELOAD = """
 import json, sys, time
 import hybridattn, torch
@@ -59,10 +59,10 @@ json.dump({"text": tokenizer.decode(tokens), "tokens_per_second": new_tokens / s
 
 
 def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
-    """Train on the standard library's sources, score on held-out files beside n-gram models, save, reload and sample.
+    """Train on the standard library's sources, score the model and n-gram models on held-out files, save and sample.
 
     Args:
-        folder: where the model and its tokenizer are saved.
+        folder: folder in which the model and its tokenizer are saved.
         steps: training steps, instead of `SECONDS` of training.
 
     Returns:
@@ -70,8 +70,8 @@ def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
         ``bits_per_byte`` of the model and of the orders 0 to 4, ``scored_bytes``, ``continuation`` (text, speed).
 
     Raises:
-        ValueError: the interpreter comes without the sources of its library.
-        RuntimeError: the saved model cannot be used.
+        ValueError: the interpreter was installed without the sources of its library.
+        RuntimeError: a new process cannot load the saved model.
     """
     corpus = standard_library()
     torch.manual_seed(0)
@@ -95,13 +95,13 @@ def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
 
 
 def configuration(steps: int | None) -> dict[str, Any]:
-    """Everything that determines `measure`, as JSON values."""
+    """Return everything that determines the result of `measure`, as JSON values."""
     budget = {"steps": steps, "seconds": SECONDS if steps is None else None}
     return {"model": OPTIONS, "recipe": asdict(loop.Recipe()), **budget}
 
 
 def describe(corpus: Corpus) -> dict[str, int]:
-    """Bytes and files of both parts of a corpus."""
+    """Return the numbers of bytes and files in both parts of a corpus."""
     return {
         "train_bytes": int((corpus.train != SEPARATOR).sum()),
         "train_files": corpus.train_files,
@@ -117,12 +117,12 @@ def continuation(folder: Path) -> dict[str, Any]:
         ``text`` (prompt and continuation), ``tokens_per_second``, ``threads``.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it said.
+        RuntimeError: the process failed; the message ends with its stderr.
     """
     command = [sys.executable, "-c", RELOAD, str(folder), PROMPT, str(NEW_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(
-            f"the model saved in {folder} cannot be used in a new process: {done.stderr.strip()[-2000:]}"
+            f"model: expected a new process to load {folder}, got an error: {done.stderr.strip()[-2000:]}"
         )
     return json.loads(done.stdout)

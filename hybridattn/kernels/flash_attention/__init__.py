@@ -1,5 +1,8 @@
-"""Softmax attention, full and sliding window: ``api`` is the public face, ``options`` what can be asked for,
-``reference`` the specification, ``blocked`` the torch backend."""
+"""Softmax attention, full and sliding window.
+
+``api`` holds the public operators, ``options`` their options, ``reference`` the specification, ``blocked`` the torch
+backend, ``triton`` the kernels.
+"""
 
 from .api import MOST_NEW_TOKENS, flash_attention, flash_decode
 from .options import BlockMask

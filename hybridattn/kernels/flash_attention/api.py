@@ -1,24 +1,62 @@
-"""The softmax-attention operators: checks, choice of backend, packed rows.
+"""The public softmax-attention operators: argument checks and choice of backend.
 
-Notation: B batch, Tq and Tk queries and keys, Hq query heads, H key/value heads, D key dim, V value dim.
+B batch, Tq and Tk queries and keys, Hq query heads, H key/value heads, D key dim, V value dim.
 """
 
 import math
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend
-from ..runtime.checks import check_shape, check_tensors, reads_values
+from ..runtime.checks import check_layout, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import blocked, reference
 from .options import BlockMask, Options, check_block_mask, check_number, check_window
 from .triton import launch
 
-MOST_NEW_TOKENS = 16  # of one flash_decode: beyond, flash_attention is the faster operator
+MOST_NEW_TOKENS = 16  # in one call of flash_decode; for more, flash_attention is faster
 
 
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    block_mask: BlockMask | None = None,
+    return_lse: Literal[False] = False,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    block_mask: BlockMask | None = None,
+    return_lse: Literal[True],
+    check_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -36,55 +74,59 @@ def flash_attention(
     return_lse: bool = False,
     check_values: bool = False,
     backend: str | None = None,
-) -> Any:  # a tensor, or a pair of them with return_lse
-    """Softmax attention without the T x T matrix: ``o_t = softmax(scale * q_t k^T) v`` over the keys t may see.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute softmax attention without a Tq x Tk tensor: ``o_t = softmax(scale * q_t k^T) v``.
 
-    Dao, "FlashAttention-2" (2023). With different lengths the last query and the last key are the same moment: query t
-    is at position t + Tk - Tq. A query that sees no key gets zeros. Plain attention and plain causal windows run on
-    PyTorch's fused kernel, all else on blocks of this package's own; neither makes a Tq x Tk tensor.
+    Dao, "FlashAttention-2" (2023). If Tq and Tk differ, the last query and the last key have the same position: query
+    t is at position t + Tk - Tq. A query that attends to no key gets zeros. The torch backend runs full attention,
+    causal attention and causal windows without further options on PyTorch's fused kernel, everything else on this
+    package's blocked implementation.
 
     Args:
         q: [B,Tq,Hq,D], any floating-point dtype.
-        k: [B,Tk,H,D]; Hq is a multiple of H, and each key head serves Hq / H neighbouring query heads.
+        k: [B,Tk,H,D]; Hq is a multiple of H, and Hq / H neighbouring query heads share a key head.
         v: [B,Tk,H,V].
-        causal: a query sees no later key.
-        window: a query sees itself and the ``window - 1`` keys before it (causal only); or a pair (left, right) of
-            numbers of keys before and after itself, right 0 where causal; None is all of them. Beltagy et al.,
-            "Longformer" (2020), section 3.1.
+        causal: a query attends to no later key.
+        window: an integer, with ``causal``: a query attends to its own position and the ``window - 1`` before it. A
+            pair (left, right): numbers of keys before and after its own position; right is 0 with ``causal``. So
+            ``window=4`` is ``window=(3, 0)``. None: no window. Beltagy et al., "Longformer" (2020), section 3.1.
         scale: factor of the scores; D^-0.5 by default.
-        cu_seqlens_q, cu_seqlens_k: integer offsets [N+1] of sequences packed into one row (B = 1); keys default to
-            the offsets of the queries.
-        alibi_slopes: [Hq], not differentiable: ``slope * |t - s|``, a distance of positions, is taken off the scores.
+        cu_seqlens_q, cu_seqlens_k: integer offsets [N+1] of sequences packed into one row (B = 1); the offsets of the
+            keys default to those of the queries.
+        alibi_slopes: [Hq], not differentiable; ``slope * |t - s|`` is subtracted from the score of positions t and s.
             Press et al., "Train Short, Test Long" (2022), section 3.
-        sinks: [Hq], differentiable: a score that joins the softmax denominator of its head and has no value; -inf for
-            a head without. "gpt-oss-120b & gpt-oss-20b Model Card" (2025), section 2.2.
-        softcap: positive: scores become ``softcap * tanh(score / softcap)``, before slopes and masks. "Gemma 2" (2024),
+        sinks: [Hq], differentiable; a score per head that is added to the softmax denominator and has no value, -inf
+            for none. "gpt-oss-120b & gpt-oss-20b Model Card" (2025), section 2.2.
+        softcap: positive; scores become ``softcap * tanh(score / softcap)``, before slopes and masks. "Gemma 2" (2024),
             section 2.
-        block_mask: the key blocks each query block sees of those it may see otherwise; one for all rows and heads, not
-            for packed rows. The others are not visited.
+        block_mask: the key blocks that each query block attends to, within ``causal`` and ``window``; the same for all
+            rows and heads; not for packed rows. Other key blocks are not computed.
         return_lse: also return the log-sum-exp.
-        check_values: on a GPU, also check the values of offsets and block mask (synchronises); on a CPU always.
-        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (the best there is).
+        check_values: on a GPU, also check the values of offsets and block mask (synchronises). On a CPU they are
+            always checked.
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (triton if it supports the call,
+            else torch).
 
     Returns:
-        o [B,Tq,Hq,V] in v's dtype; with ``return_lse`` the pair of it and lse [B,Tq,Hq], fp32 (fp64 if an input is):
-        the natural log of the softmax denominator that o was divided by, the sink included; -inf where that is empty.
-        Differentiable once, both. So parts of the keys combine, if the sinks are given to one of them only, to
-        ``lse = logaddexp(lse_1, lse_2)``, ``o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2``.
+        o [B,Tq,Hq,V] in v's dtype; with ``return_lse`` the pair (o, lse). lse [B,Tq,Hq], fp32 (fp64 if an input is
+        fp64), is the natural log of the softmax denominator of o, sink included; -inf for no keys and no sink. Both are
+        differentiable once. Results for two parts of the keys combine to ``lse = logaddexp(lse_1, lse_2)``,
+        ``o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2``, if only one call is given the sinks.
 
     Raises:
-        ValueError: a shape, dtype, device, head ratio or option is not as above; the message names it.
+        ValueError: a shape, dtype, device, head ratio or option is not as above.
     """
     sizes = _check(q, k, v, "B Tk H D")
+    check_layout(q, k, v, cu_seqlens_q)
     _check_per_head(sizes, q, alibi_slopes, sinks)
     options = _options(sizes, causal, window, scale, alibi_slopes, sinks, softcap, block_mask)
     if block_mask is not None:
         if cu_seqlens_q is not None:
-            raise ValueError("block_mask: expected None beside cu_seqlens_q, got a block mask")
+            raise ValueError("block_mask: expected None with cu_seqlens_q, got a block mask")
         check_block_mask(block_mask, sizes["Tq"], sizes["Tk"], q.device, check_values)
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_q: expected offsets beside cu_seqlens_k, got None")
+            raise ValueError("cu_seqlens_q: expected offsets with cu_seqlens_k, got None")
     else:
         if cu_seqlens_k is None:
             cu_seqlens_k = cu_seqlens_q
@@ -97,13 +139,47 @@ def flash_attention(
     q, k, v = _same_dtype(q, k, v)
     chosen = choose_backend(backend, q, launch.lacks(q, k, v))
     if chosen == "triton":
-        from .triton.forward import attend  # who has no GPU may have no triton
+        from .triton.forward import attend  # triton may be missing on a machine without a GPU
     else:
         attend = {"reference": reference.attend, "torch": blocked.attend}[chosen]
     o, lse = attend(q, k, v, options, cu_seqlens_q, cu_seqlens_k, return_lse)
     return _results(o.to(dtype), lse, return_lse)
 
 
+@overload
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lengths: Tensor,
+    start_positions: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lengths: Tensor,
+    start_positions: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+    check_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def flash_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -119,30 +195,32 @@ def flash_decode(
     return_lse: bool = False,
     check_values: bool = False,
     backend: str | None = None,
-) -> Any:  # a tensor, or a pair of them with return_lse
-    """Softmax attention of the newest tokens of every row against its key/value cache.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute softmax attention of the newest tokens of every row over the row's key/value cache.
 
-    The cache keeps position p in slot p % S: a cache that is never full keeps it in slot p, and a ring buffer the last
-    S positions. Of n new tokens, token i is at position ``cache_lengths - n + i`` and sees the positions up to its own
-    that are still kept.
+    The cache holds position p in slot p % S. So a cache with room for all positions holds position p in slot p, and a
+    ring buffer holds the last S positions. Of n new tokens, token i is at position ``cache_lengths - n + i``. It
+    attends to the positions up to its own that the cache still holds.
 
     Args:
         q: [B,n,Hq,D], n from 1 to 16.
-        k_cache: [B,S,H,D]; the new tokens' keys are already in it.
+        k_cache: [B,S,H,D]; already contains the keys of the new tokens.
         v_cache: [B,S,H,V].
-        cache_lengths: integers [B]: tokens that each row has had, the new ones included; more than S for a ring buffer.
-            One token without slopes, window and start_positions may also give S, since order does not matter to it.
-        start_positions: integers [B]: nobody in row b sees a position before start_positions[b]; 0 by default.
-        window: as in ``flash_attention``; several tokens need a ring buffer of at least ``window + n - 1`` slots.
-        check_values: on a GPU, also check the values of the lengths (synchronises); on a CPU they always are.
+        cache_lengths: integers [B], tokens of each row so far, the new ones included; may exceed S for a ring buffer. A
+            call with n = 1 and without slopes, window and start_positions may pass S for a full ring buffer, since the
+            order of its slots does not matter then.
+        start_positions: integers [B]; no token of row b attends to a position before start_positions[b]; 0 by default.
+        window: as in ``flash_attention``; with n > 1 a ring buffer needs at least ``window + n - 1`` slots.
+        check_values: on a GPU, also check the values of the lengths (synchronises). On a CPU they are always checked.
         scale, alibi_slopes, sinks, softcap, return_lse: as in ``flash_attention``.
-        backend: as in ``flash_attention``; ``"triton"`` has no gradients, and None is another where they are needed.
+        backend: as in ``flash_attention``; ``"triton"`` has no gradients, so None chooses torch for inputs that
+            require them.
 
     Returns:
-        o [B,n,Hq,V] in q's dtype; with ``return_lse`` the pair of it and lse [B,n,Hq], as in ``flash_attention``.
+        o [B,n,Hq,V] in q's dtype; with ``return_lse`` the pair (o, lse), lse [B,n,Hq] as in ``flash_attention``.
 
     Raises:
-        ValueError: as ``flash_attention``.
+        ValueError: as in ``flash_attention``.
     """
     sizes = _check(q, k_cache, v_cache, "B S H D", "k_cache", "v_cache")
     _check_per_head(sizes, q, alibi_slopes, sinks)
@@ -151,7 +229,7 @@ def flash_decode(
     inputs = _same_dtype(q, k_cache, v_cache)
     chosen = choose_backend(backend, q, launch.decode_lacks(*inputs, sinks))
     if chosen == "triton":
-        from .triton.decode import decode  # who has no GPU may have no triton
+        from .triton.decode import decode  # triton may be missing on a machine without a GPU
     else:
         decode = {"reference": reference.decode, "torch": blocked.decode}[chosen]
     o, lse = decode(*inputs, cache_lengths, start_positions, options, return_lse)
@@ -185,7 +263,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, keys: str, k_name: str = "k", v_name
     check_shape(sizes, v_name, v, keys.replace("D", "V"))
     check_tensors("q", **{"q": q, k_name: k, v_name: v})
     if sizes["H"] == 0 or sizes["Hq"] % sizes["H"]:
-        raise ValueError(f"q: expected a multiple of {k_name}'s {sizes['H']} heads, got {sizes['Hq']}")
+        raise ValueError(f"q: expected a multiple of the {sizes['H']} heads of {k_name}, got {sizes['Hq']}")
     return sizes
 
 
@@ -195,7 +273,7 @@ def _check_per_head(sizes: dict[str, int], q: Tensor, alibi_slopes: Tensor | Non
             check_shape(sizes, name, x, "Hq")
     check_tensors("q", q=q, alibi_slopes=alibi_slopes, sinks=sinks)
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes: expected a tensor without gradients, got requires_grad=True; detach() it")
+        raise ValueError("alibi_slopes: expected a tensor without gradients, got requires_grad=True; use detach()")
 
 
 def _check_lengths(
@@ -206,10 +284,10 @@ def _check_lengths(
     left: int | None,
     check_values: bool,
 ) -> None:
-    """Of ``flash_decode``: the number of new tokens, the lengths, the first positions and the room for a window."""
+    """Check the number of new tokens, the lengths, the first positions and the ring buffer's size for a window."""
     new, slots = sizes["Tq"], sizes["S"]
     if not 1 <= new <= MOST_NEW_TOKENS:
-        raise ValueError(f"q: expected 1 to {MOST_NEW_TOKENS} new tokens, got {new}; flash_attention takes more")
+        raise ValueError(f"q: expected 1 to {MOST_NEW_TOKENS} new tokens, got {new}; for more use flash_attention")
     given = {"cache_lengths": lengths} if starts is None else {"cache_lengths": lengths, "start_positions": starts}
     for name, x in given.items():
         check_shape(sizes, name, x, "B")

@@ -1,13 +1,13 @@
-"""Softmax attention in blocks: the torch backend.
+"""The torch backend of softmax attention: PyTorch's fused kernel, or blocks of queries over tiles of keys.
 
-Plain attention and plain causal windows run on PyTorch's fused kernel, and their autograd is PyTorch's. Everything else
-(options, windows to both sides, the log-sum-exp) is one engine behind one opaque op: blocks of queries visit tiles of
-the keys that some of them may see, with a running maximum and sum, and the backward pass recomputes the weights from
-the log-sum-exp (Dao, "FlashAttention-2", 2023, algorithms 1 and 2). Options enter as the score function of a tile and
-its derivative.
+Full attention, causal attention and causal windows without further options (``Options.plain``) run on PyTorch's fused
+kernel, with PyTorch's autograd. All other calls (options, windows to both sides, log-sum-exp) run in one opaque op.
+There, a block of queries visits the tiles of keys that some of its queries attend to, with a running maximum and sum.
+The backward pass recomputes the weights from the log-sum-exp (Dao, "FlashAttention-2", 2023, algorithms 1 and 2). The
+options change the score function of a tile and its derivative.
 
-R rows (batch times key/value heads; B batch, H heads, G query heads of each), D key dim, V value dim. The G query heads
-that share a key head lie below each other as rows of one matrix, so that keys are not repeated.
+B batch, H key/value heads, G query heads per key head, R = B * H rows, D key dim, V value dim. The G query heads that
+share a key head are concatenated to the rows of one matrix, so that keys are not repeated.
 """
 
 import math
@@ -24,10 +24,10 @@ from ..runtime.opaque_ops import opaque_op
 from ..runtime.sequences import sequence_slices
 from .options import BlockMask, Options, by_sequence, positions, visible
 
-BLOCK = 512  # queries per call of the fused kernel where a mask is needed: bounds the mask, not the result
-TILE = 1 << 17  # scores of all rows worked on at a time: they fit the second-level cache of a core
-CUT = {torch.float32: -60.0, torch.float64: -600.0}  # natural log of the smallest weight, of a maximum of 1
-NOWHERE = torch.iinfo(torch.int64).max // 2  # position of a slot that nobody may see
+BLOCK = 512  # queries per call of the fused kernel with a mask: bounds the size of the mask
+TILE = 1 << 17  # scores, of all rows together, computed at a time: they fit the second-level cache of a core
+CUT = {torch.float32: -60.0, torch.float64: -600.0}  # natural log of the smallest nonzero weight; the largest is 1
+NOWHERE = torch.iinfo(torch.int64).max // 2  # position of a slot that no query may attend to
 
 
 def attend(
@@ -39,8 +39,8 @@ def attend(
     cu_seqlens_k: Tensor | None = None,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """o [B,Tq,Hq,V] and, if asked for, lse [B,Tq,Hq] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V]."""
-    # A graph being traced has no values to cut packed rows at, the op has.
+    """Compute o [B,Tq,Hq,V] and, with ``with_lse``, lse [B,Tq,Hq] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V]."""
+    # While tracing, the offsets of packed rows have no values; the opaque op can read them.
     if not options.plain or with_lse or (cu_seqlens_q is not None and torch.compiler.is_compiling()):
         return forward(q, k, v, None, None, *options.flat(), cu_seqlens_q, cu_seqlens_k)
     window = None if options.left is None else options.left + 1
@@ -56,13 +56,13 @@ def attend(
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, options: Options, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """o [B,n,Hq,V] and, if asked for, lse [B,n,Hq] of the n newest tokens against caches [B,S,H,..] of any order."""
+    """Compute o [B,n,Hq,V] and, with ``with_lse``, lse [B,n,Hq] of the n newest tokens over caches [B,S,H,..]."""
     queries, slots, plain = q.shape[1], torch.arange(k.shape[1], device=q.device), options.plain and not with_lse
-    if plain and queries == 1 and options.left is None and starts is None:  # everything kept, in whatever order
+    if plain and queries == 1 and options.left is None and starts is None:  # all slots, in any order
         return _fused_decode(q, k, v, (slots < lengths[:, None])[:, None], options.scale), None
     t = lengths[:, None] + torch.arange(-queries, 0, device=q.device)
     newest = lengths[:, None] - 1
-    s = newest - (newest - slots) % max(k.shape[1], 1)  # the newest position that falls on each slot
+    s = newest - (newest - slots) % max(k.shape[1], 1)  # the newest position of each slot
     s = s.masked_fill(s < (0 if starts is None else starts[:, None].clamp(min=0)), NOWHERE)
     if plain:
         return _fused_decode(q, k, v, visible(t, s, options.left, 0), options.scale), None
@@ -71,14 +71,14 @@ def decode(
 
 # ----------------------------------------------------------------------------------------------- PyTorch's fused kernel
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float) -> Tensor:
-    """[B,Tq,Hq,V]: a window is cut into blocks of queries, each with the keys it can reach, as entries of one batch."""
+    """Compute o [B,Tq,Hq,V] with PyTorch's fused kernel."""
     queries, keys = q.shape[1], k.shape[1]
     if causal and queries > keys:  # queries before the first key
         seen = _fused(q[:, queries - keys :], k, v, True, window, scale)
         return F.pad(seen, (0, 0, 0, 0, queries - keys, 0))
     if q.shape[3] == 0:
         q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))  # all scores are 0
-    if q.numel() == 0 or v.numel() == 0:  # nothing is seen, or nothing asked for; gradients are 0
+    if q.numel() == 0 or v.numel() == 0:  # no keys or no outputs: gradients are 0
         return q.new_zeros(*q.shape[:3], v.shape[3]) + sum(x.flatten()[:0].sum() for x in (q, k, v))
     if window is not None and window < keys:
         return _windowed(q, k, v, window, scale)
@@ -104,7 +104,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 
 
 def _fused_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[B,n,Hq,V] with a mask [B,n,S]: queries that share a key head are rows of one matrix, so keys are read once."""
+    """Compute o [B,n,Hq,V] with a mask [B,n,S].
+
+    Queries that share a key head are rows of one matrix, so keys are read once.
+    """
     heads, group = k.shape[2], q.shape[2] // k.shape[2]
     rows = q.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -113,16 +116,19 @@ def _fused_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Causal attention in which a query sees the ``window`` last keys; Tq <= Tk."""
+    """Compute causal attention of every query to the last ``window`` keys; Tq <= Tk.
+
+    Blocks of queries, each with the keys in its window, become entries of one batch.
+    """
     batch, queries, heads, dim = q.shape
     past = k.shape[1] - queries
-    first = min(max(window - 1 - past, 0), queries)  # queries that still see every key up to their own
+    first = min(max(window - 1 - past, 0), queries)  # queries whose window includes all earlier keys
     start = _fused(q[:, :first], k[:, : past + first], v[:, : past + first], True, None, scale)
     if first == queries:
         return start
     size = min(max(window, 64), BLOCK, queries - first)
     blocks = -(-(queries - first) // size)
-    reach = size + window - 1  # keys that a block can see
+    reach = size + window - 1  # keys in the windows of a block
     after = first + blocks * size - queries
     k, v = (F.pad(x[:, past + first - window + 1 :], (0, 0, 0, 0, 0, after)) for x in (k, v))
     k, v = (x.unfold(1, reach, size).movedim(-1, 2).flatten(0, 1) for x in (k, v))
@@ -132,19 +138,19 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Ten
     return torch.cat((start, rest[:, : queries - first]), 1)
 
 
-# ------------------------------------------------------------------------------------- which tiles, and what is in them
+# ------------------------------------------------------------------------------------------------------ tiles to visit
 Tile = tuple[slice, bool]  # keys, and whether some of their scores have to be masked
 Plan = list[tuple[slice, list[Tile]]]  # blocks of queries, each with its tiles
 
 
 def _plan(queries: int, keys: int, heads: int, options: Options) -> Plan:
-    """Blocks of queries that together cover all of them, and the tiles in which each may see something."""
+    """Divide the queries into blocks, and list the tiles of keys that some query of a block attends to."""
     left, right, past = options.left, options.right, keys - queries
-    side = 64  # the largest power of two up to 512 with which the tiles of all heads stay small
+    side = 64  # the largest power of two up to 512 with which a tile of all heads has at most TILE scores
     while side < 512 and 4 * side * side * max(heads, 1) <= TILE:
         side *= 2
     width = side if left is None or right is None else left + right + 1
-    rows = min(side, max(64, width))  # taller blocks than the window is wide mask most of what they compute
+    rows = min(side, max(64, width))  # blocks larger than the window would mask most scores
     columns = max(side, TILE // max(1, heads * rows))
     plan = []
     for block, spans in _blocks(queries, keys, options.block_mask):
@@ -152,8 +158,8 @@ def _plan(queries: int, keys: int, heads: int, options: Options) -> Plan:
             last = min(first + rows, block.stop)
             low = 0 if left is None else max(0, first + past - left)
             high = keys if right is None else min(keys, last + past + right)
-            inner_low = 0 if left is None else last - 1 + past - left  # all these queries see keys from here ..
-            inner_high = keys if right is None else first + past + right + 1  # .. to here
+            inner_low = 0 if left is None else last - 1 + past - left  # every query attends to keys inner_low ..
+            inner_high = keys if right is None else first + past + right + 1  # .. inner_high - 1
             tiles = []
             for a, b in spans:
                 tiles += _tiles(max(a, low), min(b, high), columns, inner_low, inner_high)
@@ -162,13 +168,13 @@ def _plan(queries: int, keys: int, heads: int, options: Options) -> Plan:
 
 
 def _tiles(first: int, last: int, step: int, inner_first: int = 0, inner_last: int = 0) -> list[Tile]:
-    """Keys first .. last - 1 in steps; no mask for what lies between inner_first and inner_last - 1."""
+    """Divide keys first .. last - 1 into tiles; tiles within inner_first .. inner_last - 1 need no mask."""
     ends = [*range(first, last, step), last] if first < last else []
     return [(slice(a, b), not inner_first <= a < b <= inner_last) for a, b in pairwise(ends)]
 
 
 def _blocks(queries: int, keys: int, mask: BlockMask | None) -> list[tuple[slice, list[tuple[int, int]]]]:
-    """Blocks of queries with the spans of keys that a block mask lets them see, neighbours joined."""
+    """Return blocks of queries with the spans of keys that are live for them; adjacent spans are joined."""
     if mask is None:
         return [(slice(0, queries), [(0, keys)])]
     offsets, key_blocks, size = mask.offsets.tolist(), mask.key_blocks.tolist(), mask.block_size
@@ -185,7 +191,7 @@ def _blocks(queries: int, keys: int, mask: BlockMask | None) -> list[tuple[slice
 
 
 class _Shape(NamedTuple):
-    """How n tokens become rows: [B,n,H*G,D] <-> [B*H,G*n,D]."""
+    """The conversion between tensors [B,n,H*G,D] and rows [B*H,G*n,D]."""
 
     batch: int
     heads: int
@@ -196,20 +202,27 @@ class _Shape(NamedTuple):
         return x.reshape(self.batch * self.heads, self.group * x.shape[3], x.shape[4]).to(dtype)
 
     def join(self, rows: Tensor, out: Tensor) -> None:
-        """Write rows to out."""
+        """Write rows [B*H,G*n,D] to out [B,n,H*G,D]."""
         x = rows.view(self.batch, self.heads, self.group, *out.shape[1::2])
         out.unflatten(2, (self.heads, self.group)).copy_(x.permute(0, 3, 1, 2, 4))
 
 
 def _shapes(q: Tensor, k: Tensor) -> tuple[_Shape, _Shape]:
-    """Of whatever has the heads of the queries, and of the keys."""
+    """Return the conversions of tensors with the heads of q, and of tensors with the heads of k."""
     batch, heads = q.shape[0], k.shape[2]
     return _Shape(batch, heads, q.shape[2] // heads), _Shape(batch, heads, 1)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The score function of a call: positions of queries [1 or B,Tq] and keys [1 or B,Tk], and the tiles to visit."""
+    """The score function of a call.
+
+    Attributes:
+        options: the options of the call.
+        t: positions of the queries, [1 or B,Tq].
+        s: positions of the keys, [1 or B,Tk].
+        plan: the tiles to visit.
+    """
 
     options: Options
     t: Tensor
@@ -218,11 +231,19 @@ class Scores:
 
     @property
     def factor(self) -> float:
-        """What the queries are multiplied by, so that their products with keys are what ``of`` continues from."""
+        """The factor by which the caller of ``of`` multiplies the queries."""
         return self.options.scale / (1.0 if self.options.softcap is None else self.options.softcap)
 
     def of(self, q: Tensor, k: Tensor, shape: _Shape, queries: slice, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        """Scores [R,G*n,m] of rows q [R,G*n,D], times ``factor``, and k [R,m,D]; and what ``backward_`` needs."""
+        """Compute the scores [R,G*n,m] of a tile, and the tanh that ``backward_`` needs (None without softcap).
+
+        Args:
+            q: rows of queries [R,G*n,D], already multiplied by ``factor``.
+            k: rows of keys [R,m,D].
+            shape: conversion of tensors with the heads of q.
+            queries: slice of the queries.
+            tile: the tile.
+        """
         keys, masked = tile
         scores, tanh = torch.bmm(q, k.mT), None
         if self.options.softcap is not None:
@@ -240,7 +261,7 @@ class Scores:
         return scores, tanh
 
     def backward_(self, dscores: Tensor, tanh: Tensor | None) -> Tensor:
-        """Gradient of the product of rows from that of the scores, in place."""
+        """Change the gradient of the scores, in place, to that of the products of queries and keys."""
         if tanh is not None and self.options.softcap is not None:
             dscores.mul_(tanh.square_().sub_(1).mul_(-self.options.softcap))
         return dscores
@@ -248,17 +269,17 @@ class Scores:
 
 # ------------------------------------------------------------------------------------------------- forward and backward
 def _exp_(x: Tensor) -> Tensor:
-    """exp of x <= 0, in place; below e^CUT it is 0, which no sum notices.
+    """Compute exp of x <= 0 in place, with 0 for results below e^CUT, which do not change any sum.
 
-    Far smaller weights are usual with slopes, and a CPU takes some hundred times as long over subnormal numbers; exp of
-    -inf, that is of masked scores, is slow as well.
+    Slopes often make weights far smaller than that. A CPU is about a hundred times slower on subnormal numbers, and
+    also slow for exp of -inf (masked scores).
     """
     cut = CUT[x.dtype]
     return torch.threshold_(x.clamp_(min=cut - 1).exp_(), math.exp(cut), 0)
 
 
 class _Part(NamedTuple):
-    """One sequence of a call: its queries, its keys and its score function."""
+    """One sequence of a call: slices of its queries and keys, and its score function."""
 
     queries: slice
     keys: slice
@@ -266,7 +287,10 @@ class _Part(NamedTuple):
 
 
 def _parts(q: Tensor, k: Tensor, t: Tensor | None, s: Tensor | None, options: Options, cu_q, cu_k) -> list[_Part]:
-    """The whole batch as one part, or every packed sequence; with positions given (a cache) tiles of all its slots."""
+    """Return every packed sequence as a part, or the whole batch as one part.
+
+    With positions t and s (a cache) the tiles cover all slots.
+    """
     heads, queries, keys = q.shape[0] * q.shape[2], q.shape[1], k.shape[1]
     if t is not None and s is not None:
         tiles = _tiles(0, keys, max(64, TILE // max(1, heads * queries)))
@@ -301,10 +325,13 @@ def forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq]; zeros and -inf for queries of no sequence.
+    """Compute o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq]; zeros and -inf for queries of no sequence.
 
-    t [B,Tq] and s [B,Tk] are the positions of queries and keys, both or neither; the rest are ``Options.flat`` and the
-    offsets of packed sequences.
+    Args:
+        q, k, v: [B,Tq,Hq,D], [B,Tk,H,D], [B,Tk,H,V].
+        t, s: positions of queries [B,Tq] and of keys [B,Tk]; None both for sequences without a cache.
+        scale to block_size: the values of ``Options.flat``.
+        cu_seqlens_q, cu_seqlens_k: offsets of packed sequences [N+1], or None.
     """
     options = Options.of(scale, left, right, alibi_slopes, sinks, softcap, block_offsets, key_blocks, block_size)
     o = v.new_zeros(*q.shape[:3], v.shape[3])
@@ -321,13 +348,13 @@ def _(q, k, v, *_):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, part: _Part, o: Tensor, lse: Tensor) -> None:
-    """Write the part's outputs and log-sum-exps; a sink is what the sum of every query starts from."""
+    """Write the outputs and log-sum-exps of a part; the running sum of every query starts with the sink."""
     q, k, v, o, lse = q[:, part.queries], k[:, part.keys], v[:, part.keys], o[:, part.queries], lse[:, part.queries]
     scores, dtype, (batch, _, query_heads, _) = part.scores, lse.dtype, q.shape
     sinks, (of_q, of_k) = scores.options.sinks, _shapes(q, k)
     start = lse.new_full((query_heads, 1), -torch.inf) if sinks is None else sinks.to(dtype)[:, None]
     k, v = of_k.rows(k, dtype), of_k.rows(v, dtype)
-    # The first maximum is a number also where nothing is seen: differences are never NaN and sums of nothing are 0.
+    # The running maximum starts with a finite number, so that no difference is NaN and sums over no keys are 0.
     lowest = torch.finfo(dtype).min
     for t, tiles in scores.plan:
         q_rows = of_q.rows(q[:, t], dtype) * scores.factor
@@ -343,7 +370,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, part: _Part, o: Tensor, lse: Tenso
             total.mul_(kept).add_(weights.sum(-1, keepdim=True))
             sums.mul_(kept).baddbmm_(weights, v[:, s])
             top = higher
-        of_q.join(sums.div_(total.clamp(min=1)), o[:, t])  # a total is 0, of nothing, or at least the maximum's 1
+        of_q.join(sums.div_(total.clamp(min=1)), o[:, t])  # a total is 0 (no keys) or >= 1 (the maximum's weight)
         of_q.join(total.log_().add_(top), lse[:, t, :, None])
 
 
@@ -370,18 +397,24 @@ def backward(
     do: Tensor,
     dlse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the sinks (empty without), from those of o and lse."""
+    """Compute the gradients of q, k, v and the sinks (empty without sinks).
+
+    Args:
+        q to cu_seqlens_k: as in ``forward``.
+        o, lse: results of ``forward``.
+        do, dlse: their gradients.
+    """
     options = Options.of(scale, left, right, alibi_slopes, sinks, softcap, block_offsets, key_blocks, block_size)
     dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
     with no_autocast(q):
         delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1) - dlse
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of nothing: all weights become 0
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no keys: all weights become 0
         grads = [x.zero_() for x in (dq, dk, dv)]
         mean = None if sinks is None else torch.zeros_like(lse)
         for part in _parts(q, k, t, s, options, cu_seqlens_q, cu_seqlens_k):
             _backward(q, k, v, part, lse, do, delta, mean, *grads)
         if sinks is not None and mean is not None:
-            # Not delta: a sum over all tokens into one number per head would show that o is rounded.
+            # Not from delta: the sum over all tokens would accumulate the rounding errors of o.
             dsinks = ((sinks.to(lse.dtype) - lse).exp() * (dlse - mean)).sum((0, 1)).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
@@ -397,7 +430,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> t
 
 
 def _backward(q, k, v, part: _Part, lse, do, delta, mean: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Write the gradients of the part's q, k and v, and the weighted mean of do v^T over every query's keys."""
+    """Write the gradients of a part's q, k and v, and, for every query, the weighted mean of do v^T over its keys."""
     q, lse, do, delta, dq = (x[:, part.queries] for x in (q, lse, do, delta, dq))
     mean = None if mean is None else mean[:, part.queries]
     k, v, dk, dv = (x[:, part.keys] for x in (k, v, dk, dv))

@@ -1,10 +1,11 @@
-"""The specification of softmax attention: the formula, on a dense score matrix. Never optimised.
+"""Reference implementation of softmax attention: the formula, on a dense score matrix. It is never optimised.
 
-    a_ts  = scale * q_t k_s, as softcap * tanh(a_ts / softcap), less slope * |t - s|
-    lse_t = log(exp(sink) + sum_s exp a_ts)                           over the s that t may see
+    a_ts  = scale * q_t k_s                                           softcap: a_ts <- softcap * tanh(a_ts / softcap)
+                                                                      slopes:  a_ts <- a_ts - slope * |t - s|
+    lse_t = log(exp(sink) + sum_s exp a_ts)                           over the keys s that query t attends to
     o_t   = sum_s exp(a_ts - lse_t) v_s
 
-Vaswani et al., "Attention Is All You Need", section 3.2.1; the options as in ``flash_attention``.
+Vaswani et al., "Attention Is All You Need", section 3.2.1. ``flash_attention`` describes the options.
 """
 
 from functools import partial
@@ -25,7 +26,7 @@ def attend(
     cu_seqlens_k: Tensor | None = None,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """o [B,Tq,Hq,V] and lse [B,Tq,Hq] from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V], in fp32 or wider."""
+    """Compute o [B,Tq,Hq,V] and lse [B,Tq,Hq], in fp32 or wider, from q [B,Tq,Hq,D], k [B,Tk,H,D], v [B,Tk,H,V]."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _attend(q, k, v, options)
     return by_sequence(partial(_attend, options=options), (q, k, v), cu_seqlens_q, cu_seqlens_k)
@@ -54,7 +55,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, options: Options, with_lse: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """o [B,n,Hq,V] and lse [B,n,Hq]: every row by itself, against the positions that its cache [S,H,..] keeps."""
+    """Compute o [B,n,Hq,V] and lse [B,n,Hq], row by row, over the positions that the row's cache [S,H,..] holds."""
     slots = k.shape[1]
     rows = []
     for b, length in enumerate(lengths.tolist()):
@@ -67,7 +68,10 @@ def decode(
 
 
 def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """[B,Hq,Tq,1] over the keys of scores [B,Hq,Tq,Tk] and the sinks [Hq]; -inf, with gradients of 0, of nothing."""
+    """Compute the log-sum-exp [B,Hq,Tq,1] over the keys of scores [B,Hq,Tq,Tk] and the sinks [Hq].
+
+    It is -inf, with a gradient of 0, where all scores are -inf.
+    """
     if sinks is not None:
         column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), -1)

@@ -1,5 +1,8 @@
-"""Linear attention with and without decay: ``api`` is the public face, ``reference`` the specification,
-``chunked`` the torch backend."""
+"""Linear attention with and without decay.
+
+``api`` holds the public operators, ``reference`` the specification, ``chunked`` the torch backend, ``triton`` the
+kernels.
+"""
 
 from .api import (
     NormalizedState,

@@ -1,6 +1,6 @@
-"""The linear-attention operators: checks, choice of backend, and what all backends have in common.
+"""The public linear-attention operators: argument checks, choice of backend, normalisation, grouped heads.
 
-Notation: B batch, T time, H heads, K key dim, V value dim, N sequences (B, or the number that ``cu_seqlens`` packs).
+B batch, T time, H heads, K key dim, V value dim, N sequences (B, or the number of sequences in ``cu_seqlens``).
 """
 
 from typing import NamedTuple
@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
-from ..runtime.checks import check_inference, check_log_decay, check_shape, check_tensors, reads_values
+from ..runtime.checks import check_inference, check_layout, check_log_decay, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
 from .segment_state import GATE_SHAPES, linear_attention_state
 from .triton.launch import MOST_TOKENS, chunk_lacks, step_lacks
 
-EPS = 1e-12  # added to the normaliser
+EPS = 1e-12  # added to the normaliser, against division by 0
 
 
 class NormalizedState(NamedTuple):
-    """State of a normalised operator: sum of k^T v, fp32 [N,H,K,V], and sum of k, fp32 [N,H,K]."""
+    """State of a normalised operator.
+
+    Attributes:
+        kv: sum of k^T v, fp32 [N,H,K,V].
+        k_sum: sum of k, fp32 [N,H,K].
+    """
 
     kv: Tensor
     k_sum: Tensor
@@ -38,28 +43,30 @@ def linear_attention(
     check_values: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | NormalizedState | None]:
-    """Causal linear attention: ``S_t = S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t``.
+    """Compute causal linear attention: ``S_t = S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t``.
 
-    Katharopoulos et al., "Transformers are RNNs" (2020), section 3; feature maps are the caller's.
+    Katharopoulos et al., "Transformers are RNNs" (2020), section 3. The caller applies the feature map to q and k.
 
     Args:
         q, k: [B,T,H,K], any floating-point dtype.
         v: [B,T,H,V].
         scale: factor of q; K^-0.5 by default.
         normalize: divide o_t by ``scale * q_t . sum_{s<=t} k_s + 1e-12``. The state is then a ``NormalizedState``.
-        initial_state: fp32 [N,H,K,V], or the pair; zeros by default. Differentiable.
+        initial_state: fp32 [N,H,K,V], or a ``NormalizedState`` with ``normalize``; zeros by default. Differentiable.
         output_final_state: also return the state after the last token.
         cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
-        check_values: on a GPU, also check the values of cu_seqlens (synchronises); on a CPU they always are.
-        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (the best there is).
+        check_values: on a GPU, also check the values of cu_seqlens (synchronises). On a CPU they are always checked.
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (triton if it supports the call,
+            else torch).
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, fp32 (fp64 for fp64 inputs), or None.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above; the message names it.
+        ValueError: a shape, dtype, device or option is not as above.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     q, k, v = autocast(q, k, v)
     if not normalize:
         o, state = _attend(sizes, q, k, v, None, _scale(scale, sizes), initial_state, cu_seqlens, backend)
@@ -80,7 +87,9 @@ def gated_linear_attention(
     check_values: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal linear attention with decay: ``S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t``.
+    """Compute causal linear attention with decay.
+
+    ``S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t``.
 
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), section 4.
 
@@ -93,16 +102,18 @@ def gated_linear_attention(
         initial_state: fp32 [N,H,K,V]; zeros by default. Differentiable.
         output_final_state: also return the state after the last token.
         cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
-        check_values: on a GPU, also check the values of g and cu_seqlens (synchronises); on a CPU they always are.
-        backend: ``"reference"``, ``"torch"``, ``"triton"`` (CUDA tensors) or None (the best there is).
+        check_values: on a GPU, also check the values of g and cu_seqlens (synchronises). On a CPU they are always
+            checked.
+        backend: as in ``linear_attention``.
 
     Returns:
-        o [B,T,H,V] in v's dtype, and the final state, fp32 (fp64 for fp64 inputs) [N,H,K,V], or None.
+        o [B,T,H,V] in v's dtype, and the final state [N,H,K,V], fp32 (fp64 for fp64 inputs), or None.
 
     Raises:
-        ValueError: a shape, dtype, device, option or gate is not as above; the message names it.
+        ValueError: a shape, dtype, device, option or gate is not as above.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     g = _check_gates(sizes, q, g, check_values)
     q, k, v = autocast(q, k, v)
     o, state = _attend(sizes, q, k, v, g, _scale(scale, sizes), initial_state, cu_seqlens, backend)
@@ -122,27 +133,29 @@ def taylor_linear_attention(
     check_values: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | NormalizedState | None]:
-    """BASED's linear attention: weights ``1 + z + z^2 / 2`` of ``z = scale * q_t . k_s``, the Taylor series of exp(z).
+    """Compute BASED's linear attention: the weights are ``1 + z + z^2 / 2`` with ``z = scale * q_t . k_s``.
 
-    Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (2024), section 4.1.
-    The weights are inner products of P = 1 + K + K (K + 1) / 2 packed features (see ``features``), which take the
-    place of the keys in the state.
+    The weights approximate exp(z) by its Taylor series. Arora et al., "Simple linear attention language models balance
+    the recall-throughput tradeoff" (2024), section 4.1. They are inner products of P = 1 + K + K (K + 1) / 2 packed
+    features (module ``features``), so the state has P rows instead of K.
 
     Args:
-        q, k: [B,T,H,K], any floating-point dtype; K is small, 8 to 24.
+        q, k: [B,T,H,K], any floating-point dtype; K is small, usually 8 to 24.
         v: [B,T,H,V].
         scale: factor of q.k, positive; K^-0.5 by default.
         normalize: divide o_t by the sum of its weights + 1e-12. The state is then a ``NormalizedState``.
-        initial_state: [N,H,P,V], or the pair with [N,H,P]; zeros by default. Differentiable.
+        initial_state: fp32 [N,H,P,V], with ``normalize`` a ``NormalizedState`` of [N,H,P,V] and [N,H,P]; zeros by
+            default. Differentiable.
         output_final_state, cu_seqlens, check_values, backend: as in ``linear_attention``.
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, fp32 (fp64 for fp64 inputs), or None.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above; the message names it.
+        ValueError: a shape, dtype, device or option is not as above.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     taylor = _taylor_scale(scale, sizes)
     q, k, v = autocast(q, k, v)
     sizes["K"] = features.count(sizes["K"])
@@ -162,18 +175,18 @@ def taylor_linear_attention_step(
     normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """``taylor_linear_attention`` for one or a few new tokens, the state updated in place.
+    """Compute ``taylor_linear_attention`` of one or a few new tokens and update the state in place.
 
     Args:
         q, k, v: as in ``taylor_linear_attention``, a few tokens.
-        state: [B,H,P,V], or the pair if ``normalize``; overwritten with the state after the last token.
+        state: [B,H,P,V], or a ``NormalizedState`` with ``normalize``; becomes the state after the last token.
         scale, normalize, backend: as in ``taylor_linear_attention``.
 
     Returns:
         o [B,T,H,V] in v's dtype.
 
     Raises:
-        ValueError: as ``taylor_linear_attention``; also for inputs that require gradients.
+        ValueError: as in ``taylor_linear_attention``; also if an input requires a gradient.
     """
     sizes = _check(q, k, v, None, False)
     root = _taylor_scale(scale, sizes) ** 0.5
@@ -198,17 +211,17 @@ def prefix_linear_attention(
     check_values: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | NormalizedState | None]:
-    """JRT's prefix linear attention: ``taylor_linear_attention`` in which every token also sees the whole prefix.
+    """Compute JRT's prefix linear attention: ``taylor_linear_attention`` in which all tokens also attend to a prefix.
 
     Arora et al., "Just read twice: closing the recall gap for recurrent language models" (2024), section 4. The prefix
-    has keys and values of its own, which are seen by all tokens, those before them too; the state afterwards is the
-    sum of both, so later tokens continue with ``taylor_linear_attention`` and its step.
+    has its own keys and values. Every token attends to all of them, also a token at an earlier position. The final
+    state is the sum over prefix and tokens, so ``taylor_linear_attention`` and its step continue from it.
 
     Args:
         q, k, v: as in ``taylor_linear_attention``.
-        k_prefix: [N,M,H,K], the prefix's keys.
-        v_prefix: [N,M,Hv,V], its values, heads as in v.
-        prefix_lengths: integers [N], 0 to M: the prefix of sequence n is its first so many; all M by default.
+        k_prefix: keys of the prefix, [N,M,H,K].
+        v_prefix: values of the prefix, [N,M,Hv,V], heads as in v.
+        prefix_lengths: integers [N], 0 to M: tokens of each sequence's prefix, counted from the first; M by default.
         scale, normalize, initial_state, output_final_state, cu_seqlens, check_values, backend: as in
             ``taylor_linear_attention``.
 
@@ -216,9 +229,10 @@ def prefix_linear_attention(
         o [B,T,H,V] in v's dtype, and the final state, prefix included, or None.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above; the message names it.
+        ValueError: a shape, dtype, device or option is not as above.
     """
     sizes = _check(q, k, v, cu_seqlens, check_values)
+    check_layout(q, k, v, cu_seqlens)
     check_shape(sizes, "k_prefix", k_prefix, "N M H K")
     check_shape(sizes, "v_prefix", v_prefix, "N M Hv V")
     check_tensors("q", q=q, k_prefix=k_prefix, v_prefix=v_prefix)
@@ -236,11 +250,11 @@ def prefix_linear_attention(
     inside = torch.arange(sizes["M"], device=q.device) < prefix_lengths[:, None]
     k_prefix, v_prefix = autocast(k_prefix, v_prefix)
     taylor = _taylor_scale(scale, sizes)
-    # Values of what is no prefix are zero, and so are their ones: masked keys would still have the feature 1.
+    # Masking sets the values and the normaliser's ones to zero: a key that is set to zero still has the feature 1.
     columns = torch.cat((v_prefix, v_prefix.new_ones(*v_prefix.shape[:3], 1)), -1) * inside[:, :, None, None]
     sizes["K"] = features.count(k_prefix.shape[-1])
     if choose_backend(backend, q, chunk_lacks(q, k_prefix, columns, None, None, sizes["K"])) == "triton":
-        # Its outputs are not needed, but its features never are in memory, ten times the keys.
+        # The outputs are unused. But the kernel never stores the features, which are ten times as large as the keys.
         _, state = _attend(sizes, k_prefix, k_prefix, columns, None, 1.0, None, None, "triton", taylor)
     else:
         dtype = compute_dtype(k_prefix, v_prefix)
@@ -280,24 +294,24 @@ def linear_attention_step(
     normalize: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``linear_attention`` for one or a few new tokens, the state updated in place.
+    """Compute ``linear_attention`` of one or a few new tokens and update the state in place.
 
     Args:
         q, k, v: as in ``linear_attention``, a few tokens.
-        state: [B,H,K,V], or the pair if ``normalize``; overwritten with the state after the last token.
+        state: [B,H,K,V], or a ``NormalizedState`` with ``normalize``; becomes the state after the last token.
         scale, normalize, backend: as in ``linear_attention``.
 
     Returns:
         o [B,T,H,V] in v's dtype.
 
     Raises:
-        ValueError: as ``linear_attention``; also for inputs that require gradients.
+        ValueError: as in ``linear_attention``; also if an input requires a gradient.
     """
     sizes = _check(q, k, v, None, False)
     if not normalize:
         return _step(sizes, q, k, v, None, state, scale, backend)
     pair = _check_pair("state", state, sizes)
-    check_inference("state", pair.k_sum)  # before any of the two is updated
+    check_inference("state", pair.k_sum)  # before either of the two tensors is updated
     dtype, heads = pair.kv.dtype, pair.kv.shape[1]
     sums = pair.k_sum[:, None] + _match(k.to(dtype).cumsum(1), heads, 2)
     o = _step(sizes, q, k, v.to(dtype), None, pair.kv, scale, backend)
@@ -317,24 +331,24 @@ def gated_linear_attention_step(
     check_values: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``gated_linear_attention`` for one or a few new tokens, the state updated in place.
+    """Compute ``gated_linear_attention`` of one or a few new tokens and update the state in place.
 
     Args:
         q, k, v, g: as in ``gated_linear_attention``, a few tokens.
-        state: [B,H,K,V]; overwritten with the state after the last token.
+        state: [B,H,K,V]; becomes the state after the last token.
         scale, check_values, backend: as in ``gated_linear_attention``.
 
     Returns:
         o [B,T,H,V] in v's dtype.
 
     Raises:
-        ValueError: as ``gated_linear_attention``; also for inputs that require gradients.
+        ValueError: as in ``gated_linear_attention``; also if an input requires a gradient.
     """
     sizes = _check(q, k, v, None, False)
     return _step(sizes, q, k, v, _check_gates(sizes, q, g, check_values), state, scale, backend)
 
 
-# ---------------------------------------------------------------------------------------------- common to the operators
+# ----------------------------------------------------------------------------------------- helpers of all the operators
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, check_values: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
     check_shape(sizes, "q", q, "B T Hq K")
@@ -343,9 +357,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, check_val
     check_tensors("q", q=q, k=k, v=v)
     queries, keys, values = sizes["Hq"], sizes["H"], sizes["Hv"]
     if queries != keys and (keys == 0 or queries % keys or values != keys):
-        raise ValueError(f"q: expected k's {keys} heads, or a multiple of those of k and v, got {queries}")
+        raise ValueError(f"q: expected the {keys} heads of k, or a multiple of those of k and v, got {queries}")
     if values != keys and (keys == 0 or values % keys):
-        raise ValueError(f"v: expected a multiple of k's {keys} heads, got {values}")
+        raise ValueError(f"v: expected a multiple of the {keys} heads of k, got {values}")
     sizes["Hs"] = max(keys, values)
     sizes["N"] = sizes["B"]
     if cu_seqlens is not None:
@@ -355,12 +369,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, check_val
 
 
 def _check_gates(sizes: dict[str, int], q: Tensor, g: Tensor, check_values: bool) -> Tensor:
-    """g as [B,T,heads,K] or [B,T,heads,1], heads being those of the keys or of the state."""
+    """Check g and return it as [B,T,heads,K] or [B,T,heads,1]; heads are those of the keys or of the state."""
     if not isinstance(g, Tensor) or g.dim() not in GATE_SHAPES:
         given = list(g.shape) if isinstance(g, Tensor) else type(g).__name__
         raise ValueError(f"g: expected shape [H], [B, T, H] or [B, T, H, K], got {given}")
     heads = g.shape[0] if g.dim() == 1 else g.shape[2]
-    if heads == sizes["Hs"]:  # of value heads that share a key head, each may have its own
+    if heads == sizes["Hs"]:  # value heads that share a key head may each have their own gates
         check_shape({**sizes, "H": heads}, "g", g, GATE_SHAPES[g.dim()])
     else:
         check_shape(sizes, "g", g, GATE_SHAPES[g.dim()])
@@ -399,14 +413,16 @@ def _scale(scale: float | None, sizes: dict[str, int]) -> float:
 
 
 def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None, wide=False) -> tuple[Tensor, Tensor]:
-    """Outputs, in fp32 or wider if ``wide``, and final states of one backend; with ``taylor`` the scores are
-    1 + z + z^2/2, z = taylor * q.k."""
+    """Compute outputs and final states on the chosen backend.
+
+    With ``wide`` the outputs are fp32 or wider. With ``taylor`` the scores are 1 + z + z^2/2, z = taylor * q.k.
+    """
     if state is not None:
         check_shape(sizes, "initial_state", state, "N Hs K V")
         check_tensors("q", q=q, initial_state=state)
     backend = choose_backend(backend, q, chunk_lacks(q, k, v, g, state, sizes["K"]))
     if backend == "triton":
-        from .triton import op  # who has no GPU may have no triton
+        from .triton import op  # triton may be missing on a machine without a GPU
 
         with no_autocast(q):
             return op.forward(q, k, v, g, taylor or scale, taylor is not None, wide, state, cu_seqlens)
@@ -425,12 +441,12 @@ def _attend(sizes, q, k, v, g, scale, state, cu_seqlens, backend, taylor=None, w
 
 
 def _match(x: Tensor, heads: int, dim: int) -> Tensor:
-    """x with every head repeated for those of ``heads`` that share it."""
+    """Repeat the heads of x along ``dim`` until there are ``heads``; neighbours share a head of x."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 
 
 def _repeated(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """The reference, shared heads repeated."""
+    """Run the reference, with shared heads repeated."""
     heads, states = max(q.shape[2], v.shape[2]), state.shape[1]
     q, k, v = (_match(x, heads, 2) for x in (q, k, v))
     g = None if g is None else _match(g, heads, 2)
@@ -439,7 +455,11 @@ def _repeated(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(q, k, v, g, scale, taylor, state, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """The chunked backend; value heads that share a key head become columns of one, or take turns if gates differ."""
+    """Run the chunked backend without repeating keys.
+
+    Value heads that share a key head and its gates become columns of one head. If their gates differ, they are
+    computed in separate calls.
+    """
     keys, values = k.shape[2], v.shape[2]
     if values == keys:
         return chunked.attend(q, k, v, g, scale, taylor, state, cu_seqlens)
@@ -450,7 +470,7 @@ def _grouped(q, k, v, g, scale, taylor, state, cu_seqlens) -> tuple[Tensor, Tens
         o, after = chunked.attend(q, k, v.flatten(3), g, scale, taylor, columns, cu_seqlens)
         return o.view(*o.shape[:2], values, v.shape[-1]), after.unflatten(3, (group, -1)).transpose(2, 3).flatten(1, 2)
     g = g.unflatten(2, (keys, group))
-    q, k = q.to(state.dtype), k.to(state.dtype)  # their gradients are sums over the group, rounded once
+    q, k = q.to(state.dtype), k.to(state.dtype)  # so that gradients are summed over the group before they are rounded
     parts = [
         chunked.attend(q, k, v[:, :, :, j], g[:, :, :, j], scale, taylor, state[:, :, j], cu_seqlens)
         for j in range(group)
@@ -460,7 +480,10 @@ def _grouped(q, k, v, g, scale, taylor, state, cu_seqlens) -> tuple[Tensor, Tens
 
 
 def _normalized(sizes, q, k, v, scale, state, output_final_state, cu_seqlens, backend, taylor=None):
-    """The normaliser is one more value column, of ones: its output is the sum of the weights, its state that of k."""
+    """Compute normalised outputs by means of one more value column, of ones.
+
+    The output of that column is the sum of the weights; its state is the sum of k.
+    """
     joined = None if state is None else _join_state(_check_pair("initial_state", state, sizes))
     ones = v.new_ones(*v.shape[:-1], 1)
     columns = torch.cat((v, ones), -1)
@@ -480,7 +503,7 @@ def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
     few = sizes["T"] <= MOST_TOKENS or backend is not None
     chosen = choose_backend(backend, q, step_lacks(q, k, v, g, state)) if few else None
     if chosen == "triton":
-        from .triton import decode  # who has no GPU may have no triton
+        from .triton import decode  # triton may be missing on a machine without a GPU
 
         return decode.step(q, k, v, g, scale, state)
     if chosen in ("reference", None) or sizes["T"] != 1:
@@ -492,6 +515,6 @@ def _step(sizes, q, k, v, g, state, scale, backend) -> Tensor:
     if g is not None:
         state.mul_(_match(g[:, 0, :, :, None].to(state.dtype).exp(), heads, 1))
     state.addcmul_(_match(kt, heads, 1)[..., None], vt[..., None, :])
-    with no_autocast(q):  # the query heads that share a state are rows of one product
+    with no_autocast(q):  # query heads that share a state are rows of one matrix product
         o = _match(qt, max(heads, qt.shape[1]), 1).reshape(*state.shape[:2], -1, state.shape[2]) @ state
     return (scale * o.flatten(1, 2))[:, None].to(v.dtype)

@@ -1,23 +1,25 @@
-"""Chunked linear attention as matrix products: the torch backend, forward and backward, for every kind of gate.
+"""The torch backend of linear attention: chunked matrix products, forward and backward, for every kind of gate.
 
-R rows (one chunk of one head of one sequence each), C chunk, K key dim, V value dim; G is K for per-channel gates and
-1 for per-head gates. With b the inclusive running sum of the log-decays inside a chunk and S the state before it:
+Dimensions: R rows (one chunk of one head of one sequence each), C tokens of a chunk, K key dim, V value dim, G gates
+per head (K for gates per channel, 1 for gates per head). With b the inclusive running sum of the log-decays inside a
+chunk and S the state before the chunk:
 
     inter   o_t += (q_t * exp b_t) S
     intra   o_t += sum_{s<=t} [ sum_k q_tk k_sk exp(b_tk - b_sk) ] v_s
     state   S   <- Diag(exp b_C) S + (k * exp(b_C - b))^T v
 
-(Yang et al., "Gated Linear Attention Transformers", section 4). All exponentials but exp b_C are products of a factor
-of the query's token and one of the key's, so that everything is matrix products. How they are split depends on the
-gates of the row, and both ways are exact:
+(Yang et al., "Gated Linear Attention Transformers", section 4). Each exponential except exp b_C is the product of a
+factor for the query's token and a factor for the key's token. So all work is matrix products. The factors depend on a
+reference token, which depends on the gates of the row. Both choices are exact:
 
-    cool    the reference is the chunk's middle token: q * exp(b_t - b_mid) and k * exp(b_mid - b_s), at most
-            exp(+-COOL). What is left between middle and edges (``entry``, ``exit``) is applied to the states.
-    hot     where that would overflow, scores are built by halves: for a pair (t, s) in sibling halves of a block the
-            reference is the last token of the left half, so that both factors are <= 1; log2(C) small products.
+    cool    The reference is the chunk's middle token: q * exp(b_t - b_mid) and k * exp(b_mid - b_s), at most
+            exp(+-COOL). The decay between middle and edges (``entry``, ``exit``) multiplies the states.
+    hot     Where these factors could overflow, the scores are computed by halves. For a pair (t, s) in the two halves
+            of a block the reference is the last token of the left half, so both factors are <= 1. This takes log2(C)
+            small products.
 
-The gates' gradient collects, for every factor that holds exp(g_u), the product of factor and gradient: for hot rows
-no large terms cancel, so that it stays exact where the true gradient is exp(-60).
+The gradient of g_u sums, over all factors that contain exp(g_u), the factor times its gradient. In hot rows no large
+terms cancel, so the gradient stays exact where its true value is of the size exp(-60).
 """
 
 import math
@@ -35,20 +37,27 @@ from ..runtime.sequences import sequence_slices
 from . import features
 
 CHUNK = 64
-SEGMENT = 1 << 18  # elements of one operand worked on at a time, 1 MB: the few operands stay in the caches of a core
-COOL = 30.0  # nats between the middle of a chunk and its edges: exp(2 * COOL) is far inside fp32, sums lose 1e-6
-FLOOR = -1000.0  # exp(FLOOR) is 0 in fp64 too; a finite stand-in for -inf
+SEGMENT = 1 << 18  # elements of one operand processed at a time, 1 MB in fp32: the operands fit a core's caches
+COOL = 30.0  # most nats between the middle of a chunk and an edge: exp(2 * COOL) is far inside fp32, sums lose 1e-6
+FLOOR = -1000.0  # finite replacement for -inf: exp(FLOOR) is 0 even in fp64
 
 
 # ------------------------------------------------------------------------------------------------- chunks of sequences
 @dataclass(frozen=True)
 class Layout:
-    """How tokens fall into chunks: step-major (first chunks of all sequences, then the second ones, ..)."""
+    """Assignment of tokens to chunks, ordered by step: the first chunks of all sequences, then the second ones, ..
+
+    Attributes:
+        chunk: tokens of a chunk.
+        counts: for every step, how many sequences have a chunk; descending.
+        order: for packed sequences, their indices, longest first; else None.
+        index: for packed sequences, the token at every position of a chunk, [chunks, C], T for none; else None.
+    """
 
     chunk: int
-    counts: list[int]  # sequences that still have a chunk at each step; descending
-    order: Tensor | None = None  # packed rows: sequences, longest first
-    index: Tensor | None = None  # packed rows: token of every place [chunks, C]; T where there is none
+    counts: list[int]
+    order: Tensor | None = None
+    index: Tensor | None = None
 
     @staticmethod
     def of(batch: int, tokens: int) -> "Layout":
@@ -72,7 +81,7 @@ class Layout:
         return Layout(chunk, counts, order.to(cu_seqlens.device), torch.cat(index).to(cu_seqlens.device))
 
     def split(self, x: Tensor, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
-        """[B,T,H,D] -> rows [R,C,D] times ``factor`` (a number, or rows), zero where a chunk has no token."""
+        """Convert x [B,T,H,D] to rows [R,C,D], times ``factor`` (a number, or rows); zeros where there is no token."""
         if self.index is not None:
             padded = F.pad(x[0].to(dtype), (0, 0, 0, 0, 0, 1))
             return padded[self.index].transpose(1, 2).reshape(-1, self.chunk, x.shape[-1]) * factor
@@ -80,7 +89,7 @@ class Layout:
             x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
         chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
         rows = torch.empty(chunks.shape, dtype=dtype, device=x.device)
-        if isinstance(factor, Tensor):  # in one pass; a number would not do, it leaves a 16-bit product in 16 bits
+        if isinstance(factor, Tensor):  # in one pass; a number as factor would compute the product in 16 bits
             torch.mul(chunks, factor.view(*chunks.shape[:-1], -1), out=rows)
         else:
             rows.copy_(chunks)
@@ -89,7 +98,7 @@ class Layout:
         return rows.view(-1, self.chunk, x.shape[-1])
 
     def join(self, rows: Tensor, out: Tensor, factor: float = 1.0) -> None:
-        """Write rows [R,C,D] or [R,J*C,D], times ``factor``, to their tokens of out [B,T,H,D]; zeros where none is."""
+        """Write rows [R,C,D] or [R,J*C,D], times ``factor``, to out [B,T,H,D]; zeros to tokens without a row."""
         batch, tokens, heads, dim = out.shape
         if self.index is not None:
             places = rows.new_zeros(tokens + 1, heads, dim)
@@ -116,7 +125,7 @@ def _chunk_size(tokens: int) -> int:
 
 
 def _spans(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[slice]:
-    """Time slices small enough to stay in cache; a packed row is one, an empty problem none. By shapes alone."""
+    """Return time slices that fit the CPU caches, from shapes alone: one for packed sequences, none for no elements."""
     batch, tokens, heads, dim = q.shape
     if q.numel() == 0 or v.numel() == 0:
         return []
@@ -128,7 +137,7 @@ def _spans(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[slice]:
 
 
 def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, Layout]]:
-    """The spans with their layouts."""
+    """Return the slices of ``_spans`` with their layouts."""
     spans = _spans(q, v, cu_seqlens)
     if cu_seqlens is not None:
         return [(span, Layout.packed(q.shape[1], cu_seqlens)) for span in spans]
@@ -138,7 +147,15 @@ def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[sli
 # ------------------------------------------------------------------------------------------------------- gates of a row
 @dataclass(frozen=True)
 class Decay:
-    """The exponentials of every row: of queries and keys [R,C,G], of the states around the chunk [R,G,1]."""
+    """The decay factors of every row.
+
+    Attributes:
+        query, key: factors of queries and keys, [R,C,G]; in hot rows exp b_t and exp(b_C - b_t).
+        entry: factor from the state before the chunk to the reference token, [R,G,1]; 1 in hot rows.
+        exit: factor from the reference token to the state after the chunk, [R,G,1]; 1 in hot rows.
+        total: factor from the state before the chunk to the state after it, [R,G,1].
+        hot: the hot rows, None if there are none.
+    """
 
     query: Tensor
     key: Tensor
@@ -148,7 +165,7 @@ class Decay:
     hot: "Hot | None"
 
     def query_heads(self, group: int) -> Tensor:
-        """The queries' factors for each of the ``group`` heads that share a key head, [R*J,C,G]."""
+        """Return the queries' factors for each of the ``group`` query heads that share a key head, [R*J,C,G]."""
         return self.query if group == 1 else self.query.repeat_interleave(group, 0)
 
     @staticmethod
@@ -159,7 +176,7 @@ class Decay:
             nothing = g.new_empty(0, 1, 1)
             return Decay(nothing, nothing, nothing, nothing, nothing, None)
         cool = bool(from_middle[:, 0].amax() <= COOL) and bool(from_middle[:, -1].amin() >= -COOL)
-        if not cool:  # NaN, from infinite gates, is not cool either
+        if not cool:  # also for NaN, which comes from infinite gates
             g = g.clamp(min=FLOOR)
             from_middle = torch.bmm(sums, g)
         to_middle = g[:, 0] - from_middle[:, 0]
@@ -176,7 +193,7 @@ class Decay:
 
 
 class Hot(NamedTuple):
-    """Rows whose scores are built by halves, and their running sums of log-decays, fp64 [.,C,G]."""
+    """Indices of the rows whose scores are computed by halves, and their running sums of log-decays, fp64 [.,C,G]."""
 
     rows: Tensor
     sums: Tensor
@@ -189,33 +206,36 @@ class Hot(NamedTuple):
 
 @cache
 def _sums_from_middle(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[C,C] of 0, 1 and -1: times the log-decays of a chunk it is b_t - b_mid, summed outwards from the middle."""
+    """Return the matrix [C,C] of 0, 1 and -1 whose product with a chunk's log-decays is b_t - b_mid.
+
+    It sums outwards from the middle, so that no two large sums are subtracted.
+    """
     t, u = torch.arange(chunk, device=device)[:, None], torch.arange(chunk, device=device)
     middle = chunk // 2 - 1
     return ((middle < u) & (u <= t)).to(dtype) - ((t < u) & (u <= middle)).to(dtype)
 
 
 def _halves(rows: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """The left and right halves [R, C/(2 half), half, D] of every block of 2 * half tokens."""
+    """Return the left and right halves [R, C/(2 half), half, D] of every block of 2 * half tokens."""
     blocks = rows.unflatten(1, (-1, 2, half))
     return blocks[:, :, 0], blocks[:, :, 1]
 
 
 def _half_decays(sums: Tensor, half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Decay from a left token to the end of its half, and from there to a right token; both <= 1."""
+    """Return the decay from a left token to the end of its half, and from there to a right token; both are <= 1."""
     left, right = _halves(sums, half)
     reference = left[:, :, -1:]
     return (reference - left).exp().to(dtype), (right - reference).exp().to(dtype)
 
 
 def _block_view(scores: Tensor, half: int) -> Tensor:
-    """View [R, half (right), half (left), blocks] of scores [R,C,C]: the pairs of tokens in sibling halves."""
+    """Return the view [R, half (right), half (left), blocks] of scores [R,C,C]: pairs across the halves of a block."""
     blocks = scores.unflatten(2, (-1, 2, half)).unflatten(1, (-1, 2, half))
     return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
 
 
 def _hot_scores(q: Tensor, k: Tensor, sums: Tensor) -> Tensor:
-    """Scores [R,C,C] of hot rows: q and k [R,C,K] without decay, running sums [R,C,G]."""
+    """Compute the scores [R,C,C] of hot rows from q and k [R,C,K] without decay and the running sums [R,C,G]."""
     chunk = q.shape[1]
     scores = q.new_zeros(q.shape[0], chunk, chunk)
     scores.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
@@ -228,7 +248,7 @@ def _hot_scores(q: Tensor, k: Tensor, sums: Tensor) -> Tensor:
 
 
 def _hot_scores_backward(dscores: Tensor, q: Tensor, k: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k [R,C,K] and of the log-decays [R,C,G] through ``_hot_scores``."""
+    """Compute the gradients of q, k [R,C,K] and of the log-decays [R,C,G] through ``_hot_scores``."""
     diagonal = dscores.diagonal(dim1=1, dim2=2)[..., None]
     dq, dk, dg = diagonal * k, diagonal * q, torch.zeros_like(sums, dtype=q.dtype)
     for level in range(q.shape[1].bit_length() - 1):
@@ -245,37 +265,44 @@ def _hot_scores_backward(dscores: Tensor, q: Tensor, k: Tensor, sums: Tensor) ->
 
 
 def _per_gate(x: Tensor, gates: Tensor) -> Tensor:
-    """[..,K] -> [..,G]: a per-head gate collects over channels."""
+    """Reduce x [..,K] to [..,G]: the gradient of a gate per head is the sum over channels."""
     return x if gates.shape[-1] == x.shape[-1] else x.sum(-1, keepdim=True)
 
 
 def _later(x: Tensor) -> Tensor:
-    """Sum over tokens t >= u, along the last but one dimension."""
+    """Sum over tokens t >= u, for every u, along the second-to-last dimension."""
     return x.flip(-2).cumsum(-2).flip(-2)
 
 
 def _earlier(x: Tensor) -> Tensor:
-    """Sum over tokens t < u, along the last but one dimension; summed without what is then taken away."""
+    """Sum over tokens t < u, for every u, along the second-to-last dimension, without a subtraction."""
     return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
 
 
 # ----------------------------------------------------------------------------------------------------- states of chunks
 def _scan(update: Tensor, total: Tensor | None, state: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """State before every chunk [R,K,V] and after the last [N,H,K,V], from the initial one and the updates [R,K,V]."""
+    """Compute the states before every chunk [R,K,V] and after the last one [N,H,K,V].
+
+    Args:
+        update: what every chunk adds to the state, [R,K,V].
+        total: decay of every chunk, [R,G,1], or None.
+        state: initial states [N,H,K,V].
+        counts: as in ``Layout``.
+    """
     before, heads = torch.empty_like(update), state.shape[1]
     last = _run(update, total, state.flatten(0, 1).clone(), before, [n * heads for n in counts], backwards=False)
     return before, last.unflatten(0, (-1, heads))
 
 
 def _scan_backward(update: Tensor, total: Tensor | None, dstate: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Gradient of the state after every chunk [R,K,V] and of the initial state [N,H,K,V]."""
+    """Compute the gradients of the state after every chunk [R,K,V] and of the initial state [N,H,K,V]."""
     after, heads = torch.empty_like(update), dstate.shape[1]
     first = _run(update, total, dstate.flatten(0, 1).clone(), after, [n * heads for n in counts], backwards=True)
     return after, first.unflatten(0, (-1, heads))
 
 
 def _run(update, total, state: Tensor, kept: Tensor, sizes: list[int], backwards: bool) -> Tensor:
-    """Step by step, keep the state and then let it be ``total * state + update``, in place for the rows of the step."""
+    """At every step, copy the state to ``kept`` and update it in place to ``total * state + update``; return it."""
     steps = list(
         zip(kept.split(sizes), update.split(sizes), sizes if total is None else total.split(sizes), strict=True)
     )
@@ -291,10 +318,10 @@ def _run(update, total, state: Tensor, kept: Tensor, sizes: list[int], backwards
 
 # ------------------------------------------------------------------------------------------------- forward and backward
 class _Rows:
-    """What forward and backward both need of the rows of a segment: operands, decays, scores and states.
+    """Operands, decays, scores and states of one segment, which forward and backward share.
 
-    A row is a chunk of a key head. The J query heads that share it stand one below the other, [R,J*C,K], so that a
-    product serves all of them at once.
+    A row is a chunk of a key head. The J query heads that share the key head are concatenated, [R,J*C,K], so that one
+    product computes all of them.
     """
 
     def __init__(self, q, k, v, g, taylor, state, layout, dtype):
@@ -304,7 +331,7 @@ class _Rows:
         self.hot = None if decay is None else decay.hot
         self.raw = None
         self.root = 1.0 if taylor is None else taylor**0.5
-        if taylor is not None:  # a place without a token has the feature 1 too, but its value is zero
+        if taylor is not None:  # a position without a token also has the feature 1, but its value is zero
             self.raw = layout.split(q, dtype, self.root), layout.split(k, dtype, self.root)
             self.q, self.k = _stack(features.taylor(self.raw[0]), group), features.taylor(self.raw[1])
         else:
@@ -324,16 +351,16 @@ class _Rows:
         self.before, self.state = _scan(self.update, self.total, state, layout.counts)
 
     def causal(self, scores: Tensor) -> Tensor:
-        """Scores [R,J*C,C] with zeros where the key is later than the query."""
+        """Set the scores [R,J*C,C] to zero, in place, where the key is later than the query."""
         _each(scores, self.group).tril_()
         return scores
 
     def _hot_keys(self, hot: Hot) -> tuple[Tensor, Tensor]:
-        """Keys and running sums of the hot rows, once for every query head."""
+        """Return the keys and running sums of the hot rows, repeated for every query head."""
         return self.hot_k.repeat_interleave(self.group, 0), hot.sums.repeat_interleave(self.group, 0)
 
     def hot_backward(self, hot: Hot, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the hot rows' q [n,J,C,K], k [n,C,K] and log-decays [n,C,G] from those of their scores."""
+        """Compute the gradients of the hot rows' q [n,J,C,K], k [n,C,K] and log-decays [n,C,G] from their scores'."""
         k, sums = self._hot_keys(hot)
         dq, dk, dg = _hot_scores_backward(_each(dscores, self.group).flatten(0, 1), self.hot_q.flatten(0, 1), k, sums)
         dq, dk, dg = (x.unflatten(0, (-1, self.group)) for x in (dq, dk, dg))
@@ -341,12 +368,12 @@ class _Rows:
 
 
 def _stack(rows: Tensor, group: int) -> Tensor:
-    """Rows [R*J,C,D] of query heads -> [R,J*C,D]."""
+    """View rows [R*J,C,D] of query heads as [R,J*C,D]."""
     return rows.view(rows.shape[0] // group, group * rows.shape[1], rows.shape[2])
 
 
 def _each(rows: Tensor, group: int) -> Tensor:
-    """View [R,J,C,D] of rows [R,J*C,D]."""
+    """View rows [R,J*C,D] as [R,J,C,D]."""
     return rows.view(rows.shape[0], group, rows.shape[1] // group, rows.shape[2])
 
 
@@ -361,11 +388,21 @@ def forward(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs [B,T,H,V] in v's dtype, final states [N,H,K,V] and the states before every segment [S,N,H,K,V].
+    """Compute outputs and states.
 
-    q: [B,T,J*H,K]; k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V];
-    cu_seqlens: [N+1]. With ``taylor`` the scores are 1 + z + z^2 / 2 of z = taylor * q.k, there is no g, and the states
-    have P packed features for K.
+    Args:
+        q: [B,T,J*H,K].
+        k: [B,T,H,K].
+        v: [B,T,H,V].
+        g: [B,T,H,K], [B,T,H,1] or None.
+        scale: factor of the outputs.
+        taylor: if given, the scores are 1 + z + z^2 / 2 with z = taylor * q.k; g is None, and the states have P rows,
+            one per packed feature, instead of K.
+        state: [N,H,K,V].
+        cu_seqlens: [N+1] or None.
+
+    Returns:
+        o [B,T,J*H,V] in v's dtype, final states [N,H,K,V], and the states before every segment [S,N,H,K,V].
     """
     dtype = compute_dtype(q, k, v, g)
     starts = state.new_empty(len(_spans(q, v, cu_seqlens)), *state.shape)
@@ -401,7 +438,14 @@ def backward(
     do: Tensor,
     dstate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g (empty without gates) and the initial state, from those of outputs and final state."""
+    """Compute the gradients of q, k, v, g (empty without gates) and the initial state.
+
+    Args:
+        q, k, v, g, scale, taylor, cu_seqlens: as in ``forward``.
+        starts: states before every segment, from ``forward``.
+        do: gradient of the outputs.
+        dstate: gradient of the final states.
+    """
     dtype, dstate = compute_dtype(q, k, v, g), dstate.clone()
     gates = q.new_empty(0) if g is None else g
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gates)]
@@ -433,7 +477,7 @@ def _(q, k, v, g, scale, taylor, starts, cu_seqlens, do, dstate):
 def _backward_rows(
     r: _Rows, do: Tensor, dstate: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of the rows of q, k, v, g or None, and of the states before the segment."""
+    """Compute the gradients of the rows of q, k, v and g (None without gates), and of the states before the segment."""
     dentry = torch.bmm(r.q.mT, do)
     if r.decay is not None:
         dentry *= r.decay.entry
@@ -460,7 +504,7 @@ def _backward_rows(
     if r.hot is not None:
         rows = r.hot.rows
         dq_hot, dk_hot, dg_hot = r.hot_backward(r.hot, dscores_hot)
-        dq_far, dk_far = _each(dq[rows], r.group), dk[rows]  # through the states: the chunk's scores were left out
+        dq_far, dk_far = _each(dq[rows], r.group), dk[rows]  # through the states only: dscores of hot rows was set to 0
         dg_hot += dtotal[rows] + _later(_per_gate((dq_far * r.hot_q).sum(1), gates))
         dg[rows] = dg_hot + _earlier(_per_gate(dk_far * r.hot_k, gates))
         dq[rows] = (dq_far + dq_hot).flatten(1, 2)
@@ -469,9 +513,14 @@ def _backward_rows(
 
 
 def _cool_dg(dexponent: Tensor, dentry: Tensor, dexit: Tensor) -> Tensor:
-    """Gradient of the log-decays [R,C,G] from that of the exponents b_t - b_mid [R,C,G], b_mid and b_C - b_mid [R,1,G].
+    """Compute the gradient of the log-decays [R,C,G] of cool rows.
 
-    Gates up to the middle enter exponents of earlier tokens with a minus, later gates those of later tokens.
+    Args:
+        dexponent: gradient of the exponents b_t - b_mid, [R,C,G].
+        dentry, dexit: gradients of the exponents b_mid and b_C - b_mid, [R,1,G].
+
+    A gate up to the middle enters the exponents of earlier tokens with a minus sign. A gate after the middle enters
+    the exponents of its own and later tokens.
     """
     halves = dexponent.unflatten(1, (2, -1))
     sums = halves.cumsum(2)
@@ -506,6 +555,9 @@ def attend(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B,T,H,V] in v's dtype and final states [N,H,K,V]; arguments as in ``forward``, differentiable once."""
+    """Compute outputs [B,T,J*H,V] in v's dtype and final states [N,H,K,V]; differentiable once.
+
+    The arguments are those of ``forward``.
+    """
     o, state, _ = forward(q, k, v, g, scale, taylor, state, cu_seqlens)
     return o, state

@@ -1,4 +1,4 @@
-"""The specification of linear attention: one token after the other, as the formula says. Never optimised.
+"""Reference implementation of linear attention: the recurrence, token by token. It is never optimised.
 
 B batch, T time, H heads, K key dim, V value dim; per head the state S is K x V:
 
@@ -17,9 +17,18 @@ from ..runtime.sequences import sequence_slices
 def attend(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B,T,H,V] and final states [N,H,K,V] in the state's dtype, differentiable by autograd.
+    """Compute outputs and final states, in the state's dtype; differentiable by autograd.
 
-    q, k: [B,T,H,K]; v: [B,T,H,V]; g: [B,T,H,K], [B,T,H,1] or None; state: [N,H,K,V].
+    Args:
+        q, k: [B,T,H,K].
+        v: [B,T,H,V].
+        g: natural-log decays [B,T,H,K] or [B,T,H,1], or None.
+        scale: factor of q.
+        state: initial states [N,H,K,V].
+        cu_seqlens: offsets [N+1] of packed sequences, or None.
+
+    Returns:
+        o [B,T,H,V] and final states [N,H,K,V].
     """
     if cu_seqlens is not None:
         outputs, states = [], []

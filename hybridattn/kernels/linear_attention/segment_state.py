@@ -1,4 +1,4 @@
-"""States of parts of a sequence, and their merging: what segments, ranks and prefixes pass to each other."""
+"""The state that a segment of a sequence contributes, and merging of such states (for segments, ranks, prefixes)."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,12 @@ GATE_SHAPES = {1: "H", 3: "B T H", 4: "B T H K"}  # by number of dimensions
 
 
 class SegmentState(NamedTuple):
-    """What a segment does to a state: ``S -> decay * S + state``. fp32 [N,H,K,V] and [N,H,K] or [N,H,1]."""
+    """The effect of a segment on a state S: it becomes ``decay * S + state``.
+
+    Attributes:
+        state: fp32 or wider [N,H,K,V].
+        decay: of the same dtype, [N,H,K] or [N,H,1].
+    """
 
     state: Tensor
     decay: Tensor
@@ -27,22 +32,23 @@ def linear_attention_state(
     cu_seqlens: Tensor | None = None,
     check_values: bool = False,
 ) -> SegmentState:
-    """The state that tokens leave behind, started from zero, and the decay that they put on an earlier one.
+    """Compute the state after the given tokens, started from zeros, and their decay of an earlier state.
+
+    It cannot be traced into one graph with cu_seqlens and gates that require gradients.
 
     Args:
-        k: [B,T,H,K], any floating-point dtype; for BASED its features.
-        v: [B,T,H,V]; a further column of ones gives the sum of keys that a normaliser needs.
-        g: natural-log decay <= 0, [B,T,H,K], [B,T,H] or [H]; none by default. Differentiable, as k and v are.
+        k: [B,T,H,K], any floating-point dtype; for BASED the features of the keys.
+        v: [B,T,H,V]; with a column of ones appended, the state also holds the sum of keys, as a normaliser needs it.
+        g: natural-log decay <= 0, [B,T,H,K], [B,T,H] or [H]; no decay by default. Differentiable, like k and v.
         cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
-        check_values: on a GPU, also check the values of g and cu_seqlens (synchronises); on a CPU they always are.
-
-    With cu_seqlens and gates that require gradients it cannot be traced into one graph.
+        check_values: on a GPU, also check the values of g and cu_seqlens (synchronises). On a CPU they are always
+            checked.
 
     Returns:
         The state [N,H,K,V] and the decay [N,H,K] ([N,H,1] unless gates are per channel), fp32 or wider.
 
     Raises:
-        ValueError: a shape, dtype, device or gate is not as above; the message names it.
+        ValueError: a shape, dtype, device or gate is not as above.
     """
     sizes: dict[str, int] = {}
     check_shape(sizes, "k", k, "B T H K")
@@ -69,14 +75,17 @@ def linear_attention_state(
 
 
 def _state(k: Tensor, v: Tensor, g: Tensor) -> SegmentState:
-    """k, v in the dtype of the state, g [B,T,H,K] or [B,T,H,1] in fp64: every exponent is a sum of gates, at most 0."""
+    """Compute the state from k and v in its dtype and g [B,T,H,K] or [B,T,H,1] in fp64.
+
+    Every exponent is a sum of gates, hence at most 0: nothing overflows.
+    """
     later = torch.cat((g[:, 1:], torch.zeros_like(g[:, :1])), 1)[:, : g.shape[1]]
     to_end = later.flip(1).cumsum(1).flip(1).exp().to(k.dtype)
     return SegmentState(torch.einsum("bthk,bthv->bhkv", k * to_end, v), g.sum(1).exp().to(k.dtype))
 
 
 def merge_states(first: SegmentState, second: SegmentState) -> SegmentState:
-    """The state of a segment that is ``first`` and then ``second``. Associative.
+    """Compute the state of the segment that consists of ``first`` followed by ``second``; associative.
 
     Raises:
         ValueError: the two have different shapes.

@@ -1,1 +1,1 @@
-"""What every operator shares: argument checks, the choice of a backend, packed sequences."""
+"""Code shared by all operators: argument checks, choice of a backend, packed sequences, registration of ops."""

@@ -1,7 +1,8 @@
-"""What every table of launch parameters shares: architectures, and which rows were verified on them.
+"""GPU architectures, and the records that describe a kernel's launch rows.
 
-A row is what a kernel is launched with: block sizes, warps, stages. It is *verified* on an architecture once
-``hybridattn kernels check`` passed there with every case that uses it, and *compiled only* before.
+A *launch row* (short: row) is one set of launch parameters of a kernel: block sizes, warps, pipeline stages. A row is
+*verified* on an architecture once ``hybridattn kernels check`` has passed there with every case that uses the row.
+Until then it is *compiled only*.
 """
 
 import json
@@ -15,20 +16,20 @@ from typing import Any, NamedTuple
 import torch
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""The architectures that launch tables have rows for, with the bytes of shared memory that a program may have."""
+"""Architectures with rows in the launch tables: shared memory per program, in bytes."""
 
 
 class CompileRow(NamedTuple):
-    """One compilation of a kernel, as its package declares it for ``hybridattn kernels compile``.
+    """One compilation of a kernel, as ``compile_cases.py`` declares it for ``hybridattn kernels compile``.
 
     Attributes:
-        name: unique among the rows of its architecture; the part before the first space names the kernel.
+        name: unique among the rows of an architecture; the part before the first space names the kernel.
         kernel: the ``triton.jit`` function.
-        signature: Triton's type of every argument that is no constexpr, in the notation of its AOT compiler: "*bf16",
-            "i32", "fp32", "tensordesc<bf16[64,64]>"; ":16" after it says that address or number are divisible by 16,
-            ":1" that the number is 1. Both are what the JIT would specialise. A tuple of these for a tuple.
+        signature: type of every argument except constexprs, in the notation of Triton's AOT compiler: "*bf16",
+            "i32", "fp32", "tensordesc<bf16[64,64]>". The suffix ":16" means that the address or number is divisible
+            by 16, ":1" that the number is 1; the JIT would specialise on both. A tuple argument has a tuple of types.
         constexprs: value of every constexpr.
-        num_warps, num_stages: of the launch.
+        num_warps, num_stages: launch options.
     """
 
     name: str
@@ -40,12 +41,12 @@ class CompileRow(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Most bytes that one launch may move, as its package declares them; held by tests under the interpreter.
+    """Upper bounds of the memory traffic of one launch, which tests compare with the traffic in the interpreter.
 
     Attributes:
-        unique: distinct bytes loaded and stored, over the bytes of all inputs and outputs together.
-        loads, stores: bytes loaded from or stored to each argument, repetitions included, over the argument's bytes.
-            An argument that is not named may not be touched.
+        unique: distinct bytes loaded and stored, divided by the bytes of all inputs and outputs together.
+        loads, stores: by argument, the bytes loaded or stored (repetitions included) divided by the argument's bytes.
+            The launch may not access an argument without an entry.
     """
 
     unique: float
@@ -54,7 +55,10 @@ class Traffic(NamedTuple):
 
 
 def architecture(device: torch.device) -> str:
-    """Name of a GPU's architecture, such as "sm_90" or "gfx942"; of a CPU, where kernels are interpreted, "sm_90"."""
+    """Return the name of a GPU's architecture, such as "sm_90" or "gfx942".
+
+    A CPU, where Triton interprets the kernels, counts as "sm_90".
+    """
     if device.type == "cpu":
         return "sm_90"
     if torch.version.hip:
@@ -64,10 +68,10 @@ def architecture(device: torch.device) -> str:
 
 
 def nearest_architecture(name: str) -> str:
-    """The architecture whose rows serve ``name``: itself, or the nearest that has no more than it.
+    """Return the architecture whose rows ``name`` uses: itself, or the nearest one with no more hardware features.
 
-    sm_103 is served as sm_100, other NVIDIA GPUs (sm_86, sm_89, sm_120, ..) as sm_80, since neither the matrix
-    instructions of sm_90 nor those of sm_100 are theirs; AMD GPUs as gfx942.
+    sm_103 uses the rows of sm_100. Other NVIDIA GPUs (sm_86, sm_89, sm_120, ..) use those of sm_80, since they lack
+    the matrix instructions of sm_90 and of sm_100. AMD GPUs use those of gfx942.
     """
     if name in SHARED_MEMORY:
         return name
@@ -78,19 +82,23 @@ def nearest_architecture(name: str) -> str:
 
 @cache
 def read_verified(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows verified so far, from ``verified.json`` in a package's triton folder: where by architecture and row name."""
+    """Read ``verified.json`` of a triton folder.
+
+    Returns:
+        {architecture: {row name: device and versions of the check}}; empty if there is no file.
+    """
     file = folder / "verified.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 @contextmanager
 def launching(row: str, x: torch.Tensor) -> Iterator[None]:
-    """The region in which kernels of a launch row are started, on the GPU of ``x``: Triton takes the current one.
+    """Make the GPU of ``x`` current for launches of the row: Triton launches on the current GPU.
 
     Raises:
-        RuntimeError: the row asks for more than this GPU has, of shared memory for instance.
+        RuntimeError: the row needs more of a resource than the GPU has, for instance shared memory.
     """
-    from triton.runtime.errors import OutOfResources  # who has no GPU may have no triton
+    from triton.runtime.errors import OutOfResources  # triton may be missing on a machine without a GPU
 
     try:
         with torch.cuda.device_of(x):
@@ -101,19 +109,19 @@ def launching(row: str, x: torch.Tensor) -> Iterator[None]:
 
 @cache
 def warn_of_torch(lacks: str) -> None:
-    """Say once of every case that its kernels lack that a GPU has the torch backend instead."""
-    warnings.warn(f"{lacks} by the Triton kernels; the torch backend takes it", stacklevel=4)
+    """Warn, once per unsupported case, that the torch backend replaces the Triton kernels on a GPU."""
+    warnings.warn(f"{lacks}: unsupported by the Triton kernels, using the torch backend", stacklevel=4)
 
 
 @cache
 def warn_of_launch(name: str, row: str, verified: bool) -> None:
-    """Say once if a GPU has no rows of its own, and once per row that it was compiled only."""
-    if (served := nearest_architecture(name)) != name:
-        _warn_of_architecture(name, served)
+    """Warn once if an architecture has no rows of its own, and once per row that is compiled only."""
+    if (nearest := nearest_architecture(name)) != name:
+        _warn_of_architecture(name, nearest)
     if not verified:
-        warnings.warn(f"launch row {row!r} was compiled for {name} but not verified there", stacklevel=4)
+        warnings.warn(f"launch row {row!r} was compiled for {name} but not verified on that GPU", stacklevel=4)
 
 
 @cache
-def _warn_of_architecture(name: str, served: str) -> None:
-    warnings.warn(f"no launch rows for {name}: taking those of {served}", stacklevel=5)
+def _warn_of_architecture(name: str, nearest: str) -> None:
+    warnings.warn(f"no launch rows for {name}: using those of {nearest}", stacklevel=5)

@@ -1,4 +1,4 @@
-"""Which implementation serves a call."""
+"""Choice of an operator's backend (reference, torch or triton), and the dtypes it computes in."""
 
 import os
 from importlib.util import find_spec
@@ -12,16 +12,20 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | None = None) -> str:
-    """Name of the backend that serves a call.
+    """Choose the backend of a call.
 
     Args:
-        backend: the one asked for, which is never replaced; None is ``"triton"`` for CUDA tensors where the operator's
-            kernels have the case, ``"torch"`` elsewhere, with a warning once per case if it is not for fp64.
-        q: a tensor of the call, of an operator that has Triton kernels.
-        lacks: why the Triton kernels cannot serve the call, as "argument: expected .., got .."; None if nothing does.
+        backend: the caller's choice, which is never replaced. None chooses ``"triton"`` for CUDA tensors if the
+            operator's kernels support the call, else ``"torch"``. On a GPU the second choice warns once per case,
+            except for fp64.
+        q: a tensor of the call; None for an operator without Triton kernels.
+        lacks: why the Triton kernels do not support the call, as "argument: expected .., got .."; None if they do.
+
+    Returns:
+        ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Raises:
-        ValueError: what was asked for by name is no backend of the operator, or lacks the case.
+        ValueError: the operator has no backend of the given name, or that backend does not support the call.
     """
     if backend is None:
         if q is None or not q.is_cuda or not HAS_TRITON:
@@ -34,28 +38,28 @@ def choose_backend(backend: str | None, q: Tensor | None = None, lacks: str | No
         raise ValueError(f"backend: expected one of {[*names, None]}, got {backend!r}")
     if backend == "triton" and q is not None:
         if lacks is not None:
-            raise ValueError(f"{lacks} with backend='triton'")
+            raise ValueError(f"{lacks} (with backend='triton')")
         if not q.is_cuda and not _interpreting():
             raise ValueError(f"q: expected a CUDA tensor with backend='triton' (or TRITON_INTERPRET=1), got {q.device}")
     return backend
 
 
 def _interpreting() -> bool:
-    """Whether Triton interprets kernels: what ``triton.knobs.runtime.interpret`` reads, and writes when it is set.
+    """Return whether Triton interprets kernels.
 
-    Reads the environment variable, because torch.compile cannot trace the knob. torch.compiler's decorators for such
-    functions would import torch._dynamo, which takes two seconds.
+    Reads the environment variable behind ``triton.knobs.runtime.interpret``: torch.compile cannot trace the knob.
+    torch.compiler's decorators for untraceable functions would import torch._dynamo, which takes two seconds.
     """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of sums and states: fp64 if any tensor is fp64, else fp32."""
+    """Return the dtype of sums and states: fp64 if any tensor is fp64, else fp32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as an active ``torch.autocast`` region wants matrix operands: fp32 becomes its 16-bit dtype."""
+    """Cast fp32 tensors to the 16-bit dtype of an active ``torch.autocast`` region, as for matrix operands."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -64,5 +68,5 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """A region in which sums and states keep their own dtype, whatever autocast the caller is in."""
+    """Return a context that disables autocast, so that sums and states keep their dtype."""
     return torch.autocast(x.device.type, enabled=False)

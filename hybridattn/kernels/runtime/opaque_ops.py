@@ -1,4 +1,4 @@
-"""Registration of operators that torch.compile does not trace."""
+"""Registration of functions as torch library ops, which torch.compile calls but does not trace."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -10,11 +10,11 @@ from torch.library import custom_op, impl
 
 
 def opaque_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Make a ``torch.library.CustomOpDef`` of the decorated function, for every device.
+    """Return a decorator that makes a function a ``torch.library.CustomOpDef`` for every device.
 
-    What custom_op registers imports torch._dynamo when it is first called, which takes seconds. This kernel calls
-    torch.compiler.disable, which keeps torch.compile from tracing the function as custom_op does, only if torch._dynamo
-    has already been imported.
+    The implementation that custom_op registers imports torch._dynamo at its first call, which takes seconds. Both it
+    and this one use torch.compiler.disable to keep torch.compile from tracing the function. This one does so only once
+    torch._dynamo has been imported.
 
     Args:
         name: "namespace::operator".

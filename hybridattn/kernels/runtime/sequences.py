@@ -1,4 +1,7 @@
-"""Packed sequences: several sequences in one row, told apart by ``cu_seqlens``, the offsets [0, n1, n1+n2, ..]."""
+"""Packed sequences: several sequences in one row of a batch, separated by the offsets ``cu_seqlens``.
+
+For sequences of n1, n2, .. tokens, ``cu_seqlens`` is [0, n1, n1 + n2, ..].
+"""
 
 from itertools import pairwise
 
@@ -9,10 +12,13 @@ from .checks import reads_values
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, check_values: bool) -> None:
-    """Check the offsets of ``cu_seqlens [N+1]`` over one packed row of ``tokens`` tokens.
+    """Check the offsets ``cu_seqlens`` [N+1] of one packed row of ``tokens`` tokens.
 
-    Tokens past the last offset belong to no sequence: operators leave zeros there. Values are checked where they are
-    read: that synchronises a GPU.
+    Tokens past the last offset belong to no sequence; operators write zeros there. Values are checked if
+    ``reads_values``, which synchronises a GPU.
+
+    Raises:
+        ValueError: the offsets or the batch size do not fit a packed row.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"{name}: expected a tensor of integer offsets [N+1], got {type(cu_seqlens).__name__}")
@@ -29,11 +35,11 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, che
 
 
 def sequence_slices(cu_seqlens: Tensor) -> list[slice]:
-    """The time slice of every sequence of a packed row."""
+    """Return the time slice of every sequence of a packed row; reads the values of ``cu_seqlens``."""
     return [slice(a, b) for a, b in pairwise(cu_seqlens.tolist())]
 
 
 def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Number of the sequence of every token, int64 [tokens]; N for tokens past the last offset."""
+    """Return the sequence index of every token, int64 [tokens]; N for tokens past the last offset."""
     at = torch.arange(tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].contiguous().to(at.dtype), at, right=True)

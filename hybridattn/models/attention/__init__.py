@@ -1,8 +1,8 @@
-"""``attn_implementation="hybridattn"``: softmax attention of any transformers model on this package's kernels.
+"""Run the softmax attention of any transformers model on this package's kernels: ``attn_implementation="hybridattn"``.
 
-transformers calls two functions by that name, registered together here: ``masks.create_mask`` once per forward pass and
-kind of layer, ``forward.attention_forward`` in every layer, with the mask that the first made. An attention function
-without a mask function is told nothing of padding.
+Importing this package registers two functions under that name. transformers calls ``masks.create_mask`` once per
+forward pass and kind of layer, and ``forward.attention_forward`` in every layer, with the mask that ``create_mask``
+returned. Both are needed: without a mask function of its own, an attention function gets no information about padding.
 """
 
 from transformers.masking_utils import AttentionMaskInterface

@@ -1,4 +1,4 @@
-"""The attention function: which operator serves what a layer of transformers asks for."""
+"""The attention function that transformers calls in every layer; it selects the operator for the layer's arguments."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ...kernels.flash_attention.options import Options
 from ...layers.parallel.context import refuse
 from .masks import Layout
 
-# Biases of the scores, paged caches, keys that an indexer chose, and sinks of every token
+# Arguments for biases of the scores, paged caches, keys selected by an indexer, and sinks per token
 UNSUPPORTED = ("position_bias", "cache", "block_table", "indices", "block_indices", "sinks")
 
 
@@ -28,43 +28,43 @@ def attention_forward(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention of one layer, under the arguments of transformers' ``AttentionInterface``.
+    """Compute the softmax attention of one layer, with the arguments of transformers' ``AttentionInterface``.
 
-    Padding is packed away (Law 3 of DESIGN.md); a decode step reads the cache where it lies. Windows count positions,
-    padding inside a row included, as transformers' own masks do. In a graph being traced padding is served without
-    shapes that depend on it, and packed sequences need ``cu_seq_lens_q``: positions that start again raise there.
+    Padding tokens are removed by packing (Law 3 of DESIGN.md); a decode step reads the cache in place. Windows count
+    positions, including padding inside a row, as transformers' own masks do. While torch.compile traces, no shape
+    depends on the padding, and packed sequences need ``cu_seq_lens_q``: a position that restarts raises an error there.
 
     Args:
-        module: the layer; causal if its ``is_causal`` or the argument says so; one of the two has to.
+        module: the layer; its ``is_causal`` is used if the argument ``is_causal`` is None, and one of them must be set.
         query: [B,Hq,T,D].
         key, value: [B,H,S,D] and [B,H,S,V], Hq a multiple of H; S > T with a cache or in cross-attention.
-        attention_mask: what ``create_mask`` made.
+        attention_mask: mask returned by ``create_mask``.
         scaling: factor of the scores, D^-0.5 by default.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it; if not causal, see ``_reach``.
-        position_ids: [B,T]; positions that start again within a row are packed sequences, unless a cache has more.
+        position_ids: [B,T]; a position that restarts begins a packed sequence. Ignored if the cache holds earlier keys.
         kwargs: ``softcap``; ``s_aux`` [Hq], sinks; ``cu_seq_lens_q`` and ``cu_seq_lens_k``, offsets of packed sequences
-            (B = 1). Others are for other implementations.
+            (B = 1). Arguments for other attention implementations are ignored.
 
     Returns:
-        o [B,T,Hq,V], and None for the weights, which are never made. What a padding token gets has no meaning.
+        o [B,T,Hq,V], and None for the weights, which are never computed. Outputs of padding tokens are undefined.
 
     Raises:
-        ValueError: dropout, a bias of the scores, a paged cache, a mask that ``create_mask`` has not made, one with a
-            window that the layer does not name, or an active ``sequence_parallel``.
+        ValueError: dropout, a bias of the scores, a paged cache, a mask that is not from ``create_mask``, a mask with a
+            window that the layer does not pass, or an active ``sequence_parallel`` context.
     """
-    refuse("attn_implementation='hybridattn': expected no context (it is for this package's models), got a call")
+    refuse("attn_implementation='hybridattn': expected no context (only this package's models support one), got a call")
     if dropout:
         raise ValueError(f"dropout: expected 0 with attn_implementation='hybridattn', got {dropout}")
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: expected None with attn_implementation='hybridattn', got some")
+            raise ValueError(f"{name}: expected None with attn_implementation='hybridattn', got a value")
     if sliding_window is None and attention_mask is not None and attention_mask.shape[2:3] == (2,):
         sliding_window = getattr(module, "sliding_window", None)  # Qwen2-MoE has it and does not pass it on
     mask = _check_mask(attention_mask, key.shape[2], sliding_window)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if is_causal is None and not hasattr(module, "is_causal"):
         raise ValueError(
-            f"is_causal: expected a layer or an argument that says so, got neither of {type(module).__name__}"
+            f"is_causal: expected an argument or an attribute of the layer, got neither for {type(module).__name__}"
         )
     causal = bool(module.is_causal if is_causal is None else is_causal)
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
@@ -76,9 +76,12 @@ def attention_forward(
     offsets = kwargs.get("cu_seq_lens_q")
     if offsets is not None:
         if layout is not None:
-            raise ValueError("attention_mask: expected no padding and no static cache beside cu_seq_lens_q, got some")
+            raise ValueError("attention_mask: expected no padding and no static cache with cu_seq_lens_q, got one")
         if causal and q.shape[1] != k.shape[1]:
-            raise ValueError(f"cu_seq_lens_q: expected None where a cache keeps keys, got {k.shape[1]} keys in all")
+            raise ValueError(
+                f"cu_seq_lens_q: expected None with cached keys, got offsets with {q.shape[1]} queries and "
+                f"{k.shape[1]} keys"
+            )
         ends = kwargs.get("cu_seq_lens_k")
         o = flash_attention(q, k, v, causal=causal, cu_seqlens_q=offsets, cu_seqlens_k=ends, **options)
     elif layout is not None:
@@ -94,19 +97,19 @@ def attention_forward(
 
 
 def _check_mask(mask: Tensor | None, keys: int, sliding_window: int | None) -> Tensor | None:
-    """The mask, if it says more than that there is a window."""
+    """Return the mask, or None if it only signals that the layer has a window."""
     if mask is None:
         return None
-    made = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] <= 2 and mask.dtype in (torch.uint8, torch.int32)
-    if not made:
+    known = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] <= 2 and mask.dtype in (torch.uint8, torch.int32)
+    if not known:
         raise ValueError(
-            "attention_mask: expected [B, T] with zeros for padding (from which attn_implementation='hybridattn' makes "
-            f"its own), got {mask.dtype} {list(mask.shape)}; other patterns need 'eager' or 'sdpa'"
+            "attention_mask: expected [B, T] with zeros for padding with attn_implementation='hybridattn', "
+            f"got {mask.dtype} {list(mask.shape)}; other patterns need 'eager' or 'sdpa'"
         )
     if mask.shape[2] == 2 and sliding_window is None:
         raise ValueError(
-            "sliding_window: expected that of the mask, got None: layers of this model do not name their window; "
-            "'eager' and 'sdpa' attention read it from the mask"
+            "sliding_window: expected the window of the mask, got None: layers of this model do not pass their window; "
+            "use 'eager' or 'sdpa' attention, which read it from the mask"
         )
     if mask.shape[2:] == (2, 0):
         return None
@@ -116,10 +119,10 @@ def _check_mask(mask: Tensor | None, keys: int, sliding_window: int | None) -> T
 
 
 def _reach(module: nn.Module, sliding_window: int, causal: bool) -> int:
-    """Tokens before (and after) itself that a token sees: ``sliding_window`` counts the token itself.
+    """Return how many tokens before itself (and, if not causal, after itself) a token sees.
 
-    In bidirectional attention it does in some models and not in others, while transformers' masks always reach
-    ``config.sliding_window`` tokens to each side.
+    In causal attention ``sliding_window`` counts the token itself. In bidirectional attention some models count it and
+    others do not, while transformers' masks always reach ``config.sliding_window`` tokens to each side.
     """
     if causal:
         return sliding_window - 1
@@ -127,23 +130,23 @@ def _reach(module: nn.Module, sliding_window: int, causal: bool) -> int:
 
 
 def _is_step(q: Tensor, k: Tensor, causal: bool) -> bool:
-    """Few new tokens after kept ones."""
+    """Whether this is a decode step: at most MOST_NEW_TOKENS queries after cached keys, without gradients."""
     return causal and q.shape[1] <= MOST_NEW_TOKENS and q.shape[1] < k.shape[1] and not torch.is_grad_enabled()
 
 
 def _packed_offsets(mask: Tensor | None, position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Offsets of the packed sequences of all rows, laid end to end; None if every row is one sequence."""
+    """Return the offsets of all packed sequences, with the rows concatenated; None if every row is one sequence."""
     if mask is not None:
         sequences = mask[:, 0, 0]
     elif position_ids is not None and position_ids.shape == q.shape[:2] and 1 < q.shape[1] == k.shape[1]:
-        # A cache, where transformers does not look for packed sequences.
+        # With a cache object, transformers does not search position_ids for packed sequences.
         sequences = F.pad((position_ids.diff(dim=1) <= 0).cumsum(1), (1, 0))
     else:
         return None
     one_each = (sequences[:, -1] == 0).all()
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(
-            one_each, "position_ids: expected cu_seq_lens_q beside positions that start again"
+            one_each, "position_ids: expected cu_seq_lens_q with positions that restart, got None"
         )
         return None
     if bool(one_each):
@@ -153,14 +156,14 @@ def _packed_offsets(mask: Tensor | None, position_ids: Tensor | None, q: Tensor,
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, options: dict[str, Any]) -> Tensor:
-    """Attention with padding, or with slots of a static cache that are still empty."""
+    """Compute attention with padding, or with a static cache some of whose slots are still empty."""
     step, window = _is_step(q, k, causal), options.get("window")
     if step and not layout.has_holes():
         lengths = (layout.first + q.shape[1]).expand(len(q))
         return flash_decode(q, k, v, cache_lengths=lengths, start_positions=layout.keys.int().argmax(1), **options)
-    if (step or window) and layout.has_holes():  # packed, the rest would move together and the window reach too far
+    if (step or window) and layout.has_holes():  # packing would reduce distances, and the window would reach too far
         return _by_position(q, k, v, layout, **options)
-    # In bidirectional attention every query is asked for: the mask is of the keys, which may be another sequence's.
+    # In bidirectional attention the mask covers only the keys, possibly of another sequence: compute every query.
     packed_q = layout.packed_queries() if causal or window else layout.all_queries()
     packed_k = layout.packed_keys()
     o = flash_attention(
@@ -185,7 +188,7 @@ def _by_position(
     sinks: Tensor | None,
     window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention, causal or in a window, of queries and keys where they lie; a hidden key is out of reach."""
+    """Compute causal or windowed attention by position, without packing; masked keys get a position out of reach."""
     left, right = window or (None, 0)
     options = Options(q.shape[3] ** -0.5 if scale is None else scale, left, right, None, sinks, softcap)
     slots = torch.arange(k.shape[1], device=q.device)

@@ -32,18 +32,18 @@ class Block(nn.Module):
     def __init__(self, config: HybridAttnConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        name = config.mixers[layer_idx]
+        layers = config.layer_mixers
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.conv = None
         if config.input_conv_size is not None:
             self.conv = ShortConvolution(config.hidden_size, config.input_conv_size, cache_name="input_conv")
         self.mixer = build_mixer(
-            name,
+            layers[layer_idx].name,
             config.hidden_size,
-            config.mixer_options.get(name, {}),
+            layers[layer_idx].options,
             backend=config.backend,
             layer_idx=layer_idx,
-            num_layers=len(config.mixers),
+            num_layers=len(layers),
         )
         self.mixer.state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
         self.mlp = None

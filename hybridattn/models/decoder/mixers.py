@@ -1,6 +1,13 @@
-"""The mixers a configuration can name: name -> layer and the options it starts from. A new mixer is one row here."""
+"""The table of mixers that a configuration can name, and the construction of a layer from its options.
 
-from typing import Any, NamedTuple
+A new mixer is one row of ``MIXERS``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from huggingface_hub.dataclasses import type_validator
 
 from ...layers import (
     BaseConv,
@@ -13,18 +20,28 @@ from ...layers import (
     TaylorLinearAttention,
     TokenMixer,
 )
+from .mixer_list import LayerMixer
 
 
 class Mixer(NamedTuple):
+    """A row of ``MIXERS``.
+
+    Attributes:
+        layer: class of the layer.
+        options: options that differ from the layer's own defaults.
+        from_model: options that the decoder sets: arguments of ``build_mixer``.
+        columns: weights that tensor parallelism splits by columns, head by head; ``o_proj`` is split by rows then.
+    """
+
     layer: type[TokenMixer]
     options: dict[str, Any]
-    told: tuple[str, ...] = ("backend",)  # what the layer is told by the decoder: these options of ``build_mixer``
-    columns: tuple[str, ...] = ()  # weights whose columns processes can share by heads, and with them rows of o_proj
+    from_model: tuple[str, ...] = ("backend",)
+    columns: tuple[str, ...] = ()
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-# Options that keep something per head outside these weights, which nobody would share out.
-_WHOLE = {"alibi", "sinks", "gate_per", "conv_size"}
+# Options with parameters or constants per head that tensor parallelism does not split.
+_UNSPLIT = {"alibi", "sinks", "gate_per", "conv_size"}
 
 MIXERS = {
     "full": Mixer(SoftmaxAttention, {}, columns=_QKV),
@@ -34,23 +51,21 @@ MIXERS = {
     "prefix": Mixer(PrefixLinearAttention, {}, columns=(*_QKV, "k_prefix_proj", "v_prefix_proj")),
     "gla": Mixer(GatedLinearAttention, {}, columns=(*_QKV, "g_proj", "gk_proj.up")),
     "retention": Mixer(Retention, {}),
-    "lightning": Mixer(LightningAttention, {}, told=("backend", "layer_idx", "num_layers")),
-    "conv": Mixer(BaseConv, {}, told=()),
+    "lightning": Mixer(LightningAttention, {}, from_model=("backend", "layer_idx", "num_layers")),
+    "conv": Mixer(BaseConv, {}, from_model=()),
 }
 
 
-def tensor_parallel_plan(mixers: list[str], options: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """How transformers shares the base model out: every MLP, and the mixers where all of them can be shared."""
+def tensor_parallel_plan(layers: Sequence[LayerMixer]) -> dict[str, str]:
+    """Return transformers' plan for the base model: every MLP is split, and the mixers if all of them can be."""
     plan = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
-    used = set(mixers)
-    if all(MIXERS[name].columns and not _asked(options.get(name, {})) & _WHOLE for name in used):
-        plan |= {f"layers.*.mixer.{weight}": "colwise" for name in used for weight in MIXERS[name].columns}
+    if all(MIXERS[name].columns and not _switched_on(options) & _UNSPLIT for name, options in layers):
+        plan |= {f"layers.*.mixer.{weight}": "colwise" for name, _ in layers for weight in MIXERS[name].columns}
         plan["layers.*.mixer.o_proj"] = "rowwise"
     return plan
 
 
-def _asked(options: dict[str, Any]) -> set[str]:
-    """The options that are not off."""
+def _switched_on(options: dict[str, Any]) -> set[str]:
     return {name for name, value in options.items() if value not in (None, False, "channel")}
 
 
@@ -63,17 +78,52 @@ def build_mixer(
     layer_idx: int = 0,
     num_layers: int = 1,
 ) -> TokenMixer:
-    """The layer of mixer ``name`` with ``options`` over its own, told what it asks for of the model it stands in.
+    """Return the layer of mixer ``name`` with ``options`` over the defaults of its row.
 
     Raises:
-        ValueError: unknown mixer, or an option it does not have or cannot take.
+        ValueError: an unknown mixer, or an option that its layer does not have or cannot take.
     """
     if name not in MIXERS:
-        raise ValueError(f"mixers: expected names from {sorted(MIXERS)}, got {name!r}")
+        raise ValueError(f"mixer: expected one of {sorted(MIXERS)}, got {name!r}")
     mixer = MIXERS[name]
     model = {"backend": backend, "layer_idx": layer_idx, "num_layers": num_layers}
-    merged = {**{key: model[key] for key in mixer.told}, **mixer.options, **options}
+    merged = {**{key: model[key] for key in mixer.from_model}, **mixer.options, **options}
+    hints = get_type_hints(mixer.layer.__init__)
+    known = sorted(hints.keys() - {"hidden_size", "return"})
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"{option}: expected one of {known}, got an unknown option")
+        if not _has_type(value, hints[option]):
+            raise ValueError(f"{option}: expected {getattr(hints[option], '__name__', hints[option])}, got {value!r}")
+    return mixer.layer(hidden_size, **merged)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type; integers may stand for numbers."""
+    for candidate in (value, _floats(value)):
+        try:
+            type_validator("", candidate, hint)
+            return True
+        except TypeError:
+            continue
+    return False
+
+
+def _floats(value: Any) -> Any:
+    """The value with floating-point numbers for integers."""
+    if isinstance(value, list | tuple):
+        return [_floats(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def check_mixer(argument: str, mixer: LayerMixer, hidden_size: int) -> None:
+    """Build a layer without memory, to check its options.
+
+    Raises:
+        ValueError: as ``build_mixer``, with ``argument`` in front.
+    """
     try:
-        return mixer.layer(hidden_size, **merged)
-    except TypeError as error:
-        raise ValueError(f"mixer_options[{name!r}]: {error}") from error
+        with torch.device("meta"):
+            build_mixer(mixer.name, hidden_size, mixer.options)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error

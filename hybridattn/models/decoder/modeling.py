@@ -76,7 +76,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
     def __init__(self, config: HybridAttnConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(len(config.mixers))])
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(len(config.layer_mixers))])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -139,7 +139,9 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             position_ids = packing.pack(position_ids.expand(batch, tokens))
         reads_prefix = any(isinstance(layer.mixer, PrefixLinearAttention) for layer in self.layers)
         if prefix_lengths is not None and not reads_prefix:
-            raise ValueError(f"prefix_lengths: expected None without 'prefix' in mixers {self.config.mixers}, got some")
+            raise ValueError(
+                f"prefix_lengths: expected None without a 'prefix' mixer in {self.config.mixers}, got a tensor"
+            )
         if past_key_values is not None:
             check_cache(past_key_values, len(self.layers))
         for layer in self.layers:
@@ -164,6 +166,15 @@ def _check_positions(position_ids: Tensor) -> None:
         return
     if bool((position_ids.diff(dim=-1) < 0).any()):
         raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
+
+
+def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int | Tensor) -> None:
+    if labels.shape != hidden_states.shape[:2]:
+        raise ValueError(f"labels: expected shape {list(hidden_states.shape[:2])}, got {list(labels.shape)}")
+    if not isinstance(logits_to_keep, int) or logits_to_keep:
+        raise ValueError(
+            "logits_to_keep: expected 0 beside labels, whose loss is that of all tokens, got another value"
+        )
 
 
 class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
@@ -235,6 +246,8 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
+        if labels is not None:
+            _check_labels(labels, outputs.last_hidden_state, logits_to_keep)
         if labels is not None and context is not None:
             kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), context)
         if skip_logits and labels is not None:

@@ -12,7 +12,7 @@ from .configuration import HybridAttnConfig
 def blocks(config: HybridAttnConfig) -> list[Block]:
     """The model's blocks without memory, on the meta device."""
     with torch.device("meta"):
-        return [Block(config, i) for i in range(len(config.mixers))]
+        return [Block(config, i) for i in range(len(config.layer_mixers))]
 
 
 def parameters_of(config: HybridAttnConfig) -> list[int]:

@@ -1,11 +1,13 @@
-"""BASED and its variant that reads a prefix both ways: stacks of convolutions, linear attention and small windows."""
+"""Configurations of BASED and JRT: stacks of convolutions, linear attention and small windows."""
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from ..decoder.configuration import HybridAttnConfig
+from ..decoder.mixer_list import Entry
 
 OPTIONS = {
     "conv": {"kernel_size": 3, "expand": 2},
@@ -15,9 +17,17 @@ OPTIONS = {
 }
 
 
-def stack(layers: int, linear: list[int], name: str) -> list[str]:
-    """Mixer ``name`` in the layers ``linear``, a window in each layer after one of these, convolutions elsewhere."""
-    return [name if i in linear else "window" if i - 1 in linear else "conv" for i in range(layers)]
+def stack(num_layers: int, name: str, linear: Sequence[int] | None = None) -> list[Entry]:
+    """Return linear attention ``name`` in some layers, a window in the layer after each, convolutions elsewhere.
+
+    Args:
+        num_layers: number of layers.
+        name: ``"taylor"`` or ``"prefix"``.
+        linear: the layers of linear attention; by default every fifth from layer 1 on that has a layer after it, as in
+            the published model of 27 layers.
+    """
+    linear = range(1, num_layers - 1, 5) if linear is None else linear
+    return [name if i in linear else "window" if i - 1 in linear else "conv" for i in range(num_layers)]
 
 
 @strict
@@ -34,11 +44,14 @@ class HybridAttnBasedConfig(HybridAttnConfig):
     vocab_size: int = 50264
     hidden_size: int = 1024
     intermediate_size: int | None = 2048
-    mixers: str | list[str] | tuple[str, ...] = tuple(stack(27, [1, 6, 11, 16, 21], "taylor"))
     mixer_options: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: dict(OPTIONS[name]) for name in ("conv", "taylor", "window")}
     )
     rms_norm_eps: float = 1e-5
+
+    @classmethod
+    def default_mixers(cls, num_layers: int | None) -> list[Entry]:
+        return stack(num_layers or 27, "taylor")
 
 
 @strict
@@ -50,7 +63,10 @@ class HybridAttnJRTConfig(HybridAttnBasedConfig):
 
     model_type = "jrt"
 
-    mixers: str | list[str] | tuple[str, ...] = tuple(stack(27, [1, 6, 11, 16, 21], "prefix"))
     mixer_options: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: dict(OPTIONS[name]) for name in ("conv", "prefix", "window")}
     )
+
+    @classmethod
+    def default_mixers(cls, num_layers: int | None) -> list[Entry]:
+        return stack(num_layers or 27, "prefix")

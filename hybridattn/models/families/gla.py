@@ -1,12 +1,14 @@
 """The configuration of flash-linear-attention's GLA models, so that their checkpoints open as they are."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from ..decoder.configuration import HybridAttnConfig
+from ..decoder.mixer_list import LayerMixer, shared_options
 
-# Fields that would change the function, and what they must be; others only choose between implementations of it.
+# Fields of flash-linear-attention's files that would change the function, and the values that this library supports.
 EXPECTED = {
     "feature_map": (None,),
     "use_gk": (True,),
@@ -16,8 +18,17 @@ EXPECTED = {
     "hidden_act": ("swish", "silu"),
     "attnres_block_size": (None,),
 }
-# Fields of HybridAttnConfig that follow from those of this class or are not in its files; what they are if not given.
-DERIVED = {"mixers": ("gla",), "mixer_options": {}, "mlp": "swiglu", "input_conv_size": None, "rms_norm_eps": 1e-6}
+# Fields that only choose between implementations there.
+IGNORED = (*("attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),)
+# Fields of HybridAttnConfig that follow from fields of this class or that its files cannot store; their defaults.
+DERIVED = {
+    "mixers": None,
+    "mixer_options": {},
+    "mixer_aliases": {},
+    "mlp": "swiglu",
+    "input_conv_size": None,
+    "rms_norm_eps": 1e-6,
+}
 
 
 @strict
@@ -35,7 +46,7 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         use_short_conv, conv_size: short convolutions of q, k and v, with so many taps.
         clamp_min: least log-decay of a gate, None for no limit.
         attn: softmax attention instead in some layers: ``{"layers": [..], "num_heads": .., "num_kv_heads": ..,
-            "window_size": .., "rope_theta": ..}``; or two of these in a list, one with a window and one without.
+            "window_size": .., "rope_theta": ..}``; or a list of these.
         norm_eps: of every norm.
 
     Raises:
@@ -77,15 +88,16 @@ class HybridAttnGLAConfig(HybridAttnConfig):
             inner = int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3)
             self.intermediate_size = -(-inner // 256) * 256
         self.rms_norm_eps = self.norm_eps
-        self.mixers = ["gla"] * (self.num_hidden_layers or 0)
-        self.mixer_options = {"gla": self._gated()}
+        layers = [LayerMixer("gla", self._gated())] * (self.num_hidden_layers or 0)
         for attn in self.attn if isinstance(self.attn, list) else [self.attn] if self.attn else []:
-            name, options, layers = self._softmax(attn)
-            if self.mixer_options.setdefault(name, options) != options:
-                raise ValueError(f"attn: expected one kind of {name} layers, got {self.attn}")
-            for layer in layers:
-                self.mixers[layer] = name
+            for layer in self._attention_layers(attn):
+                layers[layer] = self._softmax(attn)
+        self.mixers, self.mixer_options = shared_options(layers)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def unknown_fields(cls, names: Iterable[str]) -> list[str]:
+        return [name for name in super().unknown_fields(names) if name not in EXPECTED and name not in IGNORED]
 
     def _gated(self) -> dict[str, Any]:
         return {
@@ -97,24 +109,26 @@ class HybridAttnGLAConfig(HybridAttnConfig):
             "norm_eps": self.norm_eps,
         }
 
-    def _softmax(self, attn: dict[str, Any]) -> tuple[str, dict[str, Any], list[int]]:
-        """The mixer, its options and its layers."""
+    def _attention_layers(self, attn: dict[str, Any]) -> list[int]:
         known = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta"}
         if set(attn) - known or not {"layers", "num_heads"} <= set(attn) or attn.get("qkv_bias"):
             raise ValueError(f"attn: expected layers, num_heads and others of {sorted(known)} without bias, got {attn}")
-        layers = list(attn["layers"])
-        if not all(isinstance(layer, int) and 0 <= layer < len(self.mixers) for layer in layers):
-            raise ValueError(f"attn: expected layers from 0 to {len(self.mixers) - 1}, got {layers}")
+        layers, last = list(attn["layers"]), (self.num_hidden_layers or 0) - 1
+        if not all(isinstance(layer, int) and 0 <= layer <= last for layer in layers):
+            raise ValueError(f"attn: expected layers from 0 to {last}, got {layers}")
+        return layers
+
+    def _softmax(self, attn: dict[str, Any]) -> LayerMixer:
         options = {
             "num_heads": attn["num_heads"],
             "num_key_value_heads": attn.get("num_kv_heads"),
             "rope_theta": attn.get("rope_theta", 10000.0),
         }
         window = attn.get("window_size")
-        return ("full", options, layers) if window is None else ("window", {**options, "window": window}, layers)
+        return LayerMixer("full", options) if window is None else LayerMixer("window", {**options, "window": window})
 
     def to_dict(self) -> dict[str, Any]:
-        """Without what follows from the fields of this class."""
+        """Leave out the fields that follow from those of this class."""
         return {name: value for name, value in super().to_dict().items() if name not in DERIVED}
 
 

@@ -1,4 +1,4 @@
-"""`hybridattn eval` on a tiny checkpoint, beside lm-eval's own command."""
+"""`hybridattn eval` on a tiny checkpoint, compared with lm-eval's own command."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         mixers=["gla", "window", "full"],
         mixer_options={"gla": {"num_heads": 2}, "window": {"num_heads": 2, "window": 16}, "full": {"num_heads": 2}},
         initializer="fan_in",
-        tie_word_embeddings=False,  # else it says the last byte again and again
+        tie_word_embeddings=False,  # otherwise it repeats the last byte
         max_position_embeddings=448,
         bos_token_id=SEPARATOR,
         eos_token_id=SEPARATOR,
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """run(out, *flags, model=checkpoint) -> exit code of `hybridattn eval`, which looks at our tasks alone."""
+    """run(out, *flags, model=checkpoint) -> exit code of `hybridattn eval` with only this package's tasks."""
     build = TaskIndex.build
     ours = staticmethod(lambda paths, **options: build([path for path in paths if Path(path) == TASKS], **options))
     monkeypatch.setattr(TaskIndex, "build", ours)
@@ -64,7 +64,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def answers(folder: Path) -> dict[tuple[str, int], tuple[str, float]]:
-    """(task, row) -> what the model said, and its score, from the files of lm-eval."""
+    """Return the model's answer and its score by (task, row), from lm-eval's files."""
     found = {}
     for path in folder.rglob("samples_*.jsonl"):
         for line in path.read_text().splitlines():
@@ -84,7 +84,7 @@ def test_the_same_numbers_as_lm_eval_and_with_any_batch(run: Callable[..., int],
     assert run(ours, *FLAGS, "--batch_size", "1") == 0
     said = answers(ours)
     assert len(said) == ROWS
-    assert len({text for text, _ in said.values()}) > ROWS / 2  # something, and not always the same
+    assert len({text for text, _ in said.values()}) > ROWS / 2  # answers are not empty and differ
 
     assert run(tmp_path / "eight", *FLAGS, "--batch_size", "8") == 0
     assert answers(tmp_path / "eight") == said
@@ -120,7 +120,7 @@ def test_the_report(run: Callable[..., int], checkpoint: str, tmp_path: Path):
     report = (out / "report.md").read_text()
     assert "## By length" in report
     assert "from 64" in report
-    assert "trained on 70 tokens" in report
+    assert "trained on sequences of 70 tokens" in report
     assert "| hybridattn_kv " in report
     assert {path.name for path in out.iterdir()} == {
         "results.json",
@@ -129,11 +129,11 @@ def test_the_report(run: Callable[..., int], checkpoint: str, tmp_path: Path):
         "hybridattn_kv.png",
         "hybridattn_niah_single_twice.png",
     }
-    assert list(tmp_path.iterdir()) == [out]  # the answers kept for an interruption are gone
+    assert list(tmp_path.iterdir()) == [out]  # the cached answers are deleted
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_run_resumes(run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out, generate = tmp_path / "out", harness.CheckedLM._model_generate
     asked: list[int] = []
 
@@ -166,11 +166,14 @@ def test_truncated_prompts_fail_the_run(run: Callable[..., int], tmp_path: Path,
     out = tmp_path / "out"
     flags = (*FLAGS, "--model_args", "max_length=380")
     assert run(out, *flags) == 1
-    assert "6 of 12 prompts are longer than max_length=380" in capsys.readouterr().err
+    assert (
+        "expected at most max_length=380 tokens with the tokens to generate, got more in 6 of 12"
+        in capsys.readouterr().err
+    )
     assert not out.exists()
     assert run(out, *flags, "--allow_truncation") == 0
     assert read(out)["truncated"] == 6
-    assert "Prompts truncated: 6." in (out / "report.md").read_text()
+    assert "Truncated prompts: 6." in (out / "report.md").read_text()
 
 
 def test_nothing_is_scored_when_a_gate_fails(
@@ -186,7 +189,9 @@ def test_nothing_is_scored_when_a_gate_fails(
     monkeypatch.setattr(harness.CheckedLM, "generate_until", lambda *args, **options: pytest.fail("scored"))
     assert run(tmp_path / "out", *FLAGS) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("hybridattn: parity gates failed, nothing was scored: padded = unpadded (error ")
+    assert error.startswith(
+        "hybridattn: parity: expected all gates to pass before scoring, got failed: padded = unpadded (error "
+    )
     assert "cached" not in error
     assert not (tmp_path / "out").exists()
 
@@ -207,7 +212,7 @@ def test_bad_input_is_named(run: Callable[..., int], tmp_path: Path, capsys: pyt
     assert "out: expected" in capsys.readouterr().err
 
 
-def test_a_model_that_names_no_longest_input_needs_lengths(
+def test_a_model_without_a_maximum_length_needs_lengths(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     MambaConfig(vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)

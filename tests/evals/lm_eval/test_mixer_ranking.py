@@ -1,4 +1,4 @@
-"""Training rows of key-value pairs in text, and that `hybridattn eval` scores the models trained on them."""
+"""Training rows of key-value pairs in text, and scores of `hybridattn eval` for models trained on them."""
 
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_labels_are_the_values_of_all_pairs(load: int):
 
 
 def test_a_prompt_of_the_task_is_the_beginning_of_a_training_row():
-    """The model sees the task as it was trained: filler, pairs, and a line that ends with a key."""
+    """A prompt has the form of a training row: filler with pairs, and a line that ends with a key."""
     tokens = ranking.tokenizer()
     cell = Cell(ranking.LENGTH, 0.5, 4, "once", lambda text: len(tokens(text).input_ids))
     prompt, text = kv.row(Random(3), cell)["prompt"], ranking.training_text(Random(3), cell)
@@ -60,7 +60,7 @@ def test_batches_come_in_rising_load(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_every_mix_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """Two mixes of two steps. The module itself trains all of them for minutes and prints the order."""
+    """Two mixes are trained for two steps each; the command itself trains all mixes for minutes."""
     build = TaskIndex.build
     ours = staticmethod(lambda paths, **options: build([path for path in paths if Path(path) == TASKS], **options))
     monkeypatch.setattr(TaskIndex, "build", ours)

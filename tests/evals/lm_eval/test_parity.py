@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             eos_token_id=1,
         )
     ),
-    # It has absolute positions, which padding moves unless generation says where a row begins.
+    # It has absolute positions, which padding shifts unless generate passes position ids.
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)
     ),
@@ -50,7 +50,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", MODELS)
-def test_sound_models_pass(model: str, dtype: torch.dtype):
+def test_correct_models_pass(model: str, dtype: torch.dtype):
     results = parity.check(MODELS[model]().to(dtype).eval())
     assert results.keys() == GATES
     assert all(result.passed for result in results.values()), results
@@ -63,7 +63,7 @@ def ignores_padding(model: Any) -> None:
 
 
 def forgets_its_state(model: Any) -> None:
-    """Decoding begins with an empty state in every step of one layer."""
+    """Break decoding: one layer starts every step with an empty state."""
     forward = model.model.layers[1].mixer.forward
 
     def forgetful(x: Tensor, *, cache: dict | None = None, **rest: Any) -> Tensor:
@@ -75,7 +75,7 @@ def forgets_its_state(model: Any) -> None:
 
 
 def reads_ahead(model: Any) -> None:
-    """One pass over all tokens sees the last one everywhere, as an encoder does."""
+    """Break causality: in one pass over all tokens, every position depends on the last token."""
     forward = model.model.layers[0].forward
     model.model.layers[0].forward = lambda x, **rest: forward(x + x[:, -1:], **rest)
 
@@ -95,11 +95,11 @@ def test_broken_models_are_found(breaks: Callable[[Any], None], failing: set[str
     assert {gate for gate, result in parity.check(model).items() if not result.passed} == failing
 
 
-def test_no_number_passes_no_gate():
+def test_nan_passes_no_gate():
     sound, broken = torch.randn(2, 3, 8), torch.full((2, 3, 8), torch.nan)
     for pair in ((sound, broken), (broken, sound), (broken, broken)):
         assert not parity.Result(parity.error(*pair), 1e9).passed
-    assert parity.error(sound, sound + 3) < 1e-6  # softmax does not see it
+    assert parity.error(sound, sound + 3) < 1e-6  # softmax ignores a constant
 
 
 def test_short_models_get_short_prompts():

@@ -10,7 +10,7 @@ from hybridattn.evals.lm_eval.positions import bits_by_position, extrapolation
 
 
 class Sure(nn.Module):
-    """Gives the next token (the text counts modulo 8) a probability of 1/2 in the first 40 positions, 1/8 later."""
+    """A model that gives the correct next token a probability of 1/2 in the first 40 positions and 1/8 later."""
 
     device = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_bits_are_those_of_the_position():
 
 
 def test_windows_are_spread_over_the_text():
-    """Of two halves, of which only one is what the model expects."""
+    """In a text of two halves, of which the model predicts one, bits are the mean over both."""
     text = np.concatenate((TEXT[:600], np.zeros(600, dtype=int)))
     (span,) = bits_by_position(Sure(), text, length=20, windows=50)
     assert span["tokens"] == 20 * 50

@@ -9,7 +9,7 @@ NAMES = ("softmax attention", "GLA")
 
 @pytest.fixture
 def tiny() -> Suite:
-    """Two models of the suite for CPUs, hardly trained, and a Llama: every kind of measurement, as small as can be."""
+    """Two briefly trained models of the suite "cpu" and a Llama, with every kind of measurement in minimal size."""
     cpu = load("cpu")
     models = {name: {**cpu.models[name], "steps": 3} for name in NAMES}
     llama = {"model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 16}

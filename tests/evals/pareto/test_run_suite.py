@@ -23,12 +23,12 @@ SEEDS = 2
 
 
 def dates(out: Path) -> dict[str, str]:
-    """When every measurement was made."""
+    """Return the date of every measurement, by key."""
     return {each["config_sha256"]: each["date"] for each in store.read(out)}
 
 
 def only(suite: Suite, *names: str, **changes: Any) -> Suite:
-    """A suite of some of the models that times prefill alone."""
+    """Return a suite with some of the models that only times prefill."""
     models = {name: suite.models[name] for name in names}
     small = {"models": models, "state": (), "decode": (), "training": (), "memory": None, "seeds": (0,)}
     return replace(suite, **{**small, **changes})
@@ -36,34 +36,34 @@ def only(suite: Suite, *names: str, **changes: Any) -> Suite:
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are drawn, and models trained in processes of their own, in the first test only."""
-    if "killed" not in request.node.name:
+    """Skip plots and train in this process, except in the first test."""
+    if "interrupted" not in request.node.name:
         monkeypatch.setattr(run_suite, "train_all", train_here)
         monkeypatch.setattr(run_suite, "build", lambda out, title: summarize(store.read(out)))
 
 
 def train_here(jobs: list[Job], on_done: Callable[[int, Trained], None]) -> None:
-    """What `train_all` does, in this process."""
+    """Train all jobs as `train_all` does, but in this process."""
     for i, job in enumerate(jobs):
         on_done(i, train_one(job, lambda: None))
 
 
 def measure(suite: Suite, out: Path, **options: Any) -> list[dict[str, Any]]:
-    """The rows of a run."""
+    """Run a suite and return its rows."""
     return run_suite.run_suite(suite, out, title="t", **options)["rows"]
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_a_report_and_goes_on(
+def test_an_interrupted_run_leaves_a_report_and_resumes(
     tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """It is interrupted in the middle of the second round, which is timed anew; nothing else that was there is."""
+    """A resumed run repeats the interrupted second round, and no other measurement."""
     calls = 0
 
     def interrupted(model: Any, **options: Any) -> list[float]:
         nonlocal calls
         calls += 1
-        if calls > 11:  # three models' three decodings, and two more
+        if calls > 11:  # in the second round: the first has three decodings of three models
             raise KeyboardInterrupt
         return decode(model, **options)
 
@@ -92,7 +92,7 @@ def test_a_killed_run_leaves_a_report_and_goes_on(
 
 
 def check_rows(tiny: Suite, rows: list[dict[str, Any]], out: Path) -> None:
-    """Every row has everything, and what is timed is what was trained."""
+    """Check that every row has all measurements, and that the timed models have the trained weights."""
     found = {row["config"]["name"]: row for row in rows}
     assert list(found) == list(tiny.models)
     assert problems(rows) == []
@@ -166,11 +166,11 @@ def test_again_times_again(tiny: Suite, tmp_path: Path):
     small = only(tiny, "GLA", "Llama", prefill=(32,), rounds=3)
     measure(small, tmp_path)
     before = dates(tmp_path)
-    measure(replace(small, rounds=2), tmp_path, again=True)  # nothing of the earlier rounds is left
+    measure(replace(small, rounds=2), tmp_path, again=True)  # removes all timings of earlier rounds
     after = dates(tmp_path)
     again = {name for name in after if after[name] > before[name]}
     assert len(again) == 2 * (1 + 2)
-    assert len(after) == len(again) + 1  # the training
+    assert len(after) == len(again) + 1  # the recall measurement
 
 
 def test_weights_of_another_model_are_refused(tiny: Suite, tmp_path: Path):
@@ -178,7 +178,7 @@ def test_weights_of_another_model_are_refused(tiny: Suite, tmp_path: Path):
     measure(small, tmp_path)
     (weights,) = (tmp_path / "weights").iterdir()
     save_file({"nonsense": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match="GLA: expected the model's weights, missing"):
+    with pytest.raises(ValueError, match="GLA: expected the model's weights, got missing"):
         measure(replace(small, prefill=(32,)), tmp_path)
 
 
@@ -191,12 +191,13 @@ def test_running_out_of_memory_is_a_result(tiny: Suite, tmp_path: Path, monkeypa
     monkeypatch.setattr(latency, "prefill", large)
     (row,) = measure(only(tiny, "Llama"), tmp_path)
     assert [each.get("reason") for each in row["prefill"]] == [None, "out of memory", "out of memory"]
-    assert [each["kind"] for each in store.read(tmp_path)].count("prefill") == tiny.rounds + 2  # once is enough
+    kinds = [each["kind"] for each in store.read(tmp_path)]
+    assert kinds.count("prefill") == tiny.rounds + 2  # failed measurements are not repeated
     assert row["prefill_exponent"] is None
 
 
 def test_more_tokens_than_positions_is_a_result(tiny: Suite, tmp_path: Path):
-    """Of learned positions only; those that a configuration just names are no limit."""
+    """Only learned position embeddings limit the length, not max_position_embeddings alone."""
     gpt2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 300}
     ours = {"vocab_size": 32, "hidden_size": 8, "mixers": ["window"], "max_position_embeddings": 300}
     models = {name: {"model": {"config": config}, "steps": None} for name, config in (("GPT-2", gpt2), ("ours", ours))}
@@ -206,7 +207,7 @@ def test_more_tokens_than_positions_is_a_result(tiny: Suite, tmp_path: Path):
         assert [each.get("reason") for each in free[kind]] == [None, None]
 
 
-def test_what_is_wrong_is_not_a_result(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_errors_are_raised(tiny: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(model: Any, **options: Any) -> list[float]:
         raise RuntimeError("a bug")
 
@@ -220,22 +221,22 @@ def test_what_is_wrong_is_not_a_result(tiny: Suite, tmp_path: Path, monkeypatch:
     [
         ((0, 2), "shard: expected i/n with 1 <= i <= n, got 0/2"),
         ((3, 2), "shard: expected i/n with 1 <= i <= n, got 3/2"),
-        ((9, 9), "shard: expected a part with a model, there are 3, got 9/9"),
+        ((9, 9), "shard: expected i up to the number of models, 3, got 9/9"),
     ],
 )
-def test_parts_that_there_are_not(tiny: Suite, tmp_path: Path, shard: tuple[int, int], named: str):
+def test_shards_out_of_range_are_refused(tiny: Suite, tmp_path: Path, shard: tuple[int, int], named: str):
     with pytest.raises(ValueError, match=named):
         measure(tiny, tmp_path, shard=shard)
 
 
-def test_a_part_only_trains(tiny: Suite, tmp_path: Path):
+def test_a_shard_needs_models_to_train(tiny: Suite, tmp_path: Path):
     for suite, again in ((tiny, True), (only(tiny, "Llama"), False)):
-        with pytest.raises(ValueError, match="shard: expected models to train"):
+        with pytest.raises(ValueError, match="shard: expected a suite with models to train"):
             measure(suite, tmp_path, shard=(1, 1), again=again)
 
 
-def test_a_gpu_that_there_is_not(tiny: Suite, tmp_path: Path):
+def test_a_missing_gpu_is_refused(tiny: Suite, tmp_path: Path):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match="device: expected 'cpu' without a GPU, got 'cuda'"):
         measure(replace(tiny, device="cuda"), tmp_path)

@@ -6,15 +6,15 @@ from hybridattn.evals.recall.capacity import capacity
 @pytest.mark.parametrize(
     ("mixer", "options", "pairs", "least", "most"),
     [
-        ("full", {}, 256, 1, 1),  # keeps them all
+        ("full", {}, 256, 1, 1),  # stores all pairs
         ("window", {"window": 64}, 64, 1, 1),
-        ("window", {"window": 64}, 256, 0.24, 0.26),  # the last 64
+        ("window", {"window": 64}, 256, 0.24, 0.26),  # stores the last 64 pairs
         ("linear", {"key_dim": 64, "feature_map": "identity", "normalize": False}, 4, 1, 1),
         ("linear", {"key_dim": 64, "feature_map": "identity", "normalize": False}, 256, 0.3, 0.9),
         ("taylor", {"key_dim": 16}, 16, 0.9, 1),
         ("taylor", {"key_dim": 8}, 256, 0.02, 0.4),
         ("gla", {"key_dim": 32}, 4, 1, 1),
-        ("lightning", {}, 256, 0, 0.05),  # its one head forgets within a token
+        ("lightning", {}, 256, 0, 0.05),  # its only head decays within a token
     ],
 )
 def test_what_a_state_holds(mixer: str, options: dict, pairs: int, least: float, most: float):
@@ -32,5 +32,5 @@ def test_it_depends_on_the_seed_alone():
 
 
 def test_convolutions_keep_no_pairs():
-    with pytest.raises(ValueError, match="mixer: expected one that keeps keys and values, got 'conv'"):
+    with pytest.raises(ValueError, match="mixer: expected one with a state of keys and values, got 'conv'"):
         capacity("conv", 4)

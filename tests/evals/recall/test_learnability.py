@@ -1,8 +1,8 @@
 from hybridattn.evals.recall.learnability import learnability, steps_to_threshold
 
 
-def test_every_run_counts():
-    """The best rate is that of the best median; beside it stand the best run, the worst and when they got there."""
+def test_all_runs_at_the_best_rate_are_summarised():
+    """The rate with the best median is chosen; best, worst and steps to the threshold are of runs at this rate."""
     curves = {
         (0.1, 0): [0.95, 0.2],
         (0.1, 1): [0, 0.3],

@@ -14,7 +14,7 @@ OPTIONS = {name: entry["model"]["config"] for name, entry in load("cpu").models.
 
 
 class Lookup(nn.Module):
-    """Names, at every token, what followed its first occurrence in the row: it recalls all."""
+    """A model that predicts, for every token, the token after its first occurrence in the row: perfect recall."""
 
     device = torch.device("cpu")
 
@@ -29,7 +29,7 @@ class Lookup(nn.Module):
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 32, 127])
-def test_every_key_is_asked_once_and_its_value_is_the_label(pairs: int):
+def test_every_key_is_queried_once_with_its_value_as_label(pairs: int):
     tokens, positions, labels = mqar.rows(50, pairs, generator=torch.Generator().manual_seed(0))
     assert torch.equal(positions, torch.arange(2 * pairs, 3 * pairs).expand(50, -1))
     assert tokens.shape == (50, 3 * pairs)
@@ -66,7 +66,7 @@ def test_a_lookup_recalls_all(pairs: int):
 @pytest.mark.parametrize(("length", "pairs"), mqar.PUBLISHED_TEST)
 @pytest.mark.parametrize("live_filler", [False, True])
 def test_published_rows(length: int, pairs: int, live_filler: bool):
-    """The pairs, every key once more at an even place behind them with its value as the label, filler without keys."""
+    """Rows have the pairs, then every key at a later even position with its value as label, and filler without keys."""
     generator = torch.Generator().manual_seed(0)
     drawn = mqar.published_rows(20, length, pairs, generator=generator, vocab_size=2200, live_filler=live_filler)
     assert drawn.tokens.shape == (20, length)
@@ -86,7 +86,7 @@ def test_published_rows(length: int, pairs: int, live_filler: bool):
 
 @pytest.mark.slow
 def test_published_queries_come_soon():
-    """The i-th place has a weight of i^-0.99: the first one alone has about a fifth of all of it."""
+    """The i-th position has the weight i^-0.99, so the first one has about a fifth of the total."""
     generator = torch.Generator().manual_seed(0)
     places = (mqar.published_rows(4000, 200, 1, generator=generator).positions[:, 0] - 2) // 2
     weights = torch.arange(1, 100).double() ** -0.99
@@ -120,7 +120,7 @@ def test_published_recall_of_a_lookup(monkeypatch: pytest.MonkeyPatch):
         (8, 0, "pairs: expected 1 to 4095"),
     ],
 )
-def test_published_rows_that_cannot_be(length: int, pairs: int, named: str):
+def test_impossible_published_rows_are_refused(length: int, pairs: int, named: str):
     with pytest.raises(ValueError, match=named):
         mqar.published_rows(1, length, pairs, generator=torch.Generator())
 
@@ -173,7 +173,7 @@ def test_the_published_procedure_trains_and_scores_its_slices(monkeypatch: pytes
     assert [steps for steps, _ in found.curve] == [2, 3]
 
 
-def test_no_jobs_are_no_work():
+def test_no_jobs_give_no_results():
     assert training_pool.train_all([]) == []
 
 
@@ -184,5 +184,5 @@ def test_a_failing_worker_fails_the_run():
 
 
 def test_test_rows_are_not_training_rows():
-    seeds = [1000 + seed for seed in range(100)]  # of train
+    seeds = [1000 + seed for seed in range(100)]  # the seeds of training
     assert mqar.TEST_SEED not in seeds

@@ -12,14 +12,14 @@ DEVICE = "a machine"
 
 @pytest.fixture
 def add(tmp_path: Path) -> Callable[..., None]:
-    """add(name, kind, figures, out=tmp_path, **settings): a measurement of the row of this name."""
+    """add(name, kind, figures, out=tmp_path, **settings): add a measurement to the row of this name."""
 
     stores: dict[Path, Store] = {}
 
     def add(name: str, kind: str, figures: dict[str, Any], out: Path = tmp_path, **settings: Any) -> None:
         base = {"name": name, "model": {"preset": name}, "train": {"steps": 100}, "device": DEVICE}
         config = {**base, "dtype": "float32", "threads": 1, **settings}
-        if "seconds" in figures:  # in rounds of one run, compared with attention
+        if "seconds" in figures:  # timed in rounds of one run, with attention as baseline
             baseline = row_key({**config, "name": "attention", "model": {"preset": "attention"}})
             figures = {"in_round": f"of {settings['round']}", "baseline": baseline, **figures}
         if out not in stores:
@@ -43,7 +43,7 @@ def report(tmp_path: Path, add: Callable[..., None]) -> Path:
             size = tokens * 100 if growth == 2 else 5000
             add(name, "state", {"allocated": size, "formula": None if share is None else size}, tokens=tokens)
         for turn in range(2):
-            drift = 1 + turn  # the machine is half as fast in the second round, for all rows
+            drift = 1 + turn  # in the second round, all times double
             for tokens in (1024, 2048, 4096):
                 took = [drift * seconds * (tokens / 1024) ** growth * (1 + 0.01 * i) for i in range(6)]
                 figures = {"seconds": took, "peak_bytes": 10 * tokens if turn == 0 else None, "probe": [1.0, drift]}

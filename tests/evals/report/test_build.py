@@ -1,4 +1,4 @@
-"""The report as files, and its page in a real browser."""
+"""The files of a report, and its HTML page in a browser."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_every_file_is_written(built: Path):
     for told in (
         *("attention", "0.925 (0.900-0.950)", "T^b", "a machine", "<flash>", "1.234", "7 threads, bf16"),
         "def <f>():\N{REPLACEMENT CHARACTER}",
-        "0.153 (0.103-0.205); 10.00x (10.00-10.00)",  # prefill of the window, ms: as taken, and within rounds
+        "0.153 (0.103-0.205); 10.00x (10.00-10.00)",  # prefill of the window, ms, and ratios within rounds
         "a machine, 1 threads: A fixed matrix product, timed 36 times",
     ):
         assert told in text, told
@@ -57,11 +57,11 @@ def test_every_file_is_written(built: Path):
         assert 0.005 < ink < 0.3, name
 
 
-def test_contradictions_are_on_the_page(report: Path, add: Callable[..., None]):
+def test_problems_are_on_the_page(report: Path, add: Callable[..., None]):
     add("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
     assert build(report, title="x")["problems"]
     for name in ("report.html", "report.md"):
-        assert "the cache after 256 tokens has 9 bytes, by its formula 8" in (report / name).read_text()
+        assert "cache after 256 tokens: expected 8 bytes by its formula, got 9" in (report / name).read_text()
 
 
 def test_a_report_of_speed_alone_has_no_fronts(tmp_path: Path, add: Callable[..., None]):
@@ -73,7 +73,7 @@ def test_a_report_of_speed_alone_has_no_fronts(tmp_path: Path, add: Callable[...
     assert "Learnability" not in text
 
 
-def test_a_batch_beyond_which_nothing_was_tried_is_told(tmp_path: Path, add: Callable[..., None]):
+def test_a_largest_batch_without_a_larger_attempt_is_shown(tmp_path: Path, add: Callable[..., None]):
     tried = [{"batch": 1, "bytes": 1_000_000}, {"batch": 2, "bytes": 2_000_000}]
     add("one", "largest_batch", {"batch": 2, "tried": tried}, tokens=8, budget=10**9)
     build(tmp_path, title="x")
@@ -81,7 +81,7 @@ def test_a_batch_beyond_which_nothing_was_tried_is_told(tmp_path: Path, add: Cal
     assert [entry.strip() for entry in last[-1].strip("|").split("|")] == ["one", "1,000", "8", "2", "2.0", "none"]
 
 
-def test_what_ran_out_of_memory_is_left_out(tmp_path: Path, add: Callable[..., None]):
+def test_measurements_out_of_memory_are_left_out(tmp_path: Path, add: Callable[..., None]):
     add("one", "model", {"reason": "out of memory"})
     add("one", "largest_batch", {"reason": "out of memory"}, tokens=8, budget=9)
     build(tmp_path, title="x")
@@ -98,7 +98,7 @@ def test_the_picture_of_points_says_only_what_they_share():
     assert rates.get_xlabel().startswith("decode, tokens/s at the largest batch after 32 tokens")
 
 
-def test_a_name_is_no_formula(tmp_path: Path, add: Callable[..., None]):
+def test_dollars_in_a_name_are_not_math(tmp_path: Path, add: Callable[..., None]):
     for tokens in (8, 16):
         add(r"$\foo$", "prefill", {"seconds": [1.0] * 10, "peak_bytes": None}, tokens=tokens, batch=1, round=0)
     build(tmp_path, title="x")
@@ -106,7 +106,7 @@ def test_a_name_is_no_formula(tmp_path: Path, add: Callable[..., None]):
 
 
 class Links(HTMLParser):
-    """Everything a page would load."""
+    """Collect everything that a page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Links(HTMLParser):
         self.found += [f"{tag} {value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
 
 
-def test_the_page_needs_nothing_else(built: Path):
+def test_the_page_is_self_contained(built: Path):
     page = (built / "report.html").read_text()
     links = Links()
     links.feed(page)
@@ -132,7 +132,7 @@ def test_the_page_needs_nothing_else(built: Path):
 
 
 def browse(page: Path, *flags: str, script: str = "") -> subprocess.CompletedProcess[str]:
-    """Open a page, with a script at its end, in a browser without a window; its console is in stderr."""
+    """Open a page, with a script appended, in a headless browser; the console is in stderr."""
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")
     shown = page.with_name("shown.html")

@@ -27,7 +27,7 @@ def test_another_speed_of_the_machine_shows_once(report: Path, add: Callable[...
     assert change == ("attention", "prefill, 1024 tokens, batch 1, s", "0.00153", "0.00507", "3.33")
 
 
-def test_what_does_not_overlap_is_listed(report: Path, add: Callable[..., None], tmp_path: Path):
+def test_figures_whose_ranges_do_not_overlap_are_listed(report: Path, add: Callable[..., None], tmp_path: Path):
     new = copytree(report, tmp_path / "new")
     for turn in range(2):
         drift = 1 + turn
@@ -63,8 +63,8 @@ def test_two_rows_of_one_name_are_each_compared(report: Path, add: Callable[...,
     assert [change[:2] for change in found["changes"]] == [("attention (a machine)", "state after 64 tokens, bytes")]
 
 
-def test_only_the_same_is_compared(report: Path, add: Callable[..., None], tmp_path: Path):
-    """Not ratios to another baseline, nor a time that has none, nor batches within another budget."""
+def test_only_comparable_figures_are_compared(report: Path, add: Callable[..., None], tmp_path: Path):
+    """Ratios to different baselines, times without a baseline, and batches within other budgets are not compared."""
     new = copytree(report, tmp_path / "new")
     for turn in range(2):
         alone = {"seconds": [9.0], "in_round": f"{turn} of another run"}

@@ -19,7 +19,7 @@ def dominated(i: int, costs: list[float], gains: list[float]) -> bool:
 
 
 @pytest.mark.parametrize("case", range(50))
-def test_front_is_what_nothing_dominates(case: int):
+def test_no_point_dominates_the_front(case: int):
     generator = torch.Generator().manual_seed(case)
     count = case % 12 + 1
     costs, gains = torch.randint(6, (2, count), generator=generator).tolist()  # few values: ties and equal points

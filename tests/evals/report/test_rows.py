@@ -50,13 +50,13 @@ def test_rows_of_one_name_are_told_apart(report: Path, add: Callable[..., None])
     assert points(found)[0]["name"] == "attention (a machine, float32)"
 
 
-def test_contradictions_are_told(report: Path, add: Callable[..., None]):
+def test_problems_are_listed(report: Path, add: Callable[..., None]):
     add("attention", "state", {"allocated": 9, "formula": 8}, tokens=256)
-    add("window", "state", {"allocated": 5004, "formula": 5004}, tokens=16)  # just full
+    add("window", "state", {"allocated": 5004, "formula": 5004}, tokens=16)  # exactly as many tokens as the window
     add("window", "state", {"allocated": 7, "formula": 7}, tokens=8)  # before the window is full
     assert problems(rows(read(report))) == [
-        "attention: the cache after 256 tokens has 9 bytes, by its formula 8",
-        "window: the cache is declared constant and has 5000 and 5004 bytes",
+        "attention: cache after 256 tokens: expected 8 bytes by its formula, got 9",
+        "window: cache: expected a constant size, got 5000 and 5004 bytes",
     ]
 
 
@@ -71,12 +71,12 @@ def test_points_are_rows_that_have_everything(report: Path):
     assert attention["tokens_per_second"] == pytest.approx(8 / 1.525e-4)
 
 
-def test_nothing_recalled_is_no_point(report: Path):
+def test_rows_without_recall_are_no_points(report: Path):
     assert points([row for row in rows(read(report)) if row["config"]["name"] == "other"]) == []
 
 
-def test_times_are_of_the_samples_as_they_were_taken(report: Path):
-    """The printed medians and quartiles are those of the stored samples, whatever the probe says."""
+def test_times_are_medians_of_raw_samples(report: Path):
+    """Medians and quartiles are those of the raw samples, regardless of the CPU probe."""
     stored = [each for each in read(report) if each["kind"] == "prefill" and each["config"]["name"] == "window"]
     samples = [x for each in stored if each["config"]["tokens"] == 2048 for x in each["figures"]["seconds"]]
     first, second, _ = rows(read(report))[1]["prefill"]
@@ -87,7 +87,7 @@ def test_times_are_of_the_samples_as_they_were_taken(report: Path):
 
 
 def test_rows_are_compared_within_rounds(report: Path, add: Callable[..., None]):
-    """The machine is half as fast in the second round, which no ratio knows; a row that is slower there is another."""
+    """A machine that is slower in one round changes no ratio; a row that alone is slower there changes its ratio."""
     attention, window, other = rows(read(report))
     assert [each["speedup"] for each in attention["prefill"]] == [None] * 3
     for each, expected in zip(window["prefill"], (10, 20, 40), strict=True):
@@ -105,7 +105,7 @@ def test_rows_are_compared_within_rounds(report: Path, add: Callable[..., None])
 
 
 def test_times_of_two_runs_are_not_compared(report: Path, add: Callable[..., None]):
-    """Though the rounds have the same number: the machine may have been another, or as fast as another."""
+    """Rounds of two runs with equal numbers are not compared, since the machine's speed may differ."""
     for turn in range(2):
         alone = {"seconds": [1.0], "in_round": f"{turn} of another run"}
         add("window", "prefill", alone, tokens=1024, batch=1, round=turn)
@@ -134,7 +134,7 @@ def test_out_of_memory_in_one_round_leaves_the_others(report: Path, add: Callabl
     assert row["prefill"][1] == {"tokens": 9, "batch": 1, "graph": False, "reason": "out of memory"}
 
 
-def test_runs_that_were_looked_at_otherwise_are_not_pooled(report: Path, add: Callable[..., None]):
+def test_runs_with_other_looks_are_not_pooled(report: Path, add: Callable[..., None]):
     figures = {"recall": {"8": 1.0, "32": 1.0}, "curve": [[50, 0.1], [100, 1.0]]}
     add("window", "recall", figures, seed=0, rate=0.01, looks=25)
     row = next(row for row in rows(read(report)) if row["label"] == "window")

@@ -10,7 +10,7 @@ from hybridattn.evals.report.store import FILE, Store
 CONFIG = {"name": "a", "tokens": 3}
 
 
-def test_a_measurement_says_where_it_comes_from(tmp_path: Path):
+def test_a_measurement_has_its_provenance(tmp_path: Path):
     Store(tmp_path).add("prefill", CONFIG, {"seconds": [1.0]}, device="a machine")
     (found,) = store.read(tmp_path)
     assert (found["kind"], found["config"], found["figures"]) == ("prefill", CONFIG, {"seconds": [1.0]})
@@ -29,7 +29,7 @@ def test_measurements_are_kept_in_their_order_and_replaced(tmp_path: Path):
         assert [each["config"]["name"] for each in known.found.values()] == names
         assert known.get("model", {"name": 3}) == {"n": 8}
         assert known.get("other", {"name": 3}) is None
-    assert len((tmp_path / FILE).read_text().splitlines()) == 1 + 9  # the machine once
+    assert len((tmp_path / FILE).read_text().splitlines()) == 1 + 9  # one line for the origin
     measurements.remove(lambda each: each["config"]["name"] > 2)
     assert [each["config"]["name"] for each in Store(tmp_path).found.values()] == [0, 1, 2]
     measurements.add("model", {"name": 9}, {}, device="another")
@@ -55,12 +55,12 @@ def test_a_measurement_without_its_origin_is_refused(tmp_path: Path, name: str, 
     origin, *lines = (tmp_path / FILE).read_text().splitlines()
     without = {key: value for key, value in json.loads(origin).items() if key != name}
     (tmp_path / FILE).write_text("\n".join([json.dumps(without), *lines, ""]))
-    with pytest.raises(ValueError, match=f"{FILE}, line 1: expected a measurement, got: {name}: expected"):
+    with pytest.raises(ValueError, match=f"{FILE}, line 1: expected a measurement, got an error: {name}: expected"):
         store.read(tmp_path)
     known = store.provenance
     monkeypatch.setattr(store, "provenance", lambda config: {**known(config), name: None})
     device = "" if name == "device" else "a machine"
-    with pytest.raises(ValueError, match=f"{name}: expected in the provenance of every measurement"):
+    with pytest.raises(ValueError, match=f"{name}: expected a value in a measurement's provenance"):
         Store(tmp_path / "new").add("prefill", CONFIG, {"seconds": [1.0]}, device=device)
     assert not (tmp_path / "new").exists()
 
@@ -73,7 +73,7 @@ def test_a_line_that_was_changed_by_hand_is_named(tmp_path: Path, old: str, new:
     text = (tmp_path / FILE).read_text()
     assert text.count(old) == 1
     (tmp_path / FILE).write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=f"{FILE}, line 2: expected a measurement, got: "):
+    with pytest.raises(ValueError, match=f"{FILE}, line 2: expected a measurement, got an error: "):
         store.read(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_two_processes_do_not_write_over_each_other(tmp_path: Path):
     assert [each["config"]["name"] for each in store.read(tmp_path)] == ["a", "c"]
 
 
-def test_of_two_alike_the_newer_one_is_merged(tmp_path: Path, add: Callable[..., None]):
+def test_of_equal_keys_the_newest_measurement_is_merged(tmp_path: Path, add: Callable[..., None]):
     for name, day in (("old", "2020-01-01"), ("new", "2021-01-01"), ("middle", "2020-06-01")):
         for row in ("row", name):
             add(row, "recall", {"from": name}, out=tmp_path / name)
@@ -102,9 +102,9 @@ def test_of_two_alike_the_newer_one_is_merged(tmp_path: Path, add: Callable[...,
     store.merge(folders, merged)
     found = {each["config"]["name"]: each["figures"]["from"] for each in store.read(merged)}
     assert found == {"row": "new", "old": "old", "new": "new", "middle": "middle"}
-    store.merge([tmp_path / "old"], merged)  # what is there already is one of the parts
+    store.merge([tmp_path / "old"], merged)  # measurements already in the folder take part
     assert {each["config"]["name"]: each["figures"]["from"] for each in store.read(merged)} == found
-    for each in store.read(merged):  # the weights are those of the recall that was kept
+    for each in store.read(merged):  # the weights belong to the newer recall measurement
         assert Store(merged).weights_of(each["config"]).read_text() == each["figures"]["from"]
 
 

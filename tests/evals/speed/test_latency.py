@@ -26,7 +26,7 @@ def test_prefill_and_decode_are_measured_apart(model: HybridAttnForCausalLM):
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     prefill = latency.prefill(model, tokens=64, least=10, seconds=0)
-    assert shapes == [(1, 64)] * 11  # one that does not count
+    assert shapes == [(1, 64)] * 11  # one warm-up call
     shapes.clear()
     decode = latency.decode(model, tokens=64, batch=4, least=10, seconds=0)
     hook.remove()

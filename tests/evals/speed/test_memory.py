@@ -40,12 +40,12 @@ def test_caches_of_other_models_are_counted(window: int | None):
     assert found["formula"] is None
     if window is None:
         assert found["allocated"] == 3 * 2 * 5 * kept * 8 * 4  # layers, keys and values, rows, tokens, dims, bytes
-    else:  # whole storages: a window may be a view of more
+    else:  # whole storages count: a window may be a view of a larger one
         assert (found["allocated"] or 0) >= 3 * 2 * 5 * kept * 8 * 4
 
 
 def test_the_peak_is_what_a_call_allocates():
-    """Temporary tensors are counted while they are there; what is freed of what was there before counts as room."""
+    """Temporary tensors count while they live; freeing earlier tensors reduces the peak."""
 
     def call() -> None:
         kept = torch.ones(1_000_000)
@@ -61,7 +61,7 @@ def test_the_peak_is_what_a_call_allocates():
 
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch):
-    """With bytes that are known: 1000 a sequence, and memory that runs out beyond 40 of them."""
+    """With a simulated memory: 1000 bytes per sequence, out of memory beyond 40 sequences."""
     model = ours("gla")
     monkeypatch.setattr(memory, "_one_step", lambda model, tokens, batch: batch)
 
@@ -100,7 +100,7 @@ def test_a_larger_budget_holds_more():
     assert large == memory.largest_batch(model, tokens=2048, budget=4 * 10**7)
 
 
-def test_running_out_of_memory_is_told_apart():
+def test_out_of_memory_errors_are_recognised():
     assert memory.out_of_memory(torch.OutOfMemoryError("x"))
     assert memory.out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ..."))
     assert not memory.out_of_memory(RuntimeError("x"))

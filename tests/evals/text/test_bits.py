@@ -10,7 +10,7 @@ from hybridattn.training.byte_corpus import SEPARATOR, VOCAB_SIZE, encode
 
 
 class Repeating(nn.Module):
-    """Says with probability 1/2 that the next token is the last one, and shares the rest among all others."""
+    """A model that predicts a repetition of the last token with probability 1/2; other tokens share the rest."""
 
     device = torch.device("cpu")
 

@@ -28,7 +28,7 @@ def histories(lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
 
 
 def caches(rows: list[tuple[Tensor, Tensor]], slots: int) -> tuple[Tensor, Tensor]:
-    """Position p is written to slot p % slots, in order; what was never written is as large as can be."""
+    """Write position p to slot p % slots, in order; unwritten slots hold the largest number."""
     k = torch.full((len(rows), slots, HEADS, KEY), 1e6).double()
     v = torch.full((len(rows), slots, HEADS, VALUE), 1e6).double()
     for b, (keys, values) in enumerate(rows):
@@ -38,7 +38,7 @@ def caches(rows: list[tuple[Tensor, Tensor]], slots: int) -> tuple[Tensor, Tenso
 
 
 def expected(q: Tensor, rows: list[tuple[Tensor, Tensor]], slots: int, starts: list[int], options: dict[str, Any]):
-    """``flash_attention`` over what every row keeps, in order."""
+    """Run ``flash_attention`` over the positions that every row's cache holds, in order."""
     results = []
     for b, (k, v) in enumerate(rows):
         kept = slice(min(max(len(k) - slots, starts[b]), len(k)), None)
@@ -53,7 +53,7 @@ def expected(q: Tensor, rows: list[tuple[Tensor, Tensor]], slots: int, starts: l
 @pytest.mark.parametrize("new", [1, 3, 16])
 @pytest.mark.parametrize(("slots", "lengths"), [(24, [5, 24, 1, 17, 0]), (24, [25, 100, 24, 3, 48])])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_decode_is_attention_over_what_is_kept(
+def test_decode_equals_attention_over_the_cached_positions(
     name: str, slots: int, lengths: list[int], new: int, starts: list[int] | None, backend: str
 ):
     rows, options = histories(lengths), OPTIONS[name]
@@ -71,8 +71,8 @@ def test_decode_is_attention_over_what_is_kept(
 
 
 @pytest.mark.parametrize("options", [{}, {"sinks": SINKS}])
-def test_one_token_does_not_mind_the_order_of_a_full_cache(options: dict[str, Any]):
-    """So a full ring buffer may also be said to have as many tokens as slots."""
+def test_one_token_is_independent_of_the_order_of_a_full_cache(options: dict[str, Any]):
+    """So the length of a full ring buffer may also be given as its number of slots."""
     rows = histories([40, 31])
     q, (k, v) = torch.randn(2, 1, QUERY_HEADS, KEY).double(), caches(rows, 24)
     one, two = (
@@ -81,7 +81,7 @@ def test_one_token_does_not_mind_the_order_of_a_full_cache(options: dict[str, An
     torch.testing.assert_close(one, two)
 
 
-def test_token_by_token_is_all_at_once():
+def test_token_by_token_equals_one_call():
     q, (k, v) = torch.randn(1, 12, QUERY_HEADS, KEY).double(), histories([12])[0]
     options: dict[str, Any] = {"window": 5, "sinks": SINKS, "alibi_slopes": SLOPES}
     parts = []
@@ -119,8 +119,8 @@ def test_no_rows_and_no_slots(backend: str):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
-def test_the_output_is_of_the_queries_dtype(options: dict[str, Any], backend: str):
-    """Whatever that of the cache is."""
+def test_the_output_has_the_dtype_of_the_queries(options: dict[str, Any], backend: str):
+    """For caches of any dtype."""
     q, k = torch.randn(2, 1, QUERY_HEADS, KEY).bfloat16(), torch.randn(2, 10, HEADS, KEY)
     o = flash_decode(q, k, k, cache_lengths=torch.tensor([9, 9]), backend=backend, **options)
     assert o.dtype == torch.bfloat16

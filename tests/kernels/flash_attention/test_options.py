@@ -90,7 +90,7 @@ def make_inputs(queries: int, keys: int, query_heads: int = QUERY_HEADS) -> list
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 error; absolute where nothing is expected; infinities have to agree."""
+    """Return the relative L2 error, the absolute one if ``expected`` is zero; infinities have to agree."""
     assert actual.shape == expected.shape
     finite = expected.isfinite()
     assert torch.equal(actual[~finite].double(), expected[~finite].double())
@@ -99,7 +99,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def derive(call: Any, inputs: list[Tensor], options: dict[str, Any], grads: list[Tensor], dtype: torch.dtype):
-    """o, lse and the gradients of inputs and finite sinks; the log-sum-exp of nothing has no weight in the loss."""
+    """Return o, lse and the gradients of inputs and finite sinks; an lse of -inf has no weight in the loss."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
     if "sinks" in options:
         leaves.append(options["sinks"].to(dtype, copy=True).requires_grad_())
@@ -138,7 +138,7 @@ def test_options_equal_the_dense_formula(name: str, queries: int, keys: int):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sinks", "everything"])
 def test_gradient_of_sinks_in_sixteen_bits(name: str, dtype: torch.dtype):
-    """Of the rounded operands it is exact: that the backward pass is given a rounded o must not show."""
+    """The gradient is exact for the rounded operands: it does not depend on the rounding of o."""
     inputs, options = [x.to(dtype) for x in make_inputs(150, 150)], OPTIONS[name](150, 150)
     grads = [torch.randn(BATCH, 150, QUERY_HEADS, VALUE).to(dtype), torch.randn(BATCH, 150, QUERY_HEADS)]
 
@@ -188,8 +188,8 @@ def test_gradcheck(query_heads: int):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_queries_that_see_nothing(backend: str):
-    """Zeros and an empty log-sum-exp; with a sink, the sink; gradients of zero, not NaN."""
+def test_queries_that_attend_to_no_key(backend: str):
+    """o is 0 and lse is -inf, or the sink; gradients are 0, not NaN."""
     q, k, v = (x.requires_grad_() for x in make_inputs(40, 32))
     none = BlockMask(torch.tensor([0, 0, 1, 1]), torch.tensor([0]), 16)  # query blocks 0 and 2 see nothing
     o, lse = flash_attention(q, k, v, block_mask=none, return_lse=True, backend=backend)
@@ -220,8 +220,8 @@ def test_a_mask_of_all_blocks_is_none(causal: bool):
     assert everything.to_dense(70, 90).all()
 
 
-def test_dead_blocks_are_not_visited():
-    """What no query may see may be anything, NaN too, and gets no gradient."""
+def test_masked_blocks_are_not_visited():
+    """Keys that no query attends to may be NaN, and get no gradient."""
     q, k, v = make_inputs(96, 96)
     live = torch.rand(6, 6) < 0.5
     live[:, 2] = live[:, 5] = False
@@ -251,7 +251,7 @@ def test_tiles_outside_the_window_are_not_visited(window: tuple[int, int]):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor made under it."""
+    """Records the number of elements of the largest tensor created inside the block."""
 
     elements = 0
 
@@ -284,7 +284,7 @@ def test_no_tensor_of_all_scores(options: dict[str, Any]):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_parts_of_the_keys_combine(backend: str):
-    """The sink goes to one part. Queries that see nothing of a part are weighted with exp(-inf) = 0."""
+    """Only one part gets the sink. Queries without keys in a part are weighted with exp(-inf) = 0."""
     q, k, v = make_inputs(50, 50)
     sinks, cut = torch.randn(QUERY_HEADS).double(), 31
     whole, whole_lse = flash_attention(q, k, v, sinks=sinks, return_lse=True, backend=backend)
@@ -327,7 +327,7 @@ def test_sums_are_wide(dtype: torch.dtype):
 
 @pytest.mark.parametrize("slope", [1e-3, 1.0, 50.0, 1e30])
 def test_steep_slopes(slope: float):
-    """Weights far below the smallest number are zeros, near it too (subnormal numbers would take ages)."""
+    """Weights near or below the smallest normal number become 0: a CPU is slow on subnormal numbers."""
     inputs = make_inputs(200, 200)
     slopes = torch.full((QUERY_HEADS,), slope)
     expected = flash_attention(*inputs, alibi_slopes=slopes, backend="reference")
@@ -338,13 +338,13 @@ def test_steep_slopes(slope: float):
 @pytest.mark.parametrize(("queries", "keys"), [(2, 10), (66, 90), (130, 140)])
 @pytest.mark.parametrize("left", [3, 7, 65])
 def test_two_queries_in_the_last_block(queries: int, keys: int, left: int):
-    """The first key that the block sees is one before the first that both its queries see."""
+    """The first key that some query of the block attends to is one before the first key that both attend to."""
     inputs, options = make_inputs(queries, keys), {"causal": False, "window": (left, 3)}
     expected = flash_attention(*inputs, **options, backend="reference")
     assert error(flash_attention(*inputs, **options), expected) <= 1e-12
 
 
-def test_many_small_weights_are_no_small_sum():
+def test_many_small_weights_add_up_to_a_large_sum():
     q, k = torch.ones(1, 1, 1, 1), torch.full((1, 1 << 16, 1, 1), -18.0)
     k[:, 0] = 0
     o, lse = flash_attention(q, k, k, scale=1.0, return_lse=True)
@@ -354,7 +354,7 @@ def test_many_small_weights_are_no_small_sum():
 
 
 def test_large_scores():
-    """The maximum is taken off before any exponential."""
+    """The maximum is subtracted before any exponential."""
     inputs = [30 * x for x in make_inputs(150, 150)]
     o, lse = flash_attention(*inputs, return_lse=True)
     expected = flash_attention(*inputs, return_lse=True, backend="reference")
@@ -362,7 +362,7 @@ def test_large_scores():
     assert error(lse, expected[1]) <= 1e-12
 
 
-def test_double_backward_is_refused():
+def test_double_backward_raises():
     q, k, v = (x.requires_grad_() for x in make_inputs(9, 9))
     o, lse = flash_attention(q, k, v, return_lse=True, backend="torch")
     (grad,) = torch.autograd.grad(o.square().sum() + lse.sum(), q, create_graph=True)
@@ -371,7 +371,7 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.parametrize("shape", [(0, 9, 9), (2, 0, 9), (2, 9, 0), (2, 0, 0)])
-def test_nothing_to_do(shape: tuple[int, int, int]):
+def test_empty_inputs(shape: tuple[int, int, int]):
     batch, queries, keys = shape
     q, k, v = (x[:batch].clone().requires_grad_() for x in make_inputs(queries, keys))
     sinks = SINKS.clone().requires_grad_()
@@ -431,5 +431,5 @@ def test_bad_options_are_named(name: str):
 
 def test_a_block_mask_is_not_for_packed_rows():
     q, k, v = (x[:1] for x in make_inputs(9, 9))
-    with pytest.raises(ValueError, match="block_mask: expected None beside cu_seqlens_q"):
+    with pytest.raises(ValueError, match="block_mask: expected None with cu_seqlens_q"):
         flash_attention(q, k, v, cu_seqlens_q=torch.tensor([0, 9]), block_mask=block_mask(9, 9))

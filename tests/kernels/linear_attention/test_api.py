@@ -64,12 +64,12 @@ BAD = {
     "v heads": (
         lambda q, k, v, g: (q, k, v[:, :, :2], g),
         {},
-        r"v: expected a multiple of k's 3 heads, got 2",
+        r"v: expected a multiple of the 3 heads of k, got 2",
     ),
     "q heads": (
         lambda q, k, v, g: (q[:, :, :2], k, v, g),
         {},
-        "q: expected k's 3 heads, or a multiple of those of k and v",
+        "q: expected the 3 heads of k, or a multiple of those of k and v",
     ),
     "not a tensor": (lambda q, k, v, g: (q, k, None, g), {}, r"v: expected a tensor \[B, T, Hv, V\], got NoneType"),
     "integer": (lambda q, k, v, g: (q, k.long(), v, g), {}, "k: expected a floating-point dtype, got torch.int64"),
@@ -106,9 +106,9 @@ def test_bad_input_is_named(name: str):
         gated_linear_attention(*change(*inputs(), -torch.rand(B, T, H, K)), **options)
 
 
-def test_queries_and_values_are_not_grouped_both():
+def test_queries_and_values_cannot_both_be_grouped():
     q, k, v = torch.randn(B, T, 4, K), torch.randn(B, T, 2, K), torch.randn(B, T, 4, V)
-    with pytest.raises(ValueError, match="q: expected k's 2 heads, or a multiple of those of k and v, got 4"):
+    with pytest.raises(ValueError, match="q: expected the 2 heads of k, or a multiple of those of k and v, got 4"):
         linear_attention(q, k, v)
 
 
@@ -125,19 +125,19 @@ def test_normalized_state_is_a_pair():
         linear_attention_step(*inputs(1), torch.zeros(B, H, K, V), normalize=True)
 
 
-def test_step_refuses_gradients():
+def test_step_rejects_inputs_that_require_gradients():
     q, k, v = inputs(1)
     with pytest.raises(ValueError, match=r"state: expected inputs without gradients .* use torch.no_grad\(\)"):
         linear_attention_step(q.requires_grad_(), k, v, torch.zeros(B, H, K, V))
 
 
-def test_step_refuses_a_narrow_state():
+def test_step_rejects_a_16_bit_state():
     with pytest.raises(ValueError, match=r"state: expected float32 or float64, got torch.bfloat16"):
         linear_attention_step(*inputs(1), torch.zeros(B, H, K, V).bfloat16())
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_a_step_has_wide_sums_in_an_autocast_region(tokens: int):
+def test_a_step_sums_in_fp32_under_autocast(tokens: int):
     x, state = [x.bfloat16().float() for x in inputs(tokens)], torch.randn(B, H, K, V)
     kept = state.clone()
     expected = linear_attention_step(*x, kept)

@@ -30,7 +30,7 @@ def part(x: torch.Tensor | None, span: slice) -> torch.Tensor | None:
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("hot", [0.1, 60.0, torch.inf])
-def test_the_state_is_the_one_the_operator_ends_with(gate: str, hot: float):
+def test_the_state_equals_the_final_state_of_the_operator(gate: str, hot: float):
     k, v, g = make(gate, 0.1 if hot == torch.inf else hot)
     if g is not None and hot == torch.inf:
         g = torch.where(torch.rand(g.shape) < 0.2, -torch.inf, g)

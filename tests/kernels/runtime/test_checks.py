@@ -10,7 +10,7 @@ from hybridattn.kernels.runtime.checks import check_shape
 from hybridattn.kernels.runtime.sequences import sequence_ids, sequence_slices
 
 
-def test_letters_bind_and_must_agree():
+def test_equal_letters_have_equal_sizes():
     sizes: dict[str, int] = {}
     check_shape(sizes, "q", torch.zeros(2, 3), "B T")
     assert sizes == {"B": 2, "T": 3}
@@ -18,21 +18,21 @@ def test_letters_bind_and_must_agree():
         check_shape(sizes, "k", torch.zeros(2, 4, 1), "B T H")
 
 
-def test_backend_asked_for_by_name_runs_or_raises():
+def test_a_named_backend_runs_or_raises():
     assert choose_backend(None) == "torch"
     assert choose_backend("reference") == "reference"
     with pytest.raises(ValueError, match=r"backend: expected one of \['reference', 'torch', None\], got 'triton'"):
         choose_backend("triton")
 
 
-def test_triton_serves_cuda_tensors_that_its_kernels_have_the_case_for():
+def test_triton_is_chosen_for_cuda_tensors_that_its_kernels_support():
     q, cuda = torch.zeros(1), SimpleNamespace(is_cuda=True, dtype=torch.float64)
     lacks = "q: expected float32, got torch.float64"
     assert choose_backend(None, q) == "torch"
     assert choose_backend(None, cuda) == "triton"
     assert choose_backend(None, cuda, lacks) == "torch"
     assert choose_backend("triton", cuda) == "triton"
-    with pytest.raises(ValueError, match=lacks + " with backend='triton'"):
+    with pytest.raises(ValueError, match=lacks + r" \(with backend='triton'\)"):
         choose_backend("triton", cuda, lacks)
     with pytest.raises(ValueError, match=r"q: expected a CUDA tensor with backend='triton' \(or TRITON_INTERPRET=1\)"):
         choose_backend("triton", q)

@@ -1,4 +1,4 @@
-"""``attn_implementation="hybridattn"`` against transformers' eager attention, on tiny models of its own."""
+"""``attn_implementation="hybridattn"`` compared with transformers' eager attention, on tiny models of transformers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +55,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # scores that matter
+    "initializer_range": 0.3,  # large enough for scores to affect the outputs
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
@@ -88,7 +88,7 @@ PADDING = {
 
 
 def pair(build: Callable[..., PreTrainedModel], **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same model twice: eager, ours."""
+    """The same model twice: with eager attention and with this package's."""
     eager, ours = (build(attn_implementation=name, **options).eval() for name in ("eager", "hybridattn"))
     ours.load_state_dict(eager.state_dict())
     return eager, ours
@@ -128,7 +128,7 @@ def test_a_row_of_nothing_but_padding(models: tuple[PreTrainedModel, PreTrainedM
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding", ["none", "left", "inside"])  # elsewhere it would go on from padding
+@pytest.mark.parametrize("padding", ["none", "left", "inside"])  # on the right, generation would continue padding
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generated_tokens(models: tuple[PreTrainedModel, PreTrainedModel], padding: str, cache: str, beams: int):
@@ -156,7 +156,7 @@ CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
 def test_a_cache_continued(
     models: tuple[PreTrainedModel, PreTrainedModel], cache: str, lengths: tuple[int, ...], padding: bool
 ):
-    """By one token and by several, beyond the window and not, with padding in what is kept and in what is new."""
+    """By one and by several tokens, within and beyond the window, with padding in cached and in new tokens."""
     ids = tokens(3, sum(lengths))
     mask = torch.ones_like(ids)
     if padding:
@@ -175,8 +175,8 @@ def test_a_cache_continued(
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_assisted_generation(name: str):
-    """Candidates that are taken back shorten the cache."""
-    ids = torch.randint(2, VOCAB, (1, 4)).repeat(1, 4)  # to look candidates up in
+    """Rejected candidates shorten the cache."""
+    ids = torch.randint(2, VOCAB, (1, 4)).repeat(1, 4)  # repetitions, from which prompt lookup takes candidates
     expected, actual = (
         model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
         for model in pair(MODELS[name])
@@ -187,7 +187,7 @@ def test_assisted_generation(name: str):
 @torch.no_grad()
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bit(models: tuple[PreTrainedModel, PreTrainedModel], autocast: bool):
-    """Prefill and a step: as far from fp32 as eager attention is."""
+    """Prefill and a step have no larger error, compared with fp32, than eager attention."""
     ids, mask, (eager, ours) = tokens(), torch.tensor(PADDING["inside"]), models
     exact = eager(ids, attention_mask=mask).logits[mask.bool()]
     errors = []
@@ -209,14 +209,14 @@ OFFSETS = torch.tensor([0, 3, 10, 12], dtype=torch.int32)
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("offsets", [False, True])
 def test_packed_sequences(models: tuple[PreTrainedModel, PreTrainedModel], use_cache: bool, offsets: bool):
-    """Against each sequence alone: eager gpt-oss, for one, does not look at positions that start again."""
+    """Compared with each sequence alone, since eager gpt-oss, for example, ignores positions that restart."""
     ids, (eager, ours) = tokens(1), models
     expected = torch.cat([eager(part).logits for part in ids.split([3, 7, 2], 1)], 1)
     options: dict[str, Any] = {"position_ids": PACKED}
     if offsets:
         options |= {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "max_length_q": 7, "max_length_k": 7}
     close(ours(ids, use_cache=use_cache, **options).logits, expected)
-    if offsets:  # these alone tell the sequences apart: rotary positions are relative
+    if offsets:  # only offsets separate the sequences, since rotary positions are relative
         del options["position_ids"]
         close(ours(ids, use_cache=use_cache, **options).logits, expected)
 
@@ -281,7 +281,7 @@ def test_cross_attention(padding: str, length: int):
 def test_gradients(models: tuple[PreTrainedModel, PreTrainedModel], padding: str, checkpointing: bool):
     ids, mask = tokens(), torch.tensor(PADDING[padding])
     labelled = mask.clone()
-    labelled[:, 1:] &= mask[:, :-1]  # what comes after padding is predicted by padding
+    labelled[:, 1:] &= mask[:, :-1]  # the token after padding is predicted from padding
     if checkpointing:
         enable = getattr(models[1], "activation_checkpointing_enable", None) or models[1].gradient_checkpointing_enable
         enable()
@@ -334,7 +334,7 @@ def test_a_mask_for_other_keys_is_refused(llama: PreTrainedModel):
 
 
 def test_patterns_of_the_caller_are_refused(llama: PreTrainedModel):
-    """As models with images make them: blocks that see both ways, prefixes."""
+    """Models with images use such patterns: bidirectional blocks and prefixes."""
     options = {"config": llama.config, "inputs_embeds": torch.zeros(2, TOKENS, 32), "attention_mask": None}
     assert create_causal_mask(**options, past_key_values=None) is None
     blocks = torch.zeros(2, TOKENS, dtype=torch.long)
@@ -360,7 +360,7 @@ def test_layers_that_do_not_say_whether_they_are_causal_are_refused():
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AlignTextModel._from_config(AlignTextConfig(vocab_size=VOCAB, **small), attn_implementation="hybridattn")
     model.eval()
-    with pytest.raises(ValueError, match="is_causal: expected a layer or an argument that says so"):
+    with pytest.raises(ValueError, match="is_causal: expected an argument or an attribute of the layer"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
@@ -397,9 +397,9 @@ def test_a_window_that_only_the_mask_knows_is_refused(llama: PreTrainedModel, pa
     options = {"config": llama.config, "inputs_embeds": torch.zeros(2, TOKENS, 32), "past_key_values": None}
     padded = None if padding is None else torch.tensor(PADDING[padding])
     mask = create_sliding_window_causal_mask(attention_mask=padded, **options)
-    with pytest.raises(ValueError, match="sliding_window: expected that of the mask, got None"):
+    with pytest.raises(ValueError, match="sliding_window: expected the window of the mask, got None"):
         attention_forward(layer, x, x, x, mask)
-    llama.config.sliding_window = TOKENS  # hides nothing
+    llama.config.sliding_window = TOKENS  # as long as the sequence: hides no key
     attention_forward(layer, x, x, x, create_sliding_window_causal_mask(attention_mask=padded, **options))
 
 
@@ -410,7 +410,7 @@ def test_offsets_beside_padding_are_refused(llama: PreTrainedModel):
 
 def test_offsets_beside_kept_keys_are_refused(llama: PreTrainedModel):
     cache = llama(tokens(1), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="cu_seq_lens_q: expected None where a cache keeps keys, got 24"):
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected None with cached keys, got .* 24 keys"):
         llama(tokens(1), past_key_values=cache, cu_seq_lens_q=OFFSETS)
 
 
@@ -466,7 +466,7 @@ def test_packed_sequences_in_a_graph_need_offsets(use_cache: bool):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "padding", "count"), [("llama", "none", 1), ("gemma2", "everywhere", 2)])
 def test_a_step_with_a_static_cache_is_compiled_once(name: str, padding: str, count: int):
-    """As ``generate`` does it: the mask is made ahead of the step, so that its shape does not grow.
+    """``generate`` creates the mask before the step, so that its shape does not grow.
 
     Static windows of transformers count in a Python number, which becomes dynamic when it changes: one more graph.
     """

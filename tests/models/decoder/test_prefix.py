@@ -104,8 +104,8 @@ def test_what_cannot_be_is_named(model: HybridAttnForCausalLM):
         model(ids, attention_mask=mask, prefix_lengths=torch.tensor([4, 5]))
     other = HybridAttnForCausalLM(HybridAttnConfig(vocab_size=VOCAB, hidden_size=16, mixers=["conv", "taylor"]))
     with pytest.raises(
-        ValueError, match=r"prefix_lengths: expected None without 'prefix' in mixers \['conv', 'taylor'\]"
+        ValueError, match=r"prefix_lengths: expected None without a 'prefix' mixer in \['conv', 'taylor'\]"
     ):
         other(ids, prefix_lengths=torch.tensor([2, 2]))
-    with pytest.raises(ValueError, match="prefix_lengths: expected None without 'prefix'"):
+    with pytest.raises(ValueError, match="prefix_lengths: expected None without a 'prefix' mixer"):
         other.generate(ids, prefix_lengths=torch.tensor([2, 2]), max_new_tokens=2)

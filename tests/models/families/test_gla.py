@@ -156,8 +156,8 @@ def test_softmax_layers_of_two_kinds():
     config = HybridAttnGLAConfig(**{**SIZES, "num_hidden_layers": 3}, attn=[window, {"layers": [2], "num_heads": 4}])
     assert config.mixers == ["window", "gla", "full"]
     assert config.mixer_options["full"]["num_heads"] == 4
-    with pytest.raises(ValueError, match="attn: expected one kind of window layers"):
-        HybridAttnGLAConfig(**SIZES, attn=[window, {**window, "layers": [1], "window_size": 5}])
+    config = HybridAttnGLAConfig(**SIZES, attn=[window, {**window, "layers": [1], "window_size": 5}])
+    assert [layer.mixer.window for layer in HybridAttnGLAForCausalLM(config).model.layers] == [4, 5]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Recall tasks for lm-eval: YAML files and the generators that they name."""
+"""Recall tasks for lm-eval: YAML files and the data generators that they refer to."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""From one row to a data set: every length, depth and load, measured with the model's own tokenizer.
+"""Build a task's data set from a row generator: rows for every length, depth and load, in the model's own tokens.
 
-lm-eval calls a task's ``custom_dataset`` with its metadata, which are ``--model_args`` and ``--metadata``: so the
-tokenizer is the model's, and what `build` takes may be given, as in ``--metadata '{"max_seq_lengths": [8192]}'``.
+lm-eval calls a task's ``custom_dataset`` with the values of ``--model_args`` and ``--metadata``. The tokenizer is
+therefore the model's, and users can set arguments of `build`, as in ``--metadata '{"max_seq_lengths": [8192]}'``.
 """
 
 import math
@@ -16,18 +16,18 @@ from hybridattn.evals.lm_eval.tasks.prompt import SLACK, DoesNotFitError, assemb
 LENGTHS = (1024, 4096)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROWS_PER_CELL = 8
-ANSWER_TOKENS = 48  # max_gen_toks of the tasks, which a prompt leaves free
+ANSWER_TOKENS = 48  # max_gen_toks of the tasks; part of the length, so that prompts are shorter by it
 
 
 class Cell(NamedTuple):
-    """What the rows of one cell share.
+    """The parameters that the rows of one cell share.
 
     Attributes:
         length: tokens of prompt and answer together.
-        depth: where the asked fact stands, 0 (first) to 1 (last).
-        load: how many facts there are, for tasks that have a choice.
+        depth: relative position of the queried fact, 0 (first) to 1 (last).
+        load: number of facts, for tasks in which it varies.
         form: one of `prompt.FORMS`.
-        count: tokens of a text.
+        count: function that returns the number of tokens of a text.
     """
 
     length: int
@@ -38,21 +38,21 @@ class Cell(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Tokens that a prompt never exceeds."""
+        """Maximum number of tokens of a prompt."""
         return self.length - ANSWER_TOKENS
 
     @property
     def least(self) -> int:
-        """Tokens that a prompt has at least."""
+        """Minimum number of tokens of a prompt."""
         return math.ceil(self.length * (1 - SLACK)) - ANSWER_TOKENS
 
     def fill(self, rng: Random, render: Callable[[str], str]) -> str:
-        """The prompt, brought to its length: ``render`` puts the facts into a piece of real text."""
+        """Return a prompt of the cell's length; ``render`` inserts the facts into an excerpt of filler."""
         start = filler.line_start(rng.random())
         return fit(lambda size: render(filler.excerpt(start, size)), self.count, self.least, self.most)[1]
 
     def fill_between(self, rng: Random, facts: Sequence[tuple[float, str]], question: str, cloze: str) -> str:
-        """The prompt with each fact at its depth between lines of real text."""
+        """Return a prompt of the cell's length, with each fact at its depth between lines of filler."""
         return self.fill(rng, lambda text: assemble(place(text, facts), question, cloze, self.form))
 
 
@@ -71,29 +71,29 @@ def build(
     pretrained: str | None = None,
     **rest: Any,
 ) -> dict[str, Any]:
-    """Make a task's data set, the split ``test``, as lm-eval takes it.
+    """Build a task's data set, the split ``test``, in the form that lm-eval expects.
 
-    A row depends on task, seed, length, depth, load and its number alone, beside tokenizer and filler; the forms of a
-    task ask for the same facts. Cells come in turn, in random order, so that ``--limit`` takes of all lengths. A load
-    whose facts do not fit a length is left out there.
+    A row depends only on task, seed, length, depth, load and row number, and on tokenizer and filler. All forms of a
+    task use the same facts. Rows of all cells alternate, in random order, so that ``--limit`` selects from all lengths.
+    A load is skipped for a length that cannot hold its facts.
 
     Args:
         task: the generator's name.
-        row: makes one row of a cell: ``prompt``, ``answers`` (every one counts), ``load`` and ``chance``, the expected
-            score of naming one value of the context at random.
+        row: function that generates one row of a cell: ``prompt``; ``answers``, which are all required; ``load``; and
+            ``chance``, the expected score of answering with a random value of the context.
         max_seq_lengths: tokens of prompt and answer together; `LENGTHS` up to ``max_length`` if None.
-        loads: numbers of facts, for tasks that have a choice.
-        depths: places of the asked fact, 0 to 1.
-        rows_per_cell: rows of every length, depth and load.
-        seed: of the draws.
+        loads: numbers of facts, for tasks in which it varies.
+        depths: relative positions of the queried fact, 0 to 1.
+        rows_per_cell: number of rows for every length, depth and load.
+        seed: random seed.
         form: one of `prompt.FORMS`.
-        max_length: the longest input of the model, in tokens.
+        max_length: maximum input length of the model, in tokens.
         tokenizer: folder or name of the tokenizer; ``pretrained`` if None.
         pretrained: folder or name of the model.
-        rest: other metadata; ``add_bos_token`` and ``trust_remote_code`` are what they are to lm-eval's model.
+        rest: other metadata; ``add_bos_token`` and ``trust_remote_code`` have lm-eval's meaning.
 
     Raises:
-        ValueError: a bad argument, no tokenizer, or a length that no load fits.
+        ValueError: a bad argument, no tokenizer, or a length that is too short for every load.
     """
     from datasets import Dataset
 
@@ -116,7 +116,7 @@ def build(
 def cell_rows(
     task: str, row: Callable[[Random, Cell], dict[str, Any]], cell: Cell, rows: int, seed: int
 ) -> list[dict[str, Any]]:
-    """The rows of a cell; none where one of them does not fit."""
+    """Generate the rows of a cell; an empty list if the facts of one of them do not fit."""
     made = []
     for i in range(rows):
         rng = Random(f"{task} {seed} {cell.length} {cell.depth} {cell.load} {i}")
@@ -130,10 +130,10 @@ def cell_rows(
 
 
 def check_lengths(wanted: Sequence[int] | int | None, max_length: int | None) -> list[int]:
-    """The lengths to make, those asked for or the usual ones that the model can read.
+    """Return the given lengths, or by default those of `LENGTHS` up to the model's maximum.
 
     Raises:
-        ValueError: none, or none that is a positive integer.
+        ValueError: there are no lengths, or one is not an integer above `ANSWER_TOKENS`.
     """
     if wanted is None:
         lengths = [length for length in LENGTHS if max_length is None or length <= max_length]
@@ -141,18 +141,18 @@ def check_lengths(wanted: Sequence[int] | int | None, max_length: int | None) ->
         lengths = [wanted] if isinstance(wanted, int) else list(wanted)
     if not lengths or not all(isinstance(length, int) and length > ANSWER_TOKENS for length in lengths):
         raise ValueError(
-            f"max_seq_lengths: expected integers above {ANSWER_TOKENS}, by default of {list(LENGTHS)} those up to the "
-            f"model's max_length, got {wanted} with max_length={max_length}"
+            f"max_seq_lengths: expected integers above {ANSWER_TOKENS} (default: {list(LENGTHS)} up to the model's "
+            f"max_length), got {wanted} with max_length={max_length}"
         )
     return lengths
 
 
 @cache
 def counter(tokenizer: str | None, trust_remote_code: bool, add_bos_token: bool | None) -> Callable[[str], int]:
-    """The function that counts a text's tokens as lm-eval will encode it.
+    """Return a function that counts the tokens of a text as lm-eval will encode it.
 
     Raises:
-        ValueError: no tokenizer is named.
+        ValueError: ``tokenizer`` is not a string.
     """
     if not isinstance(tokenizer, str):
         raise ValueError(
@@ -167,5 +167,5 @@ def counter(tokenizer: str | None, trust_remote_code: bool, add_bos_token: bool 
 
 
 def count_tokens(tokenizer: Any, special: dict[str, bool], text: str) -> int:
-    """Tokens of a text, the special ones that the tokenizer adds included."""
+    """Return the number of tokens of a text, including special tokens that the tokenizer adds."""
     return len(tokenizer(text, verbose=False, **special).input_ids)

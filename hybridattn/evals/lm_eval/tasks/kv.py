@@ -1,4 +1,4 @@
-"""Key-value pairs in real text: N lines ``key: value`` spread evenly over it, one key is asked."""
+"""The task ``hybridattn_kv``: N lines ``key: value``, evenly spaced in filler text; the prompt queries one key."""
 
 from functools import partial
 from random import Random
@@ -11,7 +11,7 @@ LOADS = (4, 16, 64, 256)
 
 
 def row(rng: Random, cell: Cell) -> dict[str, Any]:
-    """One prompt with ``cell.load`` pairs; the asked one is the nearest to the depth."""
+    """Generate a row with ``cell.load`` pairs; the queried pair is the one nearest to the cell's depth."""
     pairs = cell.load
     keys, values = distinct(partial(word, rng), pairs), distinct(partial(number, rng, 4), pairs)
     depths = [i / max(pairs - 1, 1) for i in range(pairs)]
@@ -27,5 +27,5 @@ def row(rng: Random, cell: Cell) -> dict[str, Any]:
 
 
 def dataset(**options: Any) -> dict[str, Any]:
-    """The task's data; `grid.build` says which options there are."""
+    """Build the task's data set; options as in `grid.build`."""
     return build("kv", row, **{"loads": LOADS, **options})

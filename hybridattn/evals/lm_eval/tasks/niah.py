@@ -1,7 +1,7 @@
-"""Needles in a haystack of real text: sentences ``The magic number of KEY is VALUE.``, in the four kinds of RULER.
+"""Needle-in-a-haystack tasks: sentences ``The magic number of KEY is VALUE.`` in filler text, in RULER's four kinds.
 
-After Hsieh et al., "RULER: What's the real context size of your long-context language models?", 2024,
-arXiv:2404.06654, section 3.1, with drawn words as keys and filler from this machine, so that nothing is downloaded.
+Keys are random words and the filler is a local text, so that nothing is downloaded. Source: Hsieh et al., "RULER:
+What's the real context size of your long-context language models?", 2024, arXiv:2404.06654, section 3.1.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from hybridattn.evals.lm_eval.tasks.grid import Cell, build
 
 
 class Kind(NamedTuple):
-    """How many keys there are, values of each, and how many of the keys are asked."""
+    """Numbers of keys, of values per key, and of queried keys."""
 
     keys: int
     values: int
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def row(rng: Random, cell: Cell, *, kind: Kind) -> dict[str, Any]:
-    """One prompt. The first needle asked for stands at the depth, the others follow in even steps, round and round."""
+    """Generate a row. The first needle is at the cell's depth; the others follow evenly spaced, cyclically."""
     keys = distinct(partial(word, rng, 4), kind.keys)
     values = distinct(partial(number, rng, 7), kind.keys * kind.values)
     needles = [(keys[i // kind.values], value) for i, value in enumerate(values)]
@@ -46,13 +46,13 @@ def row(rng: Random, cell: Cell, *, kind: Kind) -> dict[str, Any]:
         ),
         "answers": answers,
         "load": len(needles),
-        # A value named at random is one of the answers this often, and then it is one answer of all.
+        # A random value is an answer with probability answers / needles, and then scores 1 / answers.
         "chance": 1 / len(needles),
     }
 
 
 def listed(words: list[str]) -> str:
-    """Words as in a sentence: a, b and c."""
+    """Join words as in a sentence: a, b and c."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 

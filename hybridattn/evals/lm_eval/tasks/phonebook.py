@@ -1,4 +1,4 @@
-"""A phone book: as many lines ``name: number`` as the length holds, one name is asked; real text fills the rest."""
+"""The phone book task: as many lines ``name: number`` as fit the prompt, filler for the rest; it queries one name."""
 
 from random import Random
 from typing import Any
@@ -7,15 +7,15 @@ from hybridattn.evals.lm_eval.tasks.facts import name, number
 from hybridattn.evals.lm_eval.tasks.grid import Cell, build
 from hybridattn.evals.lm_eval.tasks.prompt import assemble, fit
 
-ENTRY_TOKENS = 8  # fewer than a tokenizer makes of an entry: where the search for their number starts
+ENTRY_TOKENS = 8  # start value for the tokens of an entry; a tokenizer gives more
 
 
 def row(rng: Random, cell: Cell) -> dict[str, Any]:
-    """One prompt, nine tenths of it or more entries; ``load`` is their number."""
+    """Generate a row at least nine tenths of whose prompt are entries; ``load`` is their number."""
     book: dict[str, str] = {}
 
     def render(more: int, text: str = "") -> str:
-        while len(book) < more + 1:  # never empty
+        while len(book) < more + 1:  # at least one entry
             book[name(rng)] = number(rng, 7)
         names = list(book)[: more + 1]
         asked = names[round(cell.depth * more)]
@@ -33,5 +33,5 @@ def row(rng: Random, cell: Cell) -> dict[str, Any]:
 
 
 def dataset(**options: Any) -> dict[str, Any]:
-    """The task's data; `grid.build` says which options there are."""
+    """Build the task's data set; options as in `grid.build`, except ``loads``."""
     return build("phonebook", row, **{**options, "loads": (1,)})

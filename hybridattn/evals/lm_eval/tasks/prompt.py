@@ -1,27 +1,27 @@
-"""How context and question are put together, and how a prompt is brought to its length in tokens."""
+"""Assemble prompts from context and question, and adjust their length to a number of tokens."""
 
 from collections.abc import Callable, Sequence
 
 FORMS = ("once", "twice", "question_first")
-SLACK = 0.02  # a prompt may be shorter than asked by this share, and is never longer
+SLACK = 0.02  # a prompt may be shorter than its length by this share, and is never longer
 
 
 class DoesNotFitError(ValueError):
-    """The facts and the question alone are longer than the prompt may be."""
+    """The facts and the question alone exceed the maximum length of the prompt."""
 
 
 def assemble(context: str, question: str, cloze: str, form: str) -> str:
-    """The prompt, which ends with ``cloze``, to be completed by the answer.
+    """Assemble a prompt that ends with ``cloze``, which the answer completes.
 
     Args:
-        context: the text that holds the answer.
-        question: what will be asked, as a sentence.
+        context: the text that contains the answer.
+        question: the question as a sentence.
         cloze: the beginning of the answer's sentence.
         form: ``"once"``, context and cloze; ``"twice"``, question, context, context, cloze (JRT-Prompt of Arora et al.,
             "Just read twice", 2024, arXiv:2407.05483); ``"question_first"``, question, context, cloze.
 
     Raises:
-        ValueError: another form.
+        ValueError: an unknown form.
     """
     if form not in FORMS:
         raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
@@ -30,7 +30,7 @@ def assemble(context: str, question: str, cloze: str, form: str) -> str:
 
 
 def place(filler: str, facts: Sequence[tuple[float, str]]) -> str:
-    """Put lines between the lines of a text, each at its depth: 0 is before the first one, 1 after the last one."""
+    """Insert facts between the lines of a text, each at its depth: 0 is before the first line, 1 after the last."""
     lines = filler.splitlines()
     between: dict[int, list[str]] = {}
     for depth, fact in facts:
@@ -42,26 +42,26 @@ def place(filler: str, facts: Sequence[tuple[float, str]]) -> str:
 def fit(
     render: Callable[[int], str], count: Callable[[str], int], least: int, most: int, *, step_tokens: float = 1.0
 ) -> tuple[int, str]:
-    """Find a size whose text has ``least`` to ``most`` tokens; texts are measured whole, a few of them at any length.
+    """Find a size for which ``render`` gives ``least`` to ``most`` tokens, with few calls at any length.
 
     Args:
-        render: the text of a size; its tokens grow about linearly with the size.
-        count: tokens of a text.
-        least: tokens that are enough.
-        most: tokens that are never exceeded.
-        step_tokens: a guess of the tokens that one more step adds, from which the search starts.
+        render: function that returns the text of a size; its number of tokens is about linear in the size.
+        count: function that returns the number of tokens of a text.
+        least: minimum number of tokens.
+        most: maximum number of tokens.
+        step_tokens: first estimate of the tokens that a step in size adds.
 
     Returns:
         The size and its text.
 
     Raises:
-        DoesNotFitError: even size 0 has too many tokens.
-        ValueError: one step in size leads from too few tokens to too many.
+        DoesNotFitError: size 0 has more than ``most`` tokens.
+        ValueError: one step in size leads from too few to too many tokens.
     """
     low, text = 0, render(0)
     first = low_tokens = count(text)
     if first > most:
-        raise DoesNotFitError(f"length: expected at least {first} tokens, for the facts and the question, got {most}")
+        raise DoesNotFitError(f"length: expected at least {first} tokens for the facts and the question, got {most}")
     aim = (least + 3 * most) / 4
     high, high_tokens = None, 0
     while low_tokens < least:

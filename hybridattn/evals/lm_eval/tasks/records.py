@@ -1,7 +1,7 @@
-"""Attributes of generated documents, written as lists, tables and sentences among real text; one attribute is asked.
+"""The records task: generated documents with attributes in lists, tables and sentences; it queries one attribute.
 
-Made after SWDE and FDA in the form of Arora et al., "Language models enable simple systems for generating structured
-views of heterogeneous data lakes", 2023, arXiv:2304.09433: what stands in no training set, and on any machine.
+It resembles SWDE and FDA in the form of Arora et al., "Language models enable simple systems for generating structured
+views of heterogeneous data lakes", 2023, arXiv:2304.09433. Generated data are in no training set and need no download.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ STYLES = ("{label}: {value}", "| {label} | {value} |", "The {attribute} of {owne
 
 
 def row(rng: Random, cell: Cell) -> dict[str, Any]:
-    """One prompt with ``cell.load`` documents; the asked one is the nearest to the depth."""
+    """Generate a row with ``cell.load`` documents; the queried document is the one nearest to the cell's depth."""
     owners = distinct(partial(name, rng), cell.load)
     columns = {attribute: distinct(partial(draw, rng), cell.load) for attribute, draw in ATTRIBUTES.items()}
     asked, attribute = round(cell.depth * (cell.load - 1)), rng.choice(list(ATTRIBUTES))
@@ -43,7 +43,7 @@ def row(rng: Random, cell: Cell) -> dict[str, Any]:
 
 
 def document(rng: Random, owner: str, values: dict[str, str]) -> str:
-    """A heading and, in any order and style, a line for every attribute."""
+    """Return a document: a heading and a line for every attribute, in random order and style."""
     lines = [
         rng.choice(STYLES).format(label=attribute.capitalize(), attribute=attribute, owner=owner, value=value)
         for attribute, value in rng.sample(list(values.items()), len(values))
@@ -52,5 +52,5 @@ def document(rng: Random, owner: str, values: dict[str, str]) -> str:
 
 
 def dataset(**options: Any) -> dict[str, Any]:
-    """The task's data; `grid.build` says which options there are."""
+    """Build the task's data set; options as in `grid.build`."""
     return build("records", row, **{"loads": LOADS, **options})

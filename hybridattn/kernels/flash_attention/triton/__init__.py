@@ -1,5 +1,4 @@
-"""Triton kernels of softmax attention.
+"""Triton kernels of softmax attention: ops (``forward``, ``decode``), kernels, launch parameters and compile cases.
 
-``launch`` chooses launch parameters.
-``compile_cases`` lists what is compiled ahead of time, and the bytes that each launch may move.
+``launch`` chooses launch parameters. ``compile_cases`` lists the compilations that are checked without a GPU.
 """

@@ -1,13 +1,14 @@
-"""Softmax attention, backward: weights recomputed from the log-sum-exp, every gradient written once by one program.
+"""The backward kernels and op of softmax attention: weights are recomputed from the log-sum-exp.
 
-Dao, "FlashAttention-2" (2023), algorithm 2, in two passes instead of one that would add to dq from many programs: no
-atomics, so that the same inputs give the same bits. B batch, H key heads, Hq query heads, D key dim, V value dim.
+Dao, "FlashAttention-2" (2023), algorithm 2, in two passes. In one pass many programs would add to dq with atomics; here
+one program writes each gradient, so results are bitwise reproducible. B batch, H key heads, Hq query heads, D key dim,
+V value dim.
 
     P = exp(scores - lse),  delta = rowsum(dO * O) - dlse,  dS = P * (dO V^T - delta),  dV = P^T dO
 
-A program of the first pass has a tile of queries and visits the keys these may see; one of the second has a tile of
-keys, and visits the queries of all its query heads that may see them, with scores computed as K Q^T: their transpose
-is never needed.
+A program of the first pass has a tile of queries and visits the keys that these attend to. A program of the second pass
+has a tile of keys. It visits the queries, of all query heads that share the key head, that attend to these keys. There
+scores are computed as K Q^T, so that no tile of scores has to be transposed.
 """
 
 import torch
@@ -77,24 +78,25 @@ def query_gradients_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq; and, for the second pass, delta and lse in base 2 (inf of nothing, for weights of 0), [B,Hq,Tq] both.
+    """Compute dq and, for the second pass, ``delta`` and ``shift``, both [B,Hq,Tq].
 
-    With sinks also dsinks [B,Hq,programs], what each program has of their gradient: the sum over its queries of the
-    sink's weight times dlse - rowsum(P * dO V^T). That is -delta, but without o, whose rounding a sum over all tokens
-    into one number per head would show.
+    ``shift`` is lse in base 2; it is inf for a query without keys, whose weights are then 0. With sinks the kernel also
+    computes dsinks [B,Hq,programs], each program's part of the sinks' gradient: the sum over its queries of the sink's
+    weight times dlse - rowsum(P * dO V^T). That factor equals -delta, but does not use o: the sum over all tokens would
+    accumulate the rounding errors of o.
     """
     ALIBI: tl.constexpr = alibi_slopes is not None  # pyright: ignore[reportAssignmentType]
     factor = 1.0 if SOFTCAP or ALIBI else scale
     tile = tl.program_id(0)
     head, batch = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
-    row_end = queries  # of the tensors
+    row_end = queries  # queries of the tensors
     q_first = 0
     k_first = 0
     if PACKED:
         found = sequence_of(tile, tiles_sequence, tiles_before, cu_seqlens_q, cu_seqlens_k)
         tile, q_first, k_first, queries, keys = found  # pyright: ignore[reportGeneralTypeIssues]
     elif RIGHT is not None:
-        tile = tl.num_programs(0) - 1 - tile  # the longest first
+        tile = tl.num_programs(0) - 1 - tile  # tiles with the most keys first
     kv_head = head // GROUP
     block, first, limit = tile_span(tile, queries, BLOCK_M, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
     if first >= limit:
@@ -127,7 +129,7 @@ def query_gradients_kernel(
     tl.store(shift + place, row_shift, mask=inside)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    mean = tl.zeros([BLOCK_M], tl.float32)  # of dO V^T, by weight
+    mean = tl.zeros([BLOCK_M], tl.float32)  # mean of dO V^T, weighted by P
     low, high, full_low, full_high = tiles_in_reach(
         first + past, keys, block, block_offsets, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_SIZE
     )
@@ -141,7 +143,7 @@ def query_gradients_kernel(
         value = load_rows(
             v, batch, k_first + start, kv_head, k_first + end, v_batch, v_time, v_head, BLOCK_N, V, BLOCK_V, TMA
         )
-        if PACKED and TMA and masked:  # a gradient of 0 does not undo a NaN of what follows the sequence
+        if PACKED and TMA and masked:  # tokens after the sequence may be NaN, and 0 * NaN is NaN
             key = tl.where((s < end)[:, None], key, 0.0)
             value = tl.where((s < end)[:, None], value, 0.0)
         products = tl.dot(query, key.T, input_precision=PRECISION)
@@ -219,13 +221,13 @@ def key_gradients_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dk and dv. ``block_offsets`` and ``query_blocks`` list the live query blocks of every key block."""
+    """Compute dk and dv; ``block_offsets`` and ``query_blocks`` list the live query blocks of every key block."""
     ALIBI: tl.constexpr = alibi_slopes is not None  # pyright: ignore[reportAssignmentType]
     KV_HEADS: tl.constexpr = HEADS // GROUP
     factor = 1.0 if SOFTCAP or ALIBI else scale
     tile = tl.program_id(0)
     kv_head, batch = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
-    q_end, k_end = queries, keys  # of the tensors
+    q_end, k_end = queries, keys  # queries and keys of the tensors
     q_first = 0
     k_first = 0
     if PACKED:
@@ -234,7 +236,7 @@ def key_gradients_kernel(
     block, start, limit = tile_span(tile, keys, BLOCK_N, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
     if start >= limit:
         return
-    position = start - (keys - queries)  # of the tile, counted as queries are
+    position = start - (keys - queries)  # of the tile's first key, in the numbering of queries
     s = position + tl.arange(0, BLOCK_N)
     key = load_rows(
         k, batch, k_first + start, kv_head, k_first + keys, k_batch, k_time, k_head, BLOCK_N, D, BLOCK_D, False
@@ -262,10 +264,10 @@ def key_gradients_kernel(
         gradient = load_rows(
             do, batch, q_first + first, head, q_first + end, do_batch, do_time, do_head, BLOCK_M, V, BLOCK_V, TMA
         )
-        if PACKED and TMA and masked:  # a weight of 0 does not undo a NaN of what follows the sequence
+        if PACKED and TMA and masked:  # tokens after the sequence may be NaN, and 0 * NaN is NaN
             query = tl.where((rows < end)[:, None], query, 0.0)
             gradient = tl.where((rows < end)[:, None], gradient, 0.0)
-        # Queries past the end have weights of 0 by their shift; keys past theirs make rows that nobody stores.
+        # Queries past the end get weights of 0 from a shift of inf. Rows of keys past the end are not stored.
         products = tl.dot(key, query.T, input_precision=PRECISION)
         scores, derivative = tile_scores(products, rows[None, :], s[:, None], scale, softcap, slope, SOFTCAP, ALIBI)
         row_shift = tl.load(shift + row + rows, mask=rows < end, other=float("inf"))
@@ -317,7 +319,13 @@ def backward(
     do: Tensor,
     dlse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the sinks (empty without), from those of o and lse; zeros for tokens of no sequence."""
+    """Compute the gradients of q, k, v and the sinks (empty without sinks); zeros for tokens of no sequence.
+
+    Args:
+        q to cu_seqlens_k: as in ``forward``.
+        o, lse: results of ``forward``.
+        do, dlse: their gradients.
+    """
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
@@ -379,7 +387,10 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> t
 
 
 def _by_key_block(mask: BlockMask, keys: int) -> tuple[Tensor, Tensor]:
-    """Offsets [key blocks + 1] into the live query blocks of every key block, ascending. No value is read back."""
+    """Return the transposed mask: offsets [key blocks + 1] and, for every key block, its live query blocks, ascending.
+
+    Nothing is read back from the GPU.
+    """
     offsets, key_blocks, size = mask.offsets.contiguous(), mask.key_blocks.contiguous(), mask.block_size
     entries = torch.arange(key_blocks.numel(), device=offsets.device, dtype=offsets.dtype)
     query_blocks = torch.searchsorted(offsets, entries, right=True) - 1

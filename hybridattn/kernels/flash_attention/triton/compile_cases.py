@@ -1,4 +1,4 @@
-"""What the kernels of softmax attention are held to: the rows that are compiled, and what a launch may move."""
+"""Compilations that the softmax-attention kernels are checked with: launch rows with their argument types."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from .decode import decode_constexprs, decode_kernel, merge_kernel
 from .forward import forward_kernel
 from .launch import DECODE_ROWS, FORWARD, DecodeLaunch, Launch, attention_launch, decode_launch
 
-# Kinds of a call beside the usual one (causal, bf16, aligned).
+# Variants of a call besides the default (causal, bf16, aligned): arguments and constexprs that differ.
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"RIGHT": None},
     "window": {"LEFT": 4095},
@@ -36,7 +36,10 @@ ATTENTION_KERNELS = {
 
 
 def compile_rows(architecture: str) -> Iterator[CompileRow]:
-    """Every launch row of an architecture, and at dims of 128 every kind of call; the least dims, and unequal ones."""
+    """Yield every launch row of an architecture, and the variants of a call at dims of 128.
+
+    Also the smallest dims (16) and key and value dims that differ.
+    """
     for kernel in ATTENTION_KERNELS:
         for dim in FORWARD[architecture]:
             yield _attention_row(kernel, architecture, dim, "", {})
@@ -102,7 +105,7 @@ def _decode_constexprs(launch: DecodeLaunch, dim: int) -> dict[str, Any]:
 def _row(
     name: str, kernel: Any, dtype: str, changes: dict[str, Any], constexprs: dict[str, Any], warps: int, stages: int
 ) -> CompileRow:
-    """A row of the usual arguments but for ``changes``; arguments that are in neither are absent."""
+    """Return a compilation with the default arguments, updated by ``changes``; all other arguments are None."""
     arguments = {
         **dict.fromkeys(("q", "k", "v", "do", "o", "dq", "dk", "dv"), f"*{dtype}:16"),
         **dict.fromkeys(("lse", "dlse", "shift", "delta", "sums", "tops", "totals"), "*fp32:16"),
@@ -120,7 +123,7 @@ def _row(
 
 
 def _operands(launch: Launch, dtype: str) -> dict[str, str]:
-    """Types of those of q, k, v and do that are read through descriptors."""
+    """Return the types of those of q, k, v and do that the kernel reads through descriptors."""
     if not launch.tma:
         return {}
     tiles = operands.visited_tiles(launch)

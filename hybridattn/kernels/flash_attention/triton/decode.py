@@ -1,13 +1,14 @@
-"""Softmax attention of the newest tokens against their caches: equal shares of all key tiles for a fixed number of
-programs.
+"""The decoding kernels and op of softmax attention: a fixed number of programs divides the key tiles of all caches.
 
 B batch, S slots of a cache, n new tokens, H key heads, Hq query heads, D key dim, V value dim. The n queries of the
-Hq / H heads that share a key head are rows of one tile (of several, if they are many), so that keys are read once. A
-*segment* is such a tile of rows with all its key tiles; the key tiles of all segments, one segment after the other, are
-cut into shares that differ by one tile at most, whatever the lengths, as "Stream-K" (Osama et al., 2023) cuts matrix
-products. A segment inside one share is written at once. Of the others every program leaves a part, unnormalised, with
-its maximum and sum in base 2, and a second kernel adds the parts up in their order. Lengths are read by the programs
-only: nothing synchronises, and the grid depends on shapes alone.
+Hq / H heads that share a key head are the rows of one tile, or of several if they are many. So keys are read once per
+tile. A *segment* is one such tile of rows with all its key tiles. The key tiles of all segments, in order, are divided
+into *shares*, one per program, which differ by at most one tile for any lengths. "Stream-K" (Osama et al., 2023)
+divides matrix products the same way.
+
+If one share contains a whole segment, its program writes the result. Otherwise every program stores its part of the
+segment, unnormalised, with its maximum and sum in base 2. A second kernel adds the parts in a fixed order. Only the
+programs read the lengths, so nothing synchronises, and the grid depends on shapes alone.
 """
 
 from functools import cache
@@ -28,9 +29,9 @@ from .primitives import LN2, LOG2E, LOWEST, tile_scores, visible
 
 @triton.jit
 def row_of_batch(length, start, slots, NEW: tl.constexpr, LEFT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of rows with so many tokens: the first position that somebody sees, the first of their key tiles, and how many.
+    """Return a row's first position that a query attends to, the first key tile, and the number of key tiles.
 
-    Tiles are of slots. A ring buffer that has wrapped has them all.
+    Tiles are tiles of slots. A ring buffer that has wrapped around uses all of its tiles.
     """
     if LEFT is not None:
         start = tl.maximum(start, length - NEW - LEFT)
@@ -52,7 +53,7 @@ def tiles_before(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """int64 [BLOCK_B]: key tiles of the first row's segments, of those and the second row's, and so on."""
+    """Compute the cumulative number of key tiles of the rows' segments, int64 [BLOCK_B]."""
     rows = tl.arange(0, BLOCK_B)
     length = tl.load(lengths + rows, mask=rows < batches, other=0).to(tl.int32)
     start = tl.zeros([BLOCK_B], tl.int32)
@@ -79,7 +80,10 @@ def store_rows(
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Write o and lse from the sums [M,BLOCK_V] and [M] of weights 2^(score - top), after the sinks have joined."""
+    """Add the sinks, then write o and lse.
+
+    ``acc`` [M,BLOCK_V] is the sum of values with weights 2^(score - top), ``total`` [M] the sum of the weights.
+    """
     inside = rows < GROUP * NEW
     head = kv_head * GROUP + rows % GROUP
     columns = tl.arange(0, BLOCK_V)
@@ -144,12 +148,15 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The tiles of one share. ``sums`` [2 programs,BLOCK_M,BLOCK_V], ``tops`` and ``totals`` [2 programs,BLOCK_M] take
-    the parts: a program's first may end a segment that began before, its last one may begin a segment.
+    """Compute the tiles of one share.
+
+    The parts of divided segments go to ``sums`` [2 programs,BLOCK_M,BLOCK_V], ``tops`` and ``totals`` [2 programs,
+    BLOCK_M]. A program has at most two: the end of the segment that its share starts in, and the beginning of the
+    segment that its share ends in.
     """
     ALIBI: tl.constexpr = alibi_slopes is not None  # pyright: ignore[reportAssignmentType]
     ROW_TILES: tl.constexpr = (GROUP * NEW + BLOCK_M - 1) // BLOCK_M
-    SEGMENTS: tl.constexpr = HEADS // GROUP * ROW_TILES  # of a row of the batch
+    SEGMENTS: tl.constexpr = HEADS // GROUP * ROW_TILES  # per row of the batch
     factor = 1.0 if SOFTCAP or ALIBI else scale
     program = tl.program_id(0).to(tl.int64)
     ends = tiles_before(lengths, starts, batches, slots, SEGMENTS, NEW, LEFT, BLOCK_N, BLOCK_B)
@@ -190,7 +197,7 @@ def decode_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         for n in tl.range(low + first, low + first + steps, num_stages=STAGES):
             slot = n * BLOCK_N + tl.arange(0, BLOCK_N)
-            s = slot  # the position that a slot holds: of a ring buffer that has wrapped the newest that falls on it
+            s = slot  # position of a slot; after a ring buffer has wrapped, the newest one of the slot
             if length > slots:
                 s = length - 1 - (length - 1 - slot) % slots
             known = (slot < tl.minimum(length, slots)) & (s >= start)  # other slots may hold anything
@@ -247,7 +254,7 @@ def merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Of one segment: nothing if one share had it all, else the sum of its parts; zeros if it has no tiles."""
+    """Write the sum of one segment's parts; nothing if one share contained the segment, zeros if it has no tiles."""
     ROW_TILES: tl.constexpr = (GROUP * NEW + BLOCK_M - 1) // BLOCK_M
     SEGMENTS: tl.constexpr = HEADS // GROUP * ROW_TILES
     segment, batch = tl.program_id(0) % SEGMENTS, tl.program_id(0) // SEGMENTS
@@ -261,7 +268,7 @@ def merge_kernel(
     _, _, count = found  # pyright: ignore[reportGeneralTypeIssues]
     after = tl.sum(tl.where(tl.arange(0, BLOCK_B) == batch, ends, 0), 0)
     first = after - (SEGMENTS - segment) * count.to(tl.int64)
-    # Tile i is in share p where p * work // programs <= i, for the last such p.
+    # Tile i is in the share of the largest p with p * work // programs <= i.
     some = tl.maximum(work, 1)
     first_program = ((first + 1) * programs - 1) // some
     last_program = tl.where(count > 0, ((first + count) * programs - 1) // some, first_program - 1)
@@ -304,8 +311,10 @@ def attend(
     softcap: float | None,
     programs: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """o [B,n,Hq,V] and lse [B,n,Hq] in fp32, of caches [B,S,H,..]; ``programs`` is the number of shares, if not the
-    launch row's."""
+    """Compute o [B,n,Hq,V] in v's dtype and lse [B,n,Hq] in fp32 over caches [B,S,H,..].
+
+    ``programs`` is the number of shares; None takes the launch row's number per multiprocessor.
+    """
     (batches, new, heads, key_dim), (slots, kv_heads, value_dim) = q.shape, v.shape[1:]
     o, lse = v.new_empty(batches, new, heads, value_dim), q.new_empty(batches, new, heads, dtype=torch.float32)
     if not lse.numel():
@@ -313,7 +322,7 @@ def attend(
     group = heads // kv_heads
     launch = _launch(q.device, group * new, key_dim, value_dim, 8 * q.itemsize)
     programs = programs or launch.programs * _multiprocessors(q.device)
-    if scale <= 0:  # maxima are taken before the scale
+    if scale <= 0:  # the kernel takes the maximum before it applies the scale
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     lengths, (starts, alibi_slopes, sinks) = lengths.contiguous(), map(dense, (starts, alibi_slopes, sinks))
@@ -354,7 +363,7 @@ def _(q, k, v, *_):
 
 
 def decode_constexprs(launch: DecodeLaunch, key_dim: int, value_dim: int) -> dict[str, Any]:
-    """Those of the kernels' constexprs that dims and launch row decide."""
+    """Return the constexprs that depend on dims and launch row."""
     return {
         "D": key_dim,
         "V": value_dim,
@@ -369,7 +378,7 @@ def decode_constexprs(launch: DecodeLaunch, key_dim: int, value_dim: int) -> dic
 
 @cache
 def _launch(device: torch.device, rows: int, key_dim: int, value_dim: int, bits: int) -> DecodeLaunch:
-    """The launch row, with what has to be said about it said."""
+    """Return the launch row; on a GPU, warn once if the row is not verified there."""
     name = architecture(device)
     launch = decode_launch(name, rows, key_dim, value_dim, bits)
     if device.type != "cpu":
@@ -385,6 +394,6 @@ def _multiprocessors(device: torch.device) -> int:
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, options: Options, with_lse: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """o [B,n,Hq,V] and lse [B,n,Hq] of the n newest tokens against caches [B,S,H,..]."""
+    """Compute o [B,n,Hq,V] and lse [B,n,Hq] of the n newest tokens over caches [B,S,H,..]."""
     o = options
     return attend(q, k, v, lengths, starts, o.scale, o.left, o.alibi_slopes, o.sinks, o.softcap, None)

@@ -1,8 +1,9 @@
-"""Softmax attention, forward: tiles of queries in parallel, tiles of keys one after the other, one division at the end.
+"""The forward kernel and op of softmax attention: a program per tile of queries loops over tiles of keys.
 
 Dao, "FlashAttention-2" (2023), section 3.1. B batch, H key heads, Hq query heads, D key dim, V value dim. A program has
-BLOCK_M queries of one head and visits the key tiles that some of them may see; only those at the edges of what they see
-are masked. With a block mask it visits the live blocks of its query block. Maxima and sums are in base 2.
+BLOCK_M queries of one head and visits the key tiles that some of these queries attend to. It masks only tiles that some
+query attends to in part. With a block mask it visits the live blocks of its query block. Maxima and sums are in base 2;
+the division by the sum follows after the loop.
 """
 
 import torch
@@ -29,7 +30,7 @@ from .primitives import (
 )
 
 
-# ``scale`` is a float that is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 where it becomes 1.
+# ``scale`` is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 if it is the constant 1.
 @triton.jit(do_not_specialize=["scale", "softcap"])
 def forward_kernel(
     q,
@@ -76,17 +77,17 @@ def forward_kernel(
     STAGES: tl.constexpr,
 ):
     ALIBI: tl.constexpr = alibi_slopes is not None  # pyright: ignore[reportAssignmentType]
-    factor = 1.0 if SOFTCAP or ALIBI else scale  # of scores, where it costs nothing: a maximum is taken off
+    factor = 1.0 if SOFTCAP or ALIBI else scale  # applied to scores where the maximum is subtracted, at no cost
     tile = tl.program_id(0)
     head, batch = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
-    row_end = queries  # of the tensors o and lse
+    row_end = queries  # queries of the tensors o and lse
     q_first = 0
     k_first = 0
     if PACKED:
         found = sequence_of(tile, tiles_sequence, tiles_before, cu_seqlens_q, cu_seqlens_k)
         tile, q_first, k_first, queries, keys = found  # pyright: ignore[reportGeneralTypeIssues]
     elif RIGHT is not None:
-        tile = tl.num_programs(0) - 1 - tile  # the longest first
+        tile = tl.num_programs(0) - 1 - tile  # tiles with the most keys first
     kv_head = head // GROUP
     block, first, limit = tile_span(tile, queries, BLOCK_M, BLOCK_SIZE)  # pyright: ignore[reportGeneralTypeIssues]
     if first >= limit:
@@ -129,7 +130,7 @@ def forward_kernel(
         value = load_rows(
             v, batch, k_first + start, kv_head, k_first + end, v_batch, v_time, v_head, BLOCK_N, V, BLOCK_V, TMA
         )
-        if PACKED and TMA and masked:  # a weight of 0 does not undo a NaN of what follows the sequence
+        if PACKED and TMA and masked:  # tokens after the sequence may be NaN, and 0 * NaN is NaN
             value = tl.where((s < end)[:, None], value, 0.0)
         acc = tl.dot(weights.to(value.dtype), value, acc * kept[:, None], input_precision=PRECISION)
         top = higher
@@ -166,9 +167,12 @@ def forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq] in fp32; zeros and -inf for queries of no sequence.
+    """Compute o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq] in fp32; zeros and -inf for queries of no sequence.
 
-    After q, k and v come ``Options.flat`` and the offsets of packed sequences.
+    Args:
+        q, k, v: [B,Tq,Hq,D], [B,Tk,H,D], [B,Tk,H,V].
+        scale to block_size: the values of ``Options.flat``.
+        cu_seqlens_q, cu_seqlens_k: offsets of packed sequences [N+1], or None.
     """
     batch, queries, heads, _ = q.shape
     o, lse = v.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, queries, heads, dtype=torch.float32)
@@ -177,7 +181,7 @@ def forward(
         lse.fill_(-torch.inf)
     if not lse.numel() or (cu_seqlens_q is not None and cu_seqlens_q.numel() == 1):
         return o, lse
-    if scale <= 0:  # maxima are taken before the scale
+    if scale <= 0:  # the kernel takes the maximum before it applies the scale
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     options = Options.of(scale, left, right, alibi_slopes, sinks, softcap, block_offsets, key_blocks, block_size)
     launch = launch_of("forward", q, v)
@@ -225,5 +229,5 @@ def attend(
     cu_seqlens_k: Tensor | None = None,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq], differentiable once."""
+    """Compute o [B,Tq,Hq,V] in v's dtype and lse [B,Tq,Hq] in fp32; differentiable once."""
     return forward(q, k, v, *options.flat(), cu_seqlens_q, cu_seqlens_k)

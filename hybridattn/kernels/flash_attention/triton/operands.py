@@ -1,4 +1,4 @@
-"""What tensors become on their way into a kernel."""
+"""Preparation of the softmax-attention kernels' arguments: strides, descriptors, constexprs, tiles of packed rows."""
 
 import math
 from functools import cache
@@ -14,7 +14,7 @@ from .launch import Launch, attention_launch
 
 
 def launch_of(kernel: str, q: Tensor, v: Tensor) -> Launch:
-    """The launch row, with what has to be said about it said."""
+    """Return the launch row; on a GPU, warn once if the row is not verified there."""
     return _launch(kernel, q.device, q.shape[3], v.shape[3], 8 * q.itemsize)
 
 
@@ -28,25 +28,25 @@ def _launch(kernel: str, device: torch.device, key_dim: int, value_dim: int, bit
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x [B,T,H,D] so laid out that every row of a head starts at a multiple of 16 bytes: itself, or else a copy."""
+    """Return x [B,T,H,D] with a contiguous last dimension and every row at a multiple of 16 bytes; a copy if needed."""
     by_16 = all(stride and stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
     if x.stride(3) == 1 and by_16 and x.data_ptr() % 16 == 0:
         return x
     dim, each = x.shape[3], 16 // x.itemsize
-    # Not F.pad: without anything to pad, it is a clone that keeps the order of strides.
+    # Not F.pad: if D needs no padding, it returns a clone with the same order of strides.
     return x.new_empty(*x.shape[:3], -(-dim // each) * each)[..., :dim].copy_(x)
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """An option's tensor as kernels read it: its elements side by side."""
+    """Return an optional tensor as contiguous, as the kernels expect it."""
     return None if x is None else x.contiguous()
 
 
 def visited_tiles(launch: Launch) -> dict[str, tuple[int, int]]:
-    """Of the operands that a program goes through: [rows,columns] of a head that it reads at a time.
+    """Return the tile sizes (rows, columns) of the operands that a program loops over.
 
-    The others, which it reads once, never come by descriptors: Triton would keep them in registers, not shared memory,
-    through the whole loop, and there the accumulators need the room.
+    Only these use descriptors. The other operands, which a program reads once before its loop, do not: Triton would
+    then keep them in registers instead of shared memory, and the accumulators need the registers.
     """
     if launch.kernel == "key_gradients":
         return {"q": (launch.block_m, launch.block_d), "do": (launch.block_m, launch.block_v)}
@@ -56,8 +56,14 @@ def visited_tiles(launch: Launch) -> dict[str, tuple[int, int]]:
 def arguments(
     launch: Launch, operands: dict[str, Tensor], options: Options, tiles: "Tiles", cu_seqlens: tuple[Tensor | None, ...]
 ) -> dict[str, Any]:
-    """What every kernel takes: q, k, v and perhaps do [B,T,H,D] with their strides, the options without sinks and block
-    mask, the tiles that programs have, the offsets of packed queries and keys, and what the launch row decides.
+    """Return the arguments that all kernels have in common, by name.
+
+    Args:
+        launch: the launch row.
+        operands: q, k, v and optionally do, [B,T,H,D].
+        options: options of the call; the caller adds sinks and block mask.
+        tiles: the tiles that are divided among the programs.
+        cu_seqlens: offsets of packed queries and keys, or None both.
     """
     queries, heads, key_dim = operands["q"].shape[1:]
     keys, kv_heads, value_dim = operands["v"].shape[1:]
@@ -84,7 +90,7 @@ def arguments(
         "num_stages": launch.num_stages,
     }
     for name, x in operands.items():
-        if not x.shape[1]:  # a descriptor is of something
+        if not x.shape[1]:  # a descriptor needs at least one row
             x = x.new_zeros(x.shape[0], 1, *x.shape[2:])
         taken[name] = x
         if launch.tma and name in visited_tiles(launch):
@@ -95,7 +101,7 @@ def arguments(
 
 
 def constexprs(launch: Launch, key_dim: int, value_dim: int) -> dict[str, int | str]:
-    """Those of a kernel's constexprs that dims and launch row decide."""
+    """Return the constexprs that depend on dims and launch row."""
     return {
         "D": key_dim,
         "V": value_dim,
@@ -110,13 +116,19 @@ def constexprs(launch: Launch, key_dim: int, value_dim: int) -> dict[str, int | 
 
 
 def score_numbers(scale: float, softcap: float | None) -> tuple[float, float]:
-    """``scale`` and ``softcap`` of ``tile_scores``, from those of the formula."""
+    """Return ``scale`` and ``softcap`` as ``tile_scores`` takes them, in base 2, from those of the formula."""
     log2e = math.log2(math.e)
     return (scale * log2e, 0.0) if softcap is None else (2 * scale / softcap * log2e, softcap * log2e)
 
 
 class Tiles(NamedTuple):
-    """Tiles of one head's tokens; of packed rows also the sequence of each, and the tiles before each sequence."""
+    """The tiles of one head's tokens.
+
+    Attributes:
+        number: how many tiles.
+        sequence: for packed rows, the sequence of each tile, int32 [number]; else None.
+        before: for packed rows, the number of tiles before each sequence, int32 [N]; else None.
+    """
 
     number: int
     sequence: Tensor | None = None
@@ -124,7 +136,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(tokens: int, block: int, cu_seqlens: Tensor | None, mask: BlockMask | None) -> Tiles:
-    """Tiles of ``block`` tokens, which reach neither over sequences nor over blocks of a block mask."""
+    """Divide tokens into tiles of at most ``block``, each within one sequence and one block of the block mask."""
     if cu_seqlens is not None:
         return packed_tiles(cu_seqlens, block, tokens)
     if mask is not None:
@@ -133,8 +145,9 @@ def tiles_of(tokens: int, block: int, cu_seqlens: Tensor | None, mask: BlockMask
 
 
 def packed_tiles(cu_seqlens: Tensor, block: int, tokens: int) -> Tiles:
-    """As many tiles as there can be, so that nothing is read back; those that there are not count as the last
-    sequence's, beyond its tokens. ``sequence`` [n] and ``before`` [N] are int32.
+    """Divide a packed row into tiles of ``block`` tokens without reading values back from the GPU.
+
+    The number of tiles is the largest possible one. Surplus tiles belong to the last sequence, past its tokens.
     """
     sequences = cu_seqlens.numel() - 1
     ends = (cu_seqlens.diff() + block - 1).div(block, rounding_mode="floor").cumsum(0)

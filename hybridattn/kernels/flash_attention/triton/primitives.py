@@ -1,11 +1,11 @@
-"""What the softmax-attention kernels share: rows of a head, scores of a tile, sequences of a packed row."""
+"""Device functions of the softmax-attention kernels: loads, scores, visibility, bounds of tiles and sequences."""
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e30)  # a maximum of nothing: a number, so that no difference of two is NaN
+LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no difference is NaN
 
 
 @triton.jit
@@ -23,10 +23,10 @@ def load_rows(
     BLOCK: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Tokens first .. first + ROWS - 1 of a head, [ROWS,BLOCK]: zeros from ``limit`` and DIM on.
+    """Load tokens first .. first + ROWS - 1 of a head, [ROWS,BLOCK]; zeros from token ``limit`` and column DIM on.
 
-    x is a pointer to [B,T,H,DIM], or a descriptor of it with blocks [1,ROWS,1,BLOCK]. A descriptor gives what follows
-    ``limit`` as it is; zeros only from the tensor's own end on.
+    x is a pointer to [B,T,H,DIM], or a descriptor of it with blocks [1,ROWS,1,BLOCK]. With a descriptor the tokens from
+    ``limit`` on are not masked; zeros start at the end of the tensor.
     """
     if TMA:
         place = [tl.cast(batch, tl.int32), tl.cast(first, tl.int32), tl.cast(head, tl.int32), 0]
@@ -41,11 +41,11 @@ def load_rows(
 
 @triton.jit
 def tile_scores(products, t, s, scale, softcap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Scores from products q.k of queries at positions t with keys at s, which broadcast, and what the softcap's
-    derivative makes of ``scale``: 1 without one.
+    """Compute scores from products q.k, and the derivative of the softcap (1 without a softcap).
 
-    Scores are in base 2 where there is a softcap or slopes; else still to be multiplied by ``scale``. With a softcap,
-    ``scale`` is that of the exponent of its tanh.
+    t and s, the positions of queries and keys, broadcast to the tile. With a softcap or slopes the scores are in base
+    2. Without both, the caller still has to multiply them by ``scale``. With a softcap, ``scale`` is the factor in the
+    exponent of the tanh.
     """
     scores = products
     derivative = 1.0
@@ -62,7 +62,7 @@ def tile_scores(products, t, s, scale, softcap, slope, SOFTCAP: tl.constexpr, AL
 
 @triton.jit
 def visible(t, s, keys, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """May the query at position t see the key at s, of so many?"""
+    """Return whether causality and window let the query at position t attend to the key at s; ``keys`` bounds s."""
     seen = s < keys
     if RIGHT is not None:
         seen = seen & (s <= t + RIGHT)
@@ -73,9 +73,9 @@ def visible(t, s, keys, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 @triton.jit
 def sequence_of(tile, tiles_sequence, tiles_before, cu_seqlens_q, cu_seqlens_k):
-    """Of a tile of a packed row: its number in its sequence, the sequence's first query and first key, and its lengths.
+    """Return a tile's number within its sequence, and the sequence's first query, first key and numbers of both.
 
-    See ``packed_tiles``; tiles beyond the last one have no queries.
+    ``packed_tiles`` numbers the tiles of a packed row; surplus tiles have no queries.
     """
     n = tl.load(tiles_sequence + tile)
     q_first, k_first = tl.load(cu_seqlens_q + n).to(tl.int32), tl.load(cu_seqlens_k + n).to(tl.int32)
@@ -86,9 +86,9 @@ def sequence_of(tile, tiles_sequence, tiles_before, cu_seqlens_q, cu_seqlens_k):
 
 @triton.jit
 def tile_span(tile, tokens, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The mask's block that a tile of BLOCK tokens is in, its first token, and where it ends at the latest.
+    """Return the mask block of a tile of BLOCK tokens, the tile's first token, and the limit of its tokens.
 
-    Tiles do not reach over blocks of a block mask; without one (BLOCK_SIZE None) they are in block 0.
+    A tile never extends past a block of the block mask. Without a block mask (BLOCK_SIZE None) the block is 0.
     """
     block = 0
     first = tile * BLOCK
@@ -114,11 +114,12 @@ def tiles_in_reach(
     BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Of tiles of BLOCK tokens: [low, high) meet the reach of some of ROWS rows at ``first`` and after, and those of
-    [full_low, full_high) are whole and within the reach of all of them.
+    """Return the ranges [low, high) and [full_low, full_high) of tiles of BLOCK tokens for ROWS rows from ``first`` on.
 
-    A row reaches from BEFORE tokens before its own position to AFTER behind it; ``first`` counts in the positions of
-    the tokens. With a block mask the tiles are those of the live blocks, and none counts as within all reach.
+    A row reaches from BEFORE tokens before its position to AFTER tokens after it; None is unlimited. ``first`` is the
+    position of the first row among the tokens. Tiles in [low, high) contain a token that some row reaches. Tiles in
+    [full_low, full_high) are full, and all rows reach all of their tokens: they need no mask. With a block mask the
+    tiles number those of the live blocks, and the second range is empty.
     """
     low = 0
     high = tl.cdiv(tokens, BLOCK)
@@ -141,7 +142,7 @@ def tiles_in_reach(
 
 @triton.jit
 def reached_tile(n, tokens, blocks, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Of the n-th tile of ``tiles_in_reach``: its first token, and where it ends at the latest."""
+    """Return the first token of the n-th tile of ``tiles_in_reach`` and the limit of its tokens."""
     first = n * BLOCK
     limit = tokens
     if BLOCK_SIZE is not None:

@@ -1,5 +1,5 @@
-"""Triton kernels of linear attention.
+"""Triton kernels of linear attention: ops (``op``, ``decode``), kernels, launch parameters and compile cases.
 
-``launch`` chooses launch parameters.
-``compile_cases`` lists what is compiled ahead of time, and the bytes that each launch may move.
+``launch`` chooses launch parameters. ``compile_cases`` lists the compilations that are checked without a GPU, and the
+bytes that each launch may move.
 """

@@ -1,11 +1,15 @@
-"""Backward of chunked linear attention: the states of all chunks once more, then one sweep backwards over the keys.
+"""Backward pass of chunked linear attention: the kernel for the gradients of q, k, g and the initial state.
 
-    states        h, the state before every chunk, in the operands' dtype; and which channels are hot
-    sweep_keys    gradients of q, k, g and the initial state, a program for some keys
-    sweep_values  the gradient of v, a program for some values: ``forward`` says how
+The backward pass launches three kernels:
 
-Notation as in ``forward``; do is the gradient of o, dS that of the state after the chunk, dA = tril(do v^T). With
-qb = scale q 2^b and kn = k 2^(shift - b), shift being the bits of a hot channel and 0 for others:
+    states        (``chunk_states``) recomputes h, the state before every chunk, in the operands' dtype, and finds the
+                  hot channels
+    sweep_keys    computes the gradients of q, k, g and the initial state in one reverse sweep; a program has a block
+                  of key columns
+    sweep_values  (``forward``) computes the gradient of v; a program has a block of value columns
+
+Notation as in ``forward``; do is the gradient of o, dS the gradient of the state after the chunk, dA = tril(do v^T).
+With qb = scale q 2^b and kn = k 2^(shift - b), where shift is ``bits`` for a hot channel and 0 for others:
 
     aq = do h^T + dA kn                     dq = scale 2^b aq
     ik = v dS^T (times D unless hot)        dk = 2^(shift - b) (ik + dA^T qb)
@@ -13,13 +17,13 @@ qb = scale q 2^b and kn = k 2^(shift - b), shift being the bits of a hot channel
 
     dg_u = D rowsum(h dS) + sum_{s<u} kn_s ik_s + sum_{t>=u} [ qb_t aq_t - kn_t (dA^T qb)_t ]
 
-Every factor 2^.. that holds g_u adds its product with its gradient, so that each chunk closes for itself and no running
-sum over a sequence collects errors. The diagonal of dA has no gate and stays out of dg, where it would have to cancel.
-The gradients' own accumulators are used, before they are rounded.
+dg_u sums, over all factors 2^.. that contain g_u, the factor times the factor's gradient. Its sums stay within a chunk,
+so numerical errors do not accumulate over a sequence. The diagonal of dA is left out of dg: no gate acts on it, and its
+two terms would only cancel. dg is computed from the fp32 accumulators of dq and dk, before these are rounded.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
-# It takes jit functions for ones that never return.
+# pyright infers that jit functions never return.
 
 import triton
 import triton.language as tl
@@ -41,22 +45,22 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=["scale"])
 def sweep_keys(
-    q,  # [B,T,*,K], like what follows a descriptor or a tuple
+    q,  # [B,T,*,K]; q to dg are descriptors or tuples: see ``primitives``
     k,  # [B,T,*,K]
     v,  # [B,T,*,V]
-    g,  # as for ``chunk_states``
+    g,  # as in ``chunk_states``
     do,  # [B,T,HEADS,V]
-    h,  # [slots,V,HEADS,K]
-    dq,  # [B,T,HEADS,K]
-    dk,  # [B,T,HEADS,K]
-    dg,  # [B,T,HEADS,K], or the parts of every block of keys, a tuple of [B,T,HEADS,blocks], or None
-    dlast,  # gradient of the final state, fp32 [N,*,K,V]: given to one of the heads that share it
-    dfirst,  # that of the initial state, fp32 [N,HEADS,K,V]
-    hot,  # as from ``chunk_states``
+    h,  # [slots,V,HEADS,K], from ``chunk_states``
+    dq,  # output [B,T,HEADS,K]
+    dk,  # output [B,T,HEADS,K]
+    dg,  # output [B,T,HEADS,K]; for gates per head one part per block of keys, [B,T,HEADS,blocks]; or None
+    dlast,  # gradient of the final state, fp32 [N,*,K,V]; only one of the heads that share a state takes it
+    dfirst,  # output: gradient of the initial state, fp32 [N,HEADS,K,V]
+    hot,  # from ``chunk_states``
     cu_seqlens,
     scale,
     T,
-    segments,  # of every sequence
+    segments,  # per sequence
     K: tl.constexpr,
     V: tl.constexpr,
     HEADS: tl.constexpr,
@@ -81,7 +85,7 @@ def sweep_keys(
     batch, start, end, slot = find_sequence(cu_seqlens, n, T, segments)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
-    earlier, upto = t[:, None] > t[None, :], t[:, None] >= t[None, :]  # gates of a column, of those before the row
+    earlier, upto = t[:, None] > t[None, :], t[:, None] >= t[None, :]  # columns before, up to
     later, since = t[:, None] < t[None, :], t[:, None] <= t[None, :]
     channel = key + tl.arange(0, BLOCK_K)
 

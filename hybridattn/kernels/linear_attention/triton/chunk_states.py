@@ -1,14 +1,16 @@
-"""States between chunks and between segments, without outputs: see ``forward`` for the recurrence.
+"""Kernels for the states between chunks and between segments, without outputs.
 
-    states        the states before all chunks, for the backward pass, or those that segments leave behind
-    scan_states   from what segments leave behind to the states before them
+    states        computes the states before all chunks (for the backward pass), or the state that each segment
+                  contributes
+    scan_states   computes the states before all segments from the contributions
 
-Where there are fewer programs than the device has processors, a sequence is split in segments, and each is swept from
-the state before it. With REVERSE it is the gradient of the state that is carried, from the end: q for k, do for v.
+``forward`` defines the recurrence. If a launch would have fewer programs than the device has processors, the sequences
+are split into segments, each of which one program sweeps from the state before it. With REVERSE both kernels carry the
+gradient of the state instead, from the last token to the first. Then q takes the place of k, and do that of v.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
-# It takes jit functions for ones that never return.
+# pyright infers that jit functions never return.
 
 import triton
 import triton.language as tl
@@ -30,19 +32,19 @@ from .taylor import load_keys
 
 @triton.jit(do_not_specialize=["scale"])
 def states(
-    w,  # k, or with REVERSE q [B,T,*,K], like u a descriptor or a tuple: see ``primitives``
+    w,  # k, or with REVERSE q [B,T,*,K]; w and u are descriptors or tuples: see ``primitives``
     u,  # v, or with REVERSE do [B,T,*,V]
-    g,  # [B,T,*,K], or [B,T,*,1] as a tuple, or None
-    h,  # [slots,V,HEADS,K], states before all chunks, or None
-    first,  # state where the pass begins, fp32 [N,*,K,V], or None for zeros
-    last,  # the state where it ends, fp32 [N,HEADS,K,V], or None
-    lost,  # sums of the gates in bits, fp32 [N,HEADS,K], or None
-    hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others; or None
-    features,  # of w, see ``taylor``, or None
+    g,  # gates [B,T,*,K], or [B,T,*,1] as a tuple, or None
+    h,  # output: states before all chunks [slots,V,HEADS,K], or None
+    first,  # state before the first step of the sweep, fp32 [N,*,K,V], or None for zeros
+    last,  # output: state after the last step, fp32 [N,HEADS,K,V], or None
+    lost,  # output: sums of the gates in bits, fp32 [N,HEADS,K], or None
+    hot,  # output: int32 [slots,HEADS,K], sequence + 1 for hot channels, 0 for others; or None
+    features,  # feature tables of w, see ``taylor``, or None
     cu_seqlens,  # [N+1] or None
     scale,
     T,
-    segments,  # of every sequence
+    segments,  # per sequence
     DIM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -116,11 +118,11 @@ def states(
 
 @triton.jit
 def scan_states(
-    local,  # what each segment adds to a state, fp32 [N * segments,HEADS,K,V]
-    lost,  # bits that it takes off an earlier one, fp32 [N * segments,HEADS,K]
-    first,  # state where the scan begins, fp32 [N,*,K,V], or None for zeros
-    starts,  # states before the segments, fp32 [N * segments,HEADS,K,V]
-    last,  # state where it ends, fp32 [N,HEADS,K,V]
+    local,  # contribution of each segment to the state, fp32 [N * segments,HEADS,K,V]
+    lost,  # sum of each segment's gates in bits, fp32 [N * segments,HEADS,K]
+    first,  # state before the first step of the scan, fp32 [N,*,K,V], or None for zeros
+    starts,  # output: states before the segments, fp32 [N * segments,HEADS,K,V]
+    last,  # output: state after the last step, fp32 [N,HEADS,K,V]
     segments,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -137,7 +139,7 @@ def scan_states(
     if first is not None:
         state = (n * (HEADS // STATE_SHARE) + head // STATE_SHARE).to(tl.int64) * K * V
         given = inside
-        if REVERSE:  # a gradient of all heads that share the state: one is given it
+        if REVERSE:  # the results of heads that share a state are summed, so only one of them takes its gradient
             given &= head % STATE_SHARE == 0
         S = tl.load(first + state + place, mask=given, other=0.0)
     for step in range(segments):

@@ -1,4 +1,8 @@
-"""What the kernels of linear attention are held to: the rows that are compiled, and what a launch may move."""
+"""Compilations and traffic bounds that the linear-attention kernels are checked against.
+
+``compile_rows`` lists the launch rows with their argument types. ``step_traffic`` and ``sweep_traffic`` bound the bytes
+that a launch may move.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +20,7 @@ from .taylor import sweep_features
 
 Kind = str | tuple[str, ...]
 
-# Kinds of a step beside the usual one (bf16, a gate per channel): dtype, gate ("channel", "head" or ""), query heads
+# Variants of a step besides the default (bf16, a gate per channel): dtype, gate ("channel", "head" or ""), query heads
 # per state, value dim, and whether addresses and strides are divisible by 16.
 STEP_KINDS = {
     "fp32": ("fp32", "channel", 1, 128, True),
@@ -27,7 +31,7 @@ STEP_KINDS = {
     "odd": ("bf16", "channel", 1, 129, False),
 }
 
-# Kinds of a sweep beside the usual one (bf16, a gate per channel): what differs in the arguments of ``_sweep_row``.
+# Variants of a sweep besides the default (bf16, a gate per channel): arguments of ``_sweep_row``.
 SWEEP_KINDS = {
     "fp32-gates": {"gates": "fp32"},
     "per-head": {"gate": "head"},
@@ -37,7 +41,7 @@ SWEEP_KINDS = {
 
 
 def compile_rows(architecture: str) -> Iterator[CompileRow]:
-    """Every launch row of an architecture, and at key dim 128 every kind of step."""
+    """Yield every launch row of an architecture, and the variants of the kernels at key dim 128."""
     for key_dim in STEP[architecture]:
         yield _step_row(step_launch(architecture, key_dim), "", "bf16", "channel", 1, 128, True)
     for kind, values in STEP_KINDS.items():
@@ -69,7 +73,7 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
 def _step_row(
     launch: StepLaunch, kind: str, dtype: str, gate: str, queries: int, value_dim: int, aligned: bool
 ) -> CompileRow:
-    """One new token, which the JIT specialises on."""
+    """Return the compilation of a step with one new token; the JIT specialises on the number 1."""
     by_16 = ":16" if aligned else ""
     strides = ["q_batch", "q_time", "q_head", "k_batch", "k_time", "k_head", "v_batch", "v_time", "v_head"]
     gates = ["g_batch", "g_time", "g_head"]
@@ -100,7 +104,10 @@ def _step_row(
 
 
 def step_traffic(launch: StepLaunch, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> Traffic:
-    """Everything once; but each block of columns reads q, k and g for itself, and each state that shares them, too."""
+    """Return the traffic bounds of a step: every byte once, except for q, k and g.
+
+    Each program, that is each block of value columns of each state, reads q, k and g.
+    """
     blocks, states = -(-v.shape[3] // launch.block_v), state.shape[1]
     loads = {
         "state": 1.0,
@@ -137,7 +144,7 @@ def _sweep_row(
     segments: bool = False,
     **constexprs: int,
 ) -> CompileRow:
-    """``dim`` is that of keys with Taylor features, of which there are ``key_dim``."""
+    """Return the compilation of a sweep; with Taylor features ``dim`` is K and ``key_dim`` the number of features."""
     name = kernel.fn.__name__
     launch = chunk_launch("sweep_keys" if kernel is sweep_features else name, architecture, key_dim, value_dim, dtype)
     tma = launch.tma and not packed
@@ -220,7 +227,7 @@ def _scan_row() -> CompileRow:
 def _row(
     name: str, kernel: Any, arguments: dict[str, Kind | None], constexprs: dict[str, Any], warps: int, stages: int
 ) -> CompileRow:
-    """A row of those arguments that the kernel has; None is a constexpr."""
+    """Return the compilation with those of ``arguments`` that the kernel has; None becomes a constexpr."""
     mine = {name: kind for name, kind in arguments.items() if name in kernel.arg_names}
     signature = {name: kind for name, kind in mine.items() if kind is not None}
     known = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
@@ -230,11 +237,15 @@ def _row(
 
 
 def sweep_traffic(launch: ChunkLaunch, x: dict[str, Tensor], heads: int) -> Traffic:
-    """Everything once; but what a program has all columns of is read by every block of the others, and by every head.
+    """Return the traffic bounds of a sweep: every byte once, except for tensors that several programs read.
+
+    If a program needs all columns of a tensor, each program reads it: one per head that shares the tensor and per block
+    of the columns that programs divide.
 
     Args:
+        launch: the launch row.
         x: the kernel's tensors by name.
-        heads: that programs are for.
+        heads: heads with a program each.
     """
     if launch.kernel == "sweep_values":
         blocks = -(-x["u"].shape[3] // launch.block_v)
@@ -245,7 +256,7 @@ def sweep_traffic(launch: ChunkLaunch, x: dict[str, Tensor], heads: int) -> Traf
         blocks, blocks_v = -(-keys.shape[3] // launch.block_k), -(-values.shape[3] // 64)
         if launch.kernel == "states":
             read, stored = {"u": blocks, "w": blocks_v, "g": blocks_v}, ("h", "hot", "last", "lost")
-        else:  # the compiler keeps the second reading of v and do out of memory, the interpreter does not
+        else:  # the interpreter reads v and do twice; the compiler removes the second reading
             read = {**dict.fromkeys(("v", "do"), 2 * blocks), **dict.fromkeys(("q", "k", "g", "h", "hot"), 1)}
             stored = ("dq", "dk", "dg", "dfirst")
     loads = {

@@ -1,9 +1,10 @@
-"""One or a few tokens of linear attention in one launch: gates, state update and read-out, the state in place.
+"""The decoding kernel and op of linear attention: one or a few new tokens in one launch, the state updated in place.
 
-B batch, T new tokens, K key dim, V value dim; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hs,V], g [B,T,Hg,K or 1] or none,
-state [B,Hs,K,V], o [B,T,max(Hq,Hs),V]. One program keeps BLOCK_V columns of one head's state in registers, all K rows
-of them, reads each from memory once and writes it once, whatever T is. No two programs write the same address, and
-every sum has one order: same bits every time. Grid and arguments depend on shapes alone: safe in CUDA graphs.
+B batch, T new tokens, K key dim, V value dim; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hs,V], g [B,T,Hg,K or 1] or None,
+state [B,Hs,K,V], o [B,T,max(Hq,Hs),V]. A program keeps BLOCK_V columns of one head's state, with all K rows, in
+registers. It reads and writes each element of the state once for all T tokens. No two programs write the same address
+and every sum has a fixed order, so results are bitwise reproducible. Grid and arguments depend on shapes alone, so
+launches can be captured in CUDA graphs.
 """
 
 from functools import cache
@@ -18,7 +19,7 @@ from ...runtime.opaque_ops import opaque_op
 from .launch import StepLaunch, step_launch
 
 
-# ``scale`` is a float that is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 where it becomes 1.
+# ``scale`` is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 if it is the constant 1.
 @triton.jit(do_not_specialize=["scale"])
 def step_kernel(
     q,
@@ -50,7 +51,7 @@ def step_kernel(
     QUERIES: tl.constexpr,  # query heads that read one state
     QUERY_SHARE: tl.constexpr,  # states that one query head reads
     KEY_SHARE: tl.constexpr,  # states that one key head writes
-    GATE_SHARE: tl.constexpr,  # states that one gate decays; 0: there are no gates
+    GATE_SHARE: tl.constexpr,  # states that one gate decays; 0 without gates
     GATE_PER_CHANNEL: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -95,13 +96,16 @@ def step_kernel(
 
 @opaque_op("hybridattn::linear_attention_step_triton", mutates_args=("state",))
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
-    """Outputs [B,T,max(Hq,Hs),V] in v's dtype; the state is overwritten with that after the last token."""
+    """Compute outputs [B,T,max(Hq,Hs),V] in v's dtype and update the state in place.
+
+    Shapes are those of the module docstring; the state is fp32.
+    """
     batch, tokens, queries, key_dim = q.shape
     states, value_dim = state.shape[1], state.shape[3]
     o = v.new_empty(batch, tokens, max(queries, states), value_dim)
     if not o.numel() or not state.numel():
         return o.zero_()
-    if state.stride(3) != 1:  # a layout that nobody keeps on purpose: served, at the cost of a copy
+    if state.stride(3) != 1:  # an unusual layout: supported at the cost of a copy
         kept = state.contiguous()
         o = step(q, k, v, g, scale, kept)
         state.copy_(kept)
@@ -137,7 +141,7 @@ def _(q, k, v, g, scale, state):
 
 
 def step_constexprs(launch: StepLaunch, q: Tensor, k: Tensor, g: Tensor | None, state: Tensor) -> dict[str, int | bool]:
-    """The kernel's constexprs for tensors of these shapes."""
+    """Return the kernel's constexprs for tensors of these shapes."""
     queries, states = q.shape[2], state.shape[1]
     return {
         "K": state.shape[2],
@@ -154,13 +158,13 @@ def step_constexprs(launch: StepLaunch, q: Tensor, k: Tensor, g: Tensor | None, 
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """x with neighbouring elements in its last dimension; a view nearly always has them."""
+    """Return x with a contiguous last dimension; a copy is rarely needed."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
 @cache
 def _launch(device: torch.device, key_dim: int) -> StepLaunch:
-    """The launch row, with what has to be said about it said."""
+    """Return the launch row; on a GPU, warn once if the row is not verified there."""
     name = architecture(device)
     launch = step_launch(name, key_dim)
     if device.type != "cpu":

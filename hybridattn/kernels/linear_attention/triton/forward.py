@@ -1,26 +1,27 @@
-"""Chunked linear attention in one launch: a program sweeps over the chunks of a sequence, the state in registers.
+"""The forward kernel of chunked linear attention: a program sweeps over the chunks with the state in registers.
 
 B batch, T time, N sequences, K key dim, V value dim. Per chunk of 64 tokens, with b the running sum of the gates:
 
     o_t = scale * (q_t 2^b_t) S + scale * sum_{s<=t} [ (q_t 2^b_t) . (k_s 2^-b_s) ] v_s
     S  <- D S + (k 2^(bits - b))^T v,   bits = b of the last token, D = 2^bits
 
-(Yang et al., "Gated Linear Attention Transformers", section 4; gates in base 2.) The gradient of v is the same sweep
-backwards, with keys for queries and the gradient of o for v; so ``a`` are the rows whose ``y`` is asked for, ``w`` and
-``u`` what the state takes up.
+(Yang et al., "Gated Linear Attention Transformers", section 4; gates in base 2.) The gradient of v is the same sweep in
+reverse order. Keys take the place of queries, and the gradient of o that of v. Hence the neutral names: output y_t
+reads the state with row a_t, and the state accumulates w_s^T u_s.
 
-A channel is *hot* in a chunk where it loses more than 86 bits, so that 2^-b might overflow. Its keys are taken as
-k 2^(bits - b) in both places: all that passes through the state is exact, and the channel's share of the scores becomes
-2^bits of what it is, nothing. ``hot_channels`` adds that share. No branch, and nothing else for gates down to -inf.
+A channel is *hot* in a chunk if its gates sum to less than -86 bits there, so that 2^-b could overflow. The kernel
+then uses the keys k 2^(bits - b) for both state and scores. The state stays exact. The channel's contribution to the
+chunk's own scores shrinks by 2^bits, to nothing; the kernels of ``hot_channels`` add it. So this kernel has no branch
+for hot channels, and takes gates down to -inf.
 
-A gate per head multiplies the scores instead, and has no such hazard.
+A gate per head multiplies the scores instead; its factors cannot overflow.
 
-Tokens lie on the rows of every tile but the state's, S^T [BLOCK_V,BLOCK_K]: no computed tile is transposed to be the
-left operand of a product, which Triton before 3.7.1 gets wrong on sm_90.
+Tokens are the rows of every tile except the state, which is S^T [BLOCK_V,BLOCK_K]. So no computed tile is transposed to
+be the left operand of a product: Triton before 3.7.1 compiles that wrongly for sm_90.
 """
 
 # pyright: reportGeneralTypeIssues=false
-# It takes jit functions for ones that never return.
+# pyright infers that jit functions never return.
 
 import triton
 import triton.language as tl
@@ -40,26 +41,26 @@ from .primitives import (
 from .taylor import load_keys, polynomial
 
 
-# ``scale`` is a float that is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 where it becomes 1.
+# ``scale`` is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 if it is the constant 1.
 @triton.jit(do_not_specialize=["scale"])
 def sweep_values(
-    a,  # [B,T,*,K], like w a descriptor or a tuple: see ``primitives``
-    w,  # [B,T,*,K]
-    u,  # [B,T,*,V]
-    g,  # [B,T,*,K], or [B,T,*,1] as a tuple, or None
-    y,  # [B,T,HEADS,V]
-    first,  # state where the sweep begins, fp32 [N,*,K,V], or None for zeros
-    last,  # the state where it ends, or None
-    hot,  # int32 [slots,HEADS,K]: sequence + 1 of hot channels, 0 of others; written forwards, read backwards
-    features,  # of a and w, which are [B,T,*,DIM] then, see ``taylor``; ``scale`` is z's; or None
+    a,  # q, with REVERSE k [B,T,*,K]; a, w, u, y are descriptors or tuples: see ``primitives``
+    w,  # k, with REVERSE q [B,T,*,K]
+    u,  # v, with REVERSE the gradient of o [B,T,*,V]
+    g,  # gates [B,T,*,K], or [B,T,*,1] as a tuple, or None
+    y,  # output: o, with REVERSE the gradient of v [B,T,HEADS,V]
+    first,  # state before the first step of the sweep, fp32 [N,*,K,V], or None for zeros
+    last,  # output: state after the last step, or None
+    hot,  # int32 [slots,HEADS,K], sequence + 1 for hot channels, 0 for others; the forward sweep writes, REVERSE reads
+    features,  # feature tables, see ``taylor``: a and w are [B,T,*,DIM], ``scale`` is the factor of z; or None
     cu_seqlens,  # [N+1] or None
     scale,
     T,
-    segments,  # of every sequence
+    segments,  # per sequence
     DIM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    HEADS: tl.constexpr,  # of y; the others have as many or a part, which neighbours share
+    HEADS: tl.constexpr,  # heads of y; neighbouring heads of y share a head of a tensor with fewer heads
     A_SHARE: tl.constexpr,
     W_SHARE: tl.constexpr,
     U_SHARE: tl.constexpr,
@@ -83,8 +84,8 @@ def sweep_values(
     batch, start, end, slot = find_sequence(cu_seqlens, n, T, segments)
     chunks = tl.cdiv(end - start, 64)
     t = tl.arange(0, 64)
-    seen = (t[:, None] <= t[None, :]) if REVERSE else (t[:, None] >= t[None, :])  # by the row of a, of w's
-    reach = (t[:, None] < t[None, :]) if REVERSE else seen  # gates between the edge where the state enters and the row
+    seen = (t[:, None] <= t[None, :]) if REVERSE else (t[:, None] >= t[None, :])  # [row of a, row of w]
+    reach = (t[:, None] < t[None, :]) if REVERSE else seen  # gates between the chunk's edge and the row
 
     keys, columns = tl.arange(0, BLOCK_K)[None, :], column + tl.arange(0, BLOCK_V)[:, None]
     state = (n * (HEADS // STATE_SHARE) + head // STATE_SHARE).to(tl.int64) * K * V + keys * V + columns
@@ -94,7 +95,7 @@ def sweep_values(
             S = S + (tl.zeros([BLOCK_V, BLOCK_K], tl.float32),)
         else:
             inside = (i * BLOCK_K + keys < K) & (columns < V)
-            if REVERSE:  # a gradient of all heads that share the state: one is given it
+            if REVERSE:  # the results of heads that share a state are summed, so only one takes its gradient
                 inside &= head % STATE_SHARE == 0
             S = S + (tl.load(first + state + i * BLOCK_K * V, mask=inside, other=0.0),)
     for step in tl.range(0, chunks, num_stages=STAGES):
@@ -127,7 +128,7 @@ def sweep_values(
             if GATE == "channel":
                 gt = bounded(load_tile(g, batch, row, head // G_SHARE, i * BLOCK_K, end, K, BLOCK_K, TMA))
                 e = gate_sums(reach, gt, TERMS)
-                # The sum of all of them is the least of the running sums, for no gate is positive.
+                # No gate is positive, so the sum of all gates is the least running sum.
                 bits = tl.min(e + gt.to(tl.float32) * LOG2E if REVERSE else e, 0)
                 channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
                 flags = hot + ((slot + c).to(tl.int64) * HEADS + head) * K + channel
@@ -139,7 +140,7 @@ def sweep_values(
                         tl.store(flags, tl.where(is_hot, n // segments + 1, 0), mask=channel < K)
                 if exact:
                     shift = tl.where(is_hot[None, :], gate_sums(reach == 0, gt, TERMS), -e)
-                else:  # a difference of running sums is as good as 16-bit operands are
+                else:  # 16-bit operands round more than this difference of running sums
                     shift = tl.where(is_hot, bits, 0.0)[None, :] - e
                 at = operand(at * tl.exp2(e), PRECISION)
                 if REVERSE:

@@ -1,13 +1,15 @@
-"""What hot channels add to the scores of their own chunk, which the sweeps leave out: see ``forward``.
+"""Kernels that add the contribution of hot channels to the scores of their own chunk, which the sweeps leave out.
 
-A pair of tokens s < t lies in sibling halves of exactly one block of 2, 4, .., 64 tokens. With m the last token of its
-left half, 2^(b_t - b_s) = 2^(b_t - b_m) 2^(b_m - b_s): both factors are at most 1, whatever the gates. So six products
-per 64 channels give all scores; the diagonal has no decay. Gates from the middle to a token are a product with a 0/1
-matrix, as everywhere. One program per chunk and head, which ends at once where no channel is hot.
+``forward`` defines hot channels. A pair of tokens s < t lies in different halves of exactly one block of 2, 4, .., or
+64 tokens. With m the last token of the block's left half, 2^(b_t - b_s) = 2^(b_t - b_m) 2^(b_m - b_s). Both factors are
+at most 1 for any gates. So six matrix products per 64 channels, one per block size, give all scores. The diagonal has
+no decay. The sum of the gates from the middle to a token is a product with a 0/1 matrix, as in the other kernels.
+
+Each chunk and head has one program, which returns at once if no channel is hot.
 """
 
 # pyright: reportGeneralTypeIssues=false
-# It takes jit functions for ones that never return.
+# pyright infers that jit functions never return.
 
 import triton
 import triton.language as tl
@@ -17,8 +19,11 @@ from .primitives import bounded, find_sequence, gate_sums, load_tile, operand, p
 
 @triton.jit
 def find_chunk(hot, cu_seqlens, T, K: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr):
-    """Sequence (-1 where nothing is hot), row of the batch, first token and end of the sequence, head, and flags of
-    the chunk and head that are this program's."""
+    """Find the chunk and head of this program.
+
+    Returns the sequence (-1 if no channel is hot) and its batch row; the first token of the chunk and the end of the
+    sequence; the head; and a pointer to the flags of this chunk and head.
+    """
     head, flags, channel = tl.program_id(0) % HEADS, hot + tl.program_id(0).to(tl.int64) * K, tl.arange(0, KEYS)
     n = tl.max(tl.load(flags + channel, mask=channel < K, other=0), 0) - 1
     batch, start, end, slot = find_sequence(cu_seqlens, tl.maximum(n, 0), T, 1)
@@ -27,8 +32,11 @@ def find_chunk(hot, cu_seqlens, T, K: tl.constexpr, HEADS: tl.constexpr, KEYS: t
 
 @triton.jit
 def halves(level):
-    """For blocks of 2^(level + 1) tokens: [64] right half or not, [64,64] gates from the middle to the row, [64,64]
-    pairs of tokens in sibling halves."""
+    """Return three masks for blocks of 2^(level + 1) tokens.
+
+    [64]: whether a token is in the right half of its block. [64,64]: the gates (columns) between the block's middle
+    and the row's token. [64,64]: the pairs of tokens in different halves of the same block.
+    """
     t = tl.arange(0, 64)
     block = t >> (level + 1)
     middle = (block << (level + 1)) + (1 << level) - 1
@@ -40,12 +48,12 @@ def halves(level):
 
 @triton.jit(do_not_specialize=["scale"])
 def repair_values(
-    q,  # [B,T,*,K], like what follows a tuple: see ``primitives``
+    q,  # [B,T,*,K]; q to y are tuples: see ``primitives``
     k,  # [B,T,*,K]
     u,  # v [B,T,*,V]; with REVERSE the gradient of o
     g,  # [B,T,*,K]
-    y,  # o [B,T,HEADS,V], added to; with REVERSE the gradient of v
-    hot,  # int32 [slots,HEADS,K]
+    y,  # o [B,T,HEADS,V], to which the kernel adds; with REVERSE the gradient of v
+    hot,  # flags of hot channels, int32 [slots,HEADS,K]
     cu_seqlens,
     scale,
     T,
@@ -59,7 +67,7 @@ def repair_values(
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
-    KEYS: tl.constexpr,  # the power of two that holds K
+    KEYS: tl.constexpr,  # least power of two >= K
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -92,15 +100,15 @@ def repair_values(
 
 @triton.jit(do_not_specialize=["scale"])
 def repair_keys(
-    q,  # [B,T,*,K], like what follows a tuple: see ``primitives``
+    q,  # [B,T,*,K]; q to dg are tuples: see ``primitives``
     k,  # [B,T,*,K]
     v,  # [B,T,*,V]
     g,  # [B,T,*,K]
     do,  # [B,T,HEADS,V]
-    dq,  # [B,T,HEADS,K], like dk and dg added to
+    dq,  # [B,T,HEADS,K]; the kernel adds to dq, dk and dg
     dk,
     dg,
-    hot,  # int32 [slots,HEADS,K]
+    hot,  # flags of hot channels, int32 [slots,HEADS,K]
     cu_seqlens,
     scale,
     T,
@@ -117,8 +125,12 @@ def repair_keys(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Of a pair's two rows x, the one gets the score's gradient times the other, and all gates between them their
-    product; so with the matrix of a level's gradients made symmetric, one product serves both halves."""
+    """Add the gradients of q, k and g through the scores of hot channels.
+
+    A score is the product of two rows x, one of each half. Each row's gradient is the score's gradient times the other
+    row. The gradient of every gate between them is the score times its gradient. The kernel makes the matrix of the
+    scores' gradients symmetric, so that one product per level gives the gradients of both halves.
+    """
     n, batch, row, end, head, flags = find_chunk(hot, cu_seqlens, T, K, HEADS, KEYS)
     if n < 0:
         return

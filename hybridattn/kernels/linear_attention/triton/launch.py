@@ -1,4 +1,4 @@
-"""Launch parameters of the linear-attention kernels, by architecture and dims. Pure: needs neither Triton nor a GPU."""
+"""Launch parameters of the linear-attention kernels, by architecture and dims; needs neither Triton nor a GPU."""
 
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -9,29 +9,30 @@ from torch import Tensor
 
 from ...runtime.architectures import architecture, nearest_architecture, read_verified
 
-MOST_TOKENS = 8  # of one step: beyond, a chunk's matrix products are the faster way
-MOST_KEY_DIM = 1024  # a program holds all keys of some value columns of the state
+MOST_TOKENS = 8  # of one step; for more tokens the matrix products of the chunked operator are faster
+MOST_KEY_DIM = 1024  # a program holds all K rows of its value columns of the state
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# (block_v, num_warps) by block_k: 16 to 64 registers of state per thread, and rows of 64 bytes or more.
+# (block_v, num_warps) by block_k: the state takes 16 to 64 registers per thread, and its rows 64 bytes or more. A warp
+# has 32 threads on NVIDIA GPUs and 64 on AMD GPUs.
 _NVIDIA = {16: (128, 4), 32: (128, 4), 64: (64, 4), 128: (32, 4), 256: (32, 4), 512: (16, 4), 1024: (16, 8)}
 STEP = {
     "sm_80": _NVIDIA,
     "sm_90": _NVIDIA,
     "sm_100": _NVIDIA,
-    "gfx942": {block_k: (block_v, warps // 2) for block_k, (block_v, warps) in _NVIDIA.items()},  # warps of 64
+    "gfx942": {block_k: (block_v, warps // 2) for block_k, (block_v, warps) in _NVIDIA.items()},  # 64 per warp
 }
 
 
 @dataclass(frozen=True)
 class StepLaunch:
-    """How ``step_kernel`` is launched: one program per head of the state and ``block_v`` of its columns."""
+    """Launch row of ``step_kernel``: one program per head of the state and ``block_v`` of its columns."""
 
     block_k: int
     block_v: int
     num_warps: int
     num_stages: int
-    verified: bool  # on the architecture asked for; else compiled only
+    verified: bool  # on the requested architecture; else compiled only
 
     @property
     def name(self) -> str:
@@ -39,10 +40,10 @@ class StepLaunch:
 
 
 def step_launch(architecture: str, key_dim: int) -> StepLaunch:
-    """Launch parameters of a step.
+    """Return the launch row of a step.
 
     Args:
-        architecture: such as "sm_90"; one without rows takes those of ``nearest_architecture``.
+        architecture: such as "sm_90"; one without rows uses those of ``nearest_architecture``.
         key_dim: K, 1 to 1024. The value dim and the operands' dtypes do not matter: the state's fp32 tile decides.
     """
     block_k = max(16, 1 << (key_dim - 1).bit_length())
@@ -53,7 +54,7 @@ def step_launch(architecture: str, key_dim: int) -> StepLaunch:
 
 
 def step_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> str | None:
-    """What keeps the kernel from serving a step whose shapes are right; None if nothing does."""
+    """Return why the kernel does not support a step of valid shapes, as "argument: expected .., got .."; else None."""
     for name, x in {"q": q, "k": k, "v": v, "g": g}.items():
         if x is not None and x.dtype not in DTYPES:
             return f"{name}: expected float32, float16 or bfloat16, got {x.dtype}"
@@ -67,11 +68,12 @@ def step_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor)
 
 
 # ------------------------------------------------------------------------------------------------------- chunked sweeps
-MOST_CHUNK_KEY_DIM = 256  # a program holds all keys of some value columns of the state
+MOST_CHUNK_KEY_DIM = 256  # a program holds all K rows of its value columns of the state
 MOST_CHUNK_VALUE_DIM = 512
 
-# (columns, num_warps, num_stages) by what operands of products are. Of ``sweep_values``: columns of values, by K at
-# most. A state in fp32 and three products for one leave fp32 without a row where registers or tensor memory are short.
+# ``sweep_values``: (value columns of a program, num_warps, num_stages), by architecture, operand type and largest K.
+# fp32 has no rows on sm_80 and sm_100: its state and its products, three of tf32 each, exceed the registers or the
+# tensor memory there.
 VALUES = {
     "sm_80": {
         "bf16": {64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 8, 1)},
@@ -82,7 +84,7 @@ VALUES = {
         "fp16": {64: (64, 4, 1), 128: (32, 4, 2), 256: (32, 4, 1)},
         "fp32": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
     },
-    "sm_100": {  # Triton 3.7.1 cannot pipeline a loop with a store by descriptor there
+    "sm_100": {  # Triton 3.7.1 cannot pipeline a loop that stores by descriptor on sm_100
         "bf16": {64: (64, 4, 1), 128: (64, 8, 1), 256: (32, 4, 1)},
         "fp16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 4, 1)},
     },
@@ -92,7 +94,8 @@ VALUES = {
         "fp32": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
     },
 }
-# Of ``sweep_keys``: columns of keys, by V at most; more values than the table has go in several launches.
+# ``sweep_keys``: (key columns of a program, num_warps, num_stages), by architecture, operand type and largest V. Values
+# beyond the largest V are split over several launches.
 KEYS = {
     "sm_80": {"bf16": {128: (16, 4, 2)}, "fp16": {128: (16, 4, 1)}},
     "sm_90": {"bf16": {128: (32, 4, 2), 256: (16, 4, 2)}, "fp16": {128: (16, 4, 1)}, "fp32": {128: (16, 4, 1)}},
@@ -104,11 +107,11 @@ STATES = {"sm_80": (4, 2), "sm_90": (4, 2), "sm_100": (4, 1), "gfx942": (4, 1)} 
 
 @dataclass(frozen=True)
 class ChunkLaunch:
-    """How a sweep over chunks is launched: one program per sequence, head and some of the columns."""
+    """Launch row of a sweep over chunks: one program per sequence, head and block of columns."""
 
     kernel: str
     operands: str  # "bf16", "fp16" or "fp32"
-    most: int  # of the dim that a program holds all of: of keys for ``sweep_values``, of values for ``sweep_keys``
+    most: int  # largest size of the dim that a program holds whole: K for ``sweep_values``, V for ``sweep_keys``
     block_k: int
     block_v: int
     num_warps: int
@@ -123,58 +126,59 @@ class ChunkLaunch:
 
 
 def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, operands: str) -> ChunkLaunch:
-    """Launch parameters of a sweep.
+    """Return the launch row of a sweep.
 
     Args:
         kernel: "sweep_values", "sweep_keys" or "states".
-        architecture: such as "sm_90"; one without rows takes those of ``nearest_architecture``.
-        key_dim, value_dim: K, 1 to 256, and V, 1 to 512. A row of ``sweep_keys`` may serve fewer values at a time.
-        operands: "bf16", "fp16" or "fp32", for which ``chunk_lacks`` found nothing.
+        architecture: such as "sm_90"; one without rows uses those of ``nearest_architecture``.
+        key_dim, value_dim: K, 1 to 256, and V, 1 to 512. A row of ``sweep_keys`` may take fewer values per launch.
+        operands: "bf16", "fp16" or "fp32"; ``chunk_lacks`` has to be None for it.
     """
-    served = nearest_architecture(architecture)
+    nearest = nearest_architecture(architecture)
     block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
     if kernel == "states":
-        most, (num_warps, num_stages) = 64, STATES[served]
+        most, (num_warps, num_stages) = 64, STATES[nearest]
     elif kernel == "sweep_keys":
-        rows = KEYS[served][operands]
+        rows = KEYS[nearest][operands]
         most = min((most for most in rows if value_dim <= most), default=max(rows))
         columns, num_warps, num_stages = rows[most]
         block_k = min(block_k, columns)
     else:
-        rows = VALUES[served][operands]
+        rows = VALUES[nearest][operands]
         most = min(most for most in rows if key_dim <= most)
         columns, num_warps, num_stages = rows[most]
         block_v = min(block_v, columns)
-    tma = served in ("sm_90", "sm_100")
+    tma = nearest in ("sm_90", "sm_100")
     row = ChunkLaunch(kernel, operands, most, block_k, block_v, num_warps, num_stages, tma, False)
     return replace(row, verified=row.name in read_verified(Path(__file__).parent).get(architecture, {}))
 
 
 def operand_name(*tensors: Tensor) -> str:
-    """What operands of these tensors' products are: "bf16", "fp16" or "fp32"."""
+    """Return the operand type of products of these tensors: "bf16", "fp16" or "fp32"."""
     dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
 
 
 def segments(programs: int, chunks: int, processors: int) -> int:
-    """How many segments a sequence is split in: one, unless there are fewer programs than processors.
+    """Return how many segments a sequence is split into: one, unless there are fewer programs than processors.
 
-    Then as many as give each processor two, but segments of 4 chunks at least: their states are work of their own.
+    Then the number gives each processor two programs, but a segment has at least 4 chunks, since computing its state is
+    additional work.
     """
     return 1 if programs >= processors else max(1, min(-(-2 * processors // programs), chunks // 4))
 
 
 def tile_columns(dim: int) -> int:
-    """Columns of a tile: a power of two from 16 to 64."""
+    """Return the columns of a tile: a power of two from 16 to 64."""
     return max(16, min(64, 1 << (dim - 1).bit_length()))
 
 
 def chunk_lacks(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, rows: int | None = None
 ) -> str | None:
-    """What keeps the kernels from serving a sequence whose shapes are right; None if nothing does.
+    """Return why the kernels do not support valid inputs, as "argument: expected .., got .."; None if they do.
 
-    ``rows`` are those of the state, K unless keys have features.
+    ``rows`` is the number of rows of the state; K by default, P with Taylor features.
     """
     for name, x in {"q": q, "k": k, "v": v, "g": g}.items():
         if x is not None and x.dtype not in DTYPES:

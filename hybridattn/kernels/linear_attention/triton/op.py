@@ -1,11 +1,12 @@
-"""The opaque op of chunked linear attention in Triton, forward and backward: shapes, launches, autograd.
+"""The torch ops of chunked linear attention in Triton, forward and backward: allocation, launches, autograd.
 
 B batch, T time, N sequences; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hv,V], g [B,T,Hg,K], [B,T,Hg,1] or None, state
-[N,Hs,K,V]. Heads that are fewer than those of o are shared by neighbours: read where they are, not repeated.
+[N,Hs,K,V]. If a tensor has fewer heads than o, neighbouring heads of o share a head of it. The kernels read the shared
+head in place; nothing is repeated in memory.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
-# It takes a launch for a call of the function as it is written.
+# pyright takes a launch for a call of the Python function.
 
 from functools import cache, lru_cache
 from typing import Any
@@ -25,8 +26,8 @@ from .hot_channels import repair_keys, repair_values
 from .launch import ChunkLaunch, chunk_launch, operand_name, segments, tile_columns
 from .taylor import sweep_features
 
-SCAN = 1024  # elements of a state that a program scans
-FAR = 1 << 24  # elements from a token to the next, of which 32 bits still reach 64
+SCAN = 1024  # elements of a state per program of ``scan_states``
+FAR = 1 << 24  # token stride, in elements, below which offsets within a tile of 64 tokens fit 32 bits
 
 
 @opaque_op("hybridattn::linear_attention_triton")
@@ -41,9 +42,10 @@ def forward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B,T,max(Hq,Hv),V] in v's dtype, or fp32 if ``wide``, and final states, fp32 [N,max(H,Hv),K,V].
+    """Compute outputs [B,T,max(Hq,Hv),V] in v's dtype, fp32 if ``wide``, and final states, fp32 [N,max(H,Hv),K,V].
 
-    With ``taylor`` weights are 1 + z + z^2/2 of z = scale * q.k, and the state is that of the features: P for K.
+    With ``taylor`` the weights are 1 + z + z^2/2 with z = scale * q.k, and the state has P rows, one per feature,
+    instead of K.
     """
     o, last = _outputs(q, k, v, taylor, wide, cu_seqlens)
     if not o.numel() or not last.numel():
@@ -82,7 +84,12 @@ def backward(
     do: Tensor,
     dlast: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g (empty without gates) and the initial state, from those of outputs and final states."""
+    """Compute the gradients of q, k, v, g (empty without gates) and the initial state.
+
+    Args:
+        q, k, v, g, scale, taylor, state, cu_seqlens: as in ``forward``.
+        do, dlast: gradients of outputs and final states.
+    """
     given = (q, k, v, q.new_empty(0) if g is None else g)
     if not do.numel() or not dlast.numel():
         zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in given]
@@ -138,22 +145,22 @@ def _outputs(
 ) -> tuple[Tensor, Tensor]:
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (*v.shape[:2], max(q.shape[2], v.shape[2]), v.shape[3])
-    new = v.new_empty if cu_seqlens is None else v.new_zeros  # no program has tokens past the last offset
+    new = v.new_empty if cu_seqlens is None else v.new_zeros  # no program writes tokens past the last offset
     o = new(shape, dtype=torch.float32 if wide else v.dtype)
     rows = features.count(k.shape[3]) if taylor else k.shape[3]
     return o, v.new_empty(sequences, max(k.shape[2], v.shape[2]), rows, v.shape[3], dtype=torch.float32)
 
 
 def _flags(o: Tensor, k: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """Room for the flags of hot channels, [slots,heads,K]; None where gates, per head or none at all, have none."""
+    """Allocate the flags of hot channels, int32 [slots,heads,K]; None unless gates are per channel."""
     if g is None or g.shape[3] == 1:
         return None
-    new = torch.empty if cu_seqlens is None else torch.zeros  # of a packed row, not all slots have a chunk
+    new = torch.empty if cu_seqlens is None else torch.zeros  # some slots of a packed row have no chunk
     return new(_slots(o, cu_seqlens)[0], o.shape[2], k.shape[3], dtype=torch.int32, device=o.device)
 
 
 def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """Slots for the chunks of all sequences, see ``find_sequence``, and sequences."""
+    """Return the number of chunk slots of all sequences (see ``find_sequence``) and the number of sequences."""
     if cu_seqlens is None:
         return x.shape[0] * -(-x.shape[1] // 64), x.shape[0]
     sequences = len(cu_seqlens) - 1
@@ -161,7 +168,7 @@ def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 
 def _segments(y: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many segments every sequence is split in."""
+    """Return how many segments every sequence is split into."""
     sequences, (_, tokens, heads, value_dim) = _slots(y, cu_seqlens)[1], y.shape
     columns = tile_columns(value_dim)
     return segments(
@@ -175,14 +182,14 @@ def _processors(device: torch.device) -> int:
 
 
 def _gradients_of(x: Tensor, y: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for the gradients of x for every head of y, in fp32 where those of heads are to be summed."""
-    new = x.new_empty if cu_seqlens is None else x.new_zeros  # no program has tokens past the last offset
+    """Allocate the gradient of x for every head of y, in fp32 if several heads of y share a head of x."""
+    new = x.new_empty if cu_seqlens is None else x.new_zeros  # no program writes tokens past the last offset
     dtype = dtype or (torch.float32 if x.shape[2] < y.shape[2] else x.dtype)
     return new(*x.shape[:2], y.shape[2], x.shape[3], dtype=dtype)
 
 
 def _summed(grads: Tensor, x: Tensor) -> Tensor:
-    """Gradients of x in its dtype, from those of the heads that share it."""
+    """Sum ``grads`` over the heads that share a head of x, and cast the sums to x's dtype."""
     if grads.shape != x.shape:
         grads = grads.unflatten(2, (x.shape[2], -1)).sum(3)
     return grads.to(x.dtype)
@@ -190,17 +197,18 @@ def _summed(grads: Tensor, x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- launches
 def _chunk_states(k, v, g, do, first, hot, phi, cu_seqlens, operands, parts) -> Tensor:
-    """The states before all chunks, [slots,V,heads,K]."""
+    """Compute the states before all chunks, [slots,V,heads,K]."""
     heads, slots = do.shape[2], _slots(do, cu_seqlens)[0]
     dtype = torch.bfloat16 if operands == "bf16" else torch.float32
     rows = _rows(k, phi)
-    h = k.new_empty(slots, v.shape[3], heads, -(-rows // 8) * 8, dtype=dtype)[..., :rows]  # so that TMA can load it
+    # Padded: TMA needs strides of a multiple of 16 bytes.
+    h = k.new_empty(slots, v.shape[3], heads, -(-rows // 8) * 8, dtype=dtype)[..., :rows]
     _states(k, v, g, h, first, None, None, hot, phi, cu_seqlens, 1.0, heads, operands, parts, reverse=False)
     return h
 
 
 def _segment_states(w, u, g, first, heads, phi, cu_seqlens, scale, operands, parts, reverse) -> tuple[Tensor, Tensor]:
-    """The states before all segments, fp32 [sequences * parts,heads,K,V], and those after the last ones."""
+    """Compute the states before all segments, fp32 [sequences * parts,heads,K,V], and after each sequence."""
     sequences, key_dim, value_dim = _slots(u, cu_seqlens)[1], _rows(w, phi), u.shape[3]
     local = w.new_empty(sequences * parts, heads, key_dim, value_dim, dtype=torch.float32)
     lost = w.new_zeros(sequences * parts, heads, key_dim, dtype=torch.float32)
@@ -254,9 +262,11 @@ def _states(w, u, g, h, first, last, lost, hot, phi, cu_seqlens, scale, heads, o
 
 
 def _key_gradients(q, k, v, g, do, h, dlast, hot, phi, cu_seqlens, scale, operands, parts) -> tuple[Tensor, ...]:
-    """Gradients of q, k, g (empty without gates) and the initial state: sums over groups of as many values as a launch
-    takes, of most shapes one."""
-    most = min(v.shape[3], 128) if phi else v.shape[3]  # features take the registers of more
+    """Compute the gradients of q, k, g (empty without gates) and the initial state.
+
+    If V exceeds the values of one launch, the gradients are sums over several launches, each with a group of values.
+    """
+    most = min(v.shape[3], 128) if phi else v.shape[3]  # features need the registers that more values would take
     launch = _launch("sweep_keys", k.device, _rows(k, phi), most, operands)
     groups = zip(*(x.split(launch.most, dim) for x, dim in ((v, 3), (do, 3), (h, 1), (dlast, 3))), strict=True)
     dtype = torch.float32 if launch.most < v.shape[3] else None
@@ -279,7 +289,7 @@ def _sweep_keys(launch, q, k, g, v, do, h, dlast, hot, cu_seqlens, scale, operan
     dfirst = dlast.new_empty(dlast.shape[0], heads, *dlast.shape[2:])
     if g is None:
         dg = None
-    elif gate == "head":  # every program has a part
+    elif gate == "head":  # every block of keys has a part of the sum over channels
         dg = q.new_zeros(*do.shape[:3], blocks, dtype=torch.float32)
     else:
         dg = _gradients_of(g, do, cu_seqlens, dtype)
@@ -402,7 +412,7 @@ def _repair(kernel: Any, tensors, hot, cu_seqlens, scale, operands, y, constexpr
 
 
 def _constexprs(launch: ChunkLaunch, heads: int, key_dim: int, value_dim: int, g: Tensor | None, operands: str) -> Any:
-    """What all sweeps know before they are compiled."""
+    """Return the constexprs and launch options that all sweeps have in common."""
     return {
         "K": key_dim,
         "V": value_dim,
@@ -418,12 +428,12 @@ def _constexprs(launch: ChunkLaunch, heads: int, key_dim: int, value_dim: int, g
 
 
 def _rows(x: Tensor, phi: Any) -> int:
-    """Rows of the state for keys or queries x."""
+    """Return the number of rows of the state for keys or queries x."""
     return x.shape[3] if phi is None else features.count(x.shape[3])
 
 
 def _columns(launch: ChunkLaunch, x: Tensor, phi: Any) -> int:
-    """Columns of a tile of keys or queries x: what is loaded of those with features is the whole of it."""
+    """Return the columns of a tile of keys or queries x; with features a tile holds all columns of x."""
     return launch.block_k if phi is None else tile_columns(x.shape[3])
 
 
@@ -433,8 +443,12 @@ def _dims(x: Tensor) -> Any:
 
 @lru_cache(maxsize=64)
 def taylor_tables(dim: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each feature of a vector of ``dim``, in the order of ``features``: the two columns that it is the product of,
-    -1 for a factor of 1, int32, and the weight of that product, so that features of q and k have products in z."""
+    """Return the tables that define the Taylor features of a vector of ``dim`` elements, in the order of ``features``.
+
+    The first two tables, int32 [P], hold the columns whose product a feature is, -1 for a factor of 1. The third,
+    fp32 [P], holds the weight of the product; it includes ``scale``, so that q's and k's features give the weights of
+    z = scale * q.k.
+    """
     i, j = torch.triu_indices(dim, dim, dtype=torch.int32)
     none, each = torch.full((dim + 1,), -1, dtype=torch.int32), torch.arange(dim, dtype=torch.int32)
     weights = torch.cat((torch.ones(1), torch.full((dim,), scale**0.5), scale * torch.where(i == j, 0.5**0.5, 1.0)))
@@ -443,26 +457,28 @@ def taylor_tables(dim: int, scale: float, device: torch.device) -> tuple[Tensor,
 
 
 def _shares(heads: int, **tensors: Tensor | None) -> Any:
-    """How many heads share one of each tensor's."""
+    """Return, for every tensor, how many of ``heads`` share one of its heads."""
     return {f"{name}_SHARE": 1 if x is None else heads // x.shape[2] for name, x in tensors.items()}
 
 
 def _tile(x: Tensor, block: int, tma: bool) -> Any:
-    """x as the kernels take it: see ``primitives``."""
+    """Return x as a kernel argument, a descriptor or a tuple: see ``primitives``."""
     if tma:
-        x = x.transpose(1, 2)  # only leading ones of a loaded block are dropped without passing through registers
+        x = x.transpose(1, 2)  # Triton drops leading ones of a loaded block for free, other ones through registers
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 64, block])
     return (x, *x.stride()[:3])
 
 
 def _gates(g: Tensor | None, block: int, tma: bool) -> Any:
-    """g as the kernels take it; that of a head is no tile."""
+    """Return g as a kernel argument; gates per head are never a descriptor."""
     return None if g is None else _tile(g, block, tma and _gate(g) == "channel")
 
 
 def _describable(launch: ChunkLaunch, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether a launch takes descriptors: TMA there is, addresses of rows are divisible by 16 bytes, and no sequence
-    ends before its tensor does."""
+    """Return whether a launch can use descriptors for all of ``tensors`` (None is skipped).
+
+    It needs TMA, rows at addresses divisible by 16 bytes, and unpacked sequences, which end where their tensors end.
+    """
     if not launch.tma or cu_seqlens is not None:
         return False
     for x in tensors:
@@ -475,7 +491,7 @@ def _describable(launch: ChunkLaunch, cu_seqlens: Tensor | None, *tensors: Tenso
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x with neighbouring elements in its last dimension and tokens not FAR from each other; a view nearly always."""
+    """Return x with a contiguous last dimension and a token stride below FAR; a copy is rarely needed."""
     return x if x.stride(3) == 1 and x.stride(1) < FAR else x.contiguous()
 
 
@@ -484,24 +500,27 @@ def _gate(g: Tensor | None) -> str:
 
 
 def _channel(g: Tensor | None) -> Tensor | None:
-    """g if it comes in tiles: that of a head does not."""
+    """Return g if its gates are per channel, which the kernels load as tiles; else None."""
     return g if _gate(g) == "channel" else None
 
 
 def _terms(g: Tensor | None, operands: str) -> int:
-    """Parts in bf16 that gates in fp32 are split into."""
+    """Return the number of bf16 parts that fp32 gates are split into; 1 for other gates."""
     return 1 if g is None or g.dtype != torch.float32 else 2 if operands == "bf16" else 3
 
 
 def _precision(operands: str) -> str:
-    """How products are computed: scaled operands outgrow fp16, whose 11 bits tf32 has too."""
+    """Return the precision of matrix products.
+
+    fp16 operands use tf32: with decay factors they may exceed the range of fp16, and tf32 has as many mantissa bits.
+    """
     exact = "ieee" if torch.version.hip else "tf32x3"
     return {"bf16": "bf16", "fp16": "tf32", "fp32": exact}[operands]
 
 
 @cache
 def _launch(kernel: str, device: torch.device, key_dim: int, value_dim: int, operands: str) -> ChunkLaunch:
-    """The launch row, with what has to be said about it said."""
+    """Return the launch row; on a GPU, warn once if the row is not verified there."""
     name = architecture(device)
     launch = chunk_launch(kernel, name, key_dim, value_dim, operands)
     if device.type != "cpu":

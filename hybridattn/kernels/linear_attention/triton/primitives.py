@@ -1,29 +1,31 @@
-"""What the chunk kernels share: where a sequence lies, tiles of 64 tokens, sums of gates, operands of products.
+"""Device functions of the chunk kernels: bounds of a sequence, tiles of 64 tokens, sums of gates, matrix products.
 
-B batch, T time, N sequences, D columns; a tile is [64 tokens, BLOCK columns]. A tensor [B,T,heads,D] comes as a TMA
-descriptor with blocks [1,64,1,BLOCK], or as a tuple (pointer, strides of batch, time and head); its columns are dense.
+B batch, T time, N sequences, D columns; a tile is [64 tokens, BLOCK columns]. A kernel takes a tensor [B,T,heads,D]
+either as a TMA descriptor with blocks [1,64,1,BLOCK], or as a tuple (pointer, strides of batch, time and head). The
+elements of its last dimension are contiguous.
 
-Gates are summed as products with constant 0/1 matrices: exact in fp32 for any gates, and never as a difference of large
-running sums, which would lose the small gates that follow a large one.
+The kernels sum gates by products with constant 0/1 matrices. These sums are exact in fp32 for any gates. Differences of
+large running sums would lose the small gates that follow a large one.
 """
 
 # pyright: reportGeneralTypeIssues=false
-# It takes jit functions for ones that never return.
+# pyright infers that jit functions never return.
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-200.0)  # exp(FLOOR) is 0 in fp32; a finite stand-in for -inf, exact in 16 bits
-COOL = tl.constexpr(-86.0)  # bits that a channel may lose in a chunk before it is hot: see ``forward``
+FLOOR = tl.constexpr(-200.0)  # finite replacement for -inf: exp(FLOOR) is 0 in fp32; exact in 16 bits
+COOL = tl.constexpr(-86.0)  # a channel whose gates sum to less than this in a chunk, in bits, is hot: see ``forward``
 
 
 @triton.jit
 def find_sequence(cu_seqlens, n, T, segments):
-    """Row of the batch, first token, token past the last, and first slot of sequence n.
+    """Return the batch row, first token, end (one past the last token) and first slot of sequence n.
 
-    Slots number the chunks of all sequences: N * cdiv(T, 64) of them, or T // 64 + N of a packed row, with gaps. With
-    ``segments``, n counts those of all sequences: each has so many, of whole chunks, equal but for the last ones.
+    Slots number the chunks of all sequences. There are N * cdiv(T, 64) slots, or T // 64 + N for a packed row, where
+    some stay unused. With ``segments`` > 1, n counts the segments of all sequences. Every sequence has ``segments`` of
+    them, of whole chunks and of equal length except for the last ones.
     """
     part, n = n % segments, n // segments
     if cu_seqlens is None:
@@ -41,9 +43,9 @@ def find_sequence(cu_seqlens, n, T, segments):
 
 @triton.jit
 def load_tile(x, batch, row, head, column, end, D, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """Tile of x from token ``row`` and column ``column``; zeros from token ``end`` and column D on.
+    """Load the tile of x that starts at token ``row`` and column ``column``; zeros from token ``end`` and column D on.
 
-    A descriptor ends where its tensor does: ``end`` has to be T.
+    A descriptor is bounded by its tensor only, so with TMA ``end`` has to be T.
     """
     if TMA:
         tile = x.load([batch, head, row, column]).reshape(64, BLOCK)
@@ -55,7 +57,7 @@ def load_tile(x, batch, row, head, column, end, D, BLOCK: tl.constexpr, TMA: tl.
 
 @triton.jit
 def store_tile(x, value, batch, row, head, column, end, D, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """Tile to the place that ``load_tile`` would load it from, in the tensor's dtype."""
+    """Store a tile, cast to the tensor's dtype, at the address from which ``load_tile`` loads it."""
     if TMA:
         x.store([batch, head, row, column], value.to(x.dtype).reshape(1, 1, 64, BLOCK))
     else:
@@ -72,7 +74,7 @@ def _addresses(x, batch, row, head, column, end, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_gates(g, batch, row, head, end):
-    """Gates [64] of one head; zeros from token ``end`` on. g is a tuple."""
+    """Load the gates [64] of one head; zeros from token ``end`` on. g is a tuple."""
     t = tl.arange(0, 64)
     corner = g[0] + tl.cast(batch, tl.int64) * g[1] + tl.cast(row, tl.int64) * g[2] + tl.cast(head, tl.int64) * g[3]
     return bounded(tl.load(corner + t * g[2], mask=row + t < end, other=0.0))
@@ -80,7 +82,7 @@ def load_gates(g, batch, row, head, end):
 
 @triton.jit
 def store_gates(g, value, batch, row, head, column, end):
-    """[64] to a column of g, a tuple, up to token ``end``."""
+    """Store ``value`` [64] to a column of g, a tuple, up to token ``end``."""
     t = tl.arange(0, 64)
     corner = g[0] + tl.cast(batch, tl.int64) * g[1] + tl.cast(row, tl.int64) * g[2] + tl.cast(head, tl.int64) * g[3]
     tl.store(corner + t * g[2] + column, value, mask=row + t < end)
@@ -88,15 +90,15 @@ def store_gates(g, value, batch, row, head, column, end):
 
 @triton.jit
 def bounded(g):
-    """Gates without -inf, which times zero would be NaN."""
+    """Replace gates of -inf by FLOOR: -inf times zero would be NaN."""
     return tl.maximum(g, FLOOR).to(g.dtype)
 
 
 @triton.jit
 def sums_of_rows(matrix, x, total, TERMS: tl.constexpr):
-    """total + matrix @ x, [64,BLOCK] in fp32; the matrix holds zeros and ones.
+    """Compute total + matrix @ x, [64,BLOCK] in fp32; the matrix holds zeros and ones.
 
-    What has 16 bits is an operand as it is; what is in fp32 is split into TERMS parts in bf16, 8 bits each.
+    x of 16 bits is an operand as it is (TERMS 1). x in fp32 is split into TERMS bf16 parts of 8 bits each.
     """
     if TERMS == 1:
         total = tl.dot(matrix.to(x.dtype), x, total, input_precision="ieee")
@@ -110,15 +112,15 @@ def sums_of_rows(matrix, x, total, TERMS: tl.constexpr):
 
 @triton.jit
 def gate_sums(matrix, g, TERMS: tl.constexpr):
-    """matrix @ g in bits: sums of gates that the matrix picks."""
+    """Compute matrix @ g in bits (base 2): sums of the gates that the 0/1 matrix selects."""
     return sums_of_rows(matrix, g, tl.zeros(g.shape, tl.float32), TERMS) * LOG2E
 
 
 @triton.jit
 def operand(x, PRECISION: tl.constexpr):
-    """A computed tile as an operand of a product: in bf16 for PRECISION "bf16", else in fp32.
+    """Cast a computed tile to an operand of a product: bf16 for PRECISION "bf16", else fp32.
 
-    For "tf32" it is rounded to what fp16 would keep: the hardware cuts operands off there, twice the error.
+    For "tf32" the tile is rounded to 10 bits of mantissa. The hardware would truncate, with twice the error.
     """
     if PRECISION == "bf16":
         x = x.to(tl.bfloat16)
@@ -132,7 +134,7 @@ def operand(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b, summed in fp32; operands are tiles as loaded, or from ``operand``."""
+    """Compute total + a @ b, summed in fp32; a and b are loaded tiles or results of ``operand``."""
     if PRECISION == "bf16":
         total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total, input_precision="ieee")
     else:

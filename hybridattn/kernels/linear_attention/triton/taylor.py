@@ -1,13 +1,14 @@
-"""BASED's linear attention: keys and queries become their Taylor features on the chip, tile by tile.
+"""Device functions and the backward kernel of BASED's linear attention, which compute Taylor features tile by tile.
 
-Weights are 1 + z + z^2 / 2 of z = scale q.k (Arora et al., "Simple linear attention language models balance the
-recall-throughput tradeoff", 2024, section 4.1). Within a chunk they are that polynomial of z; through the state they
-are inner products of the packed features of ``features``: products of two columns of x, each picked by a product with
-a one-hot matrix, so that features are never in memory. B batch, T time, P features of DIM columns.
+The weights are 1 + z + z^2 / 2 with z = scale q.k (Arora et al., "Simple linear attention language models balance the
+recall-throughput tradeoff", 2024, section 4.1). Within a chunk the kernels evaluate this polynomial. Through the state
+the weights are inner products of packed features (module ``features``). A feature is a product of two columns of x;
+products with one-hot matrices select the columns. So features exist in registers only, never in global memory.
+B batch, T time, P features of DIM columns.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
-# It takes jit functions for ones that never return.
+# pyright infers that jit functions never return.
 
 import triton
 import triton.language as tl
@@ -31,8 +32,11 @@ def load_keys(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Tile [64,BLOCK] of x [B,T,*,P] from ``column`` on, or of the features of x [B,T,*,DIM] where there are
-    ``features``: a tuple of tables [P], the two columns, -1 for a factor of 1, and the weight of their product."""
+    """Load the tile [64,BLOCK] from ``column`` on of x [B,T,*,P], or of the features of x [B,T,*,DIM].
+
+    ``features`` is None for the first, else a tuple of three tables [P]. The first two hold the columns whose product
+    a feature is, -1 for a factor of 1. The third holds the weight of the product.
+    """
     if features is None:
         tile = load_tile(x, batch, row, head, column, end, P, BLOCK, TMA)
     else:
@@ -51,7 +55,7 @@ def load_rules(features, column, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def pick(x, i, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """Columns i of x [64,BLOCK_D], 1 for those of -1."""
+    """Select the columns i of x [64,BLOCK_D]; 1 where i is -1."""
     exact: tl.constexpr = PRECISION if x.dtype == tl.float32 else "ieee"
     hot = tl.arange(0, BLOCK_D)[:, None] == i[None, :]
     return tl.where(i[None, :] < 0, 1.0, tl.dot(x, hot.to(x.dtype), input_precision=exact))
@@ -59,36 +63,36 @@ def pick(x, i, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def unpick(dx, i, factor, total, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds dx * factor [64,BLOCK] to the columns i of ``total`` [64,BLOCK_D]."""
+    """Add dx * factor [64,BLOCK] to the columns i of ``total`` [64,BLOCK_D]."""
     hot = i[:, None] == tl.arange(0, BLOCK_D)[None, :]
     return product(operand(dx * factor, PRECISION), operand(hot.to(tl.float32), PRECISION), total, PRECISION)
 
 
 @triton.jit
 def polynomial(x, y, scale, PRECISION: tl.constexpr):
-    """z = scale x y^T and the weights of z, [64,64]."""
+    """Compute z = scale x y^T and the weights 1 + z + z^2 / 2, both [64,64]."""
     z = product(x, tl.trans(y), tl.zeros([64, 64], tl.float32), PRECISION) * scale
     return z, 1 + z + z * z * 0.5
 
 
 @triton.jit(do_not_specialize=["scale"])
 def sweep_features(
-    q,  # [B,T,*,DIM], like what follows a descriptor or a tuple
+    q,  # [B,T,*,DIM]; q to dk are descriptors or tuples: see ``primitives``
     k,  # [B,T,*,DIM]
     v,  # [B,T,*,V]
     do,  # [B,T,HEADS,V]
-    h,  # [slots,V,HEADS,P], states before all chunks
-    dq,  # [B,T,HEADS * blocks,DIM] in fp32, parts of every block of features
+    h,  # states before all chunks [slots,V,HEADS,P]
+    dq,  # output [B,T,HEADS * blocks,DIM] in fp32: one part per block of features, as dk
     dk,
-    dlast,  # gradient of the final state, fp32 [N,*,P,V]: given to one of the heads that share it
-    dfirst,  # that of the initial state, fp32 [N,HEADS,P,V]
-    features,
+    dlast,  # gradient of the final state, fp32 [N,*,P,V]; only one of the heads that share a state takes it
+    dfirst,  # output: gradient of the initial state, fp32 [N,HEADS,P,V]
+    features,  # as in ``load_keys``
     cu_seqlens,
     scale,
     T,
-    segments,  # of every sequence
+    segments,  # per sequence
     DIM: tl.constexpr,
-    K: tl.constexpr,  # P
+    K: tl.constexpr,  # number of features P
     V: tl.constexpr,
     HEADS: tl.constexpr,
     Q_SHARE: tl.constexpr,
@@ -101,9 +105,10 @@ def sweep_features(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The sweep over the keys of ``backward``, without gates, a program for some features.
+    """Compute the gradients of q, k and the initial state: ``sweep_keys`` without gates, for Taylor features.
 
-    What reaches q and k through the polynomial is the share of the program of the first features.
+    A program has a block of features. The program of the first block also adds the gradients that reach q and k
+    through the polynomial within a chunk.
     """
     blocks_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     blocks_v: tl.constexpr = (V + 63) // 64

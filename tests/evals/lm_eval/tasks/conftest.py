@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Reader(LM):
-    """Answers a prompt by a function of its text."""
+    """A model of lm-eval that answers a prompt by a function of its text."""
 
     def __init__(self, answer: Callable[[str], str]):
         super().__init__()
@@ -36,7 +36,7 @@ class Reader(LM):
 
 @pytest.fixture
 def evaluate() -> Callable[..., dict[str, Any]]:
-    """evaluate(answer, tasks, folder=None, **metadata) -> what lm-eval makes of a function from prompt to answer.
+    """evaluate(answer, tasks, folder=None, **metadata) -> lm-eval's results for a function from prompt to answer.
 
     `folder` holds further tasks.
     """

@@ -1,4 +1,4 @@
-"""The published tasks, with local files of the same schema in place of the Hub's."""
+"""The published cloze tasks, on local files with the schema of the data on the Hub."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The tasks without a network, through lm-eval: an oracle that looks answers up in the prompt, and guessers."""
+"""The generated tasks in lm-eval: an oracle that reads the prompt scores 1, random guesses score chance."""
 
 import random
 import re
@@ -25,7 +25,7 @@ GENERATORS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def look_up(prompt: str) -> str:
-    """What the prompt says of what its last line asks."""
+    """Return the answer to the prompt's last line, extracted from the prompt."""
     context, _, cloze = prompt.rpartition("\n")
     if needles := re.fullmatch(r"The magic numbers? of (.*) (?:is|are)", cloze):
         keys = re.split(", | and ", needles[1])
@@ -42,7 +42,7 @@ def look_up(prompt: str) -> str:
 
 
 def values_of(prompt: str) -> list[str]:
-    """All that the prompt could be asked for."""
+    """Return all values in the prompt."""
     context, _, cloze = prompt.rpartition("\n")
     if cloze.startswith("The magic"):
         return re.findall(r"^The magic number of \w+ is (\d{7})\.$", context, re.MULTILINE)
@@ -62,7 +62,7 @@ OPTIONS = {"max_seq_lengths": LENGTHS, "rows_per_cell": 3, "loads": [1, 4, 9]}
 def test_an_oracle_answers_every_row_of_every_task(evaluate: Callable[..., dict[str, Any]], tokenizer: str):
     results = evaluate(look_up, ["recall_offline"], tokenizer=tokenizer, **OPTIONS)
     metrics = {task: found.get("contains,none") for task, found in results["results"].items()}
-    assert metrics.pop("recall_offline", None) is None  # groups have no mean
+    assert metrics.pop("recall_offline", None) is None  # a group has no mean score
     assert metrics == {
         f"hybridattn_{name}{suffix}": 1.0 for name in GENERATORS for suffix in ("", "_twice", "_question_first")
     }
@@ -87,7 +87,7 @@ def test_guessers_score_at_chance(evaluate: Callable[..., dict[str, Any]], token
 
 @pytest.fixture(scope="module")
 def merging_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tokenizer with merges, learnt from the filler, that adds a token of its own to every text."""
+    """A BPE tokenizer, trained on the filler, that adds a special token to every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -136,13 +136,13 @@ def test_rows_follow_from_their_seed_alone(name: str, tokenizer: str):
     both, other = cells(max_seq_lengths=LENGTHS), cells(max_seq_lengths=LENGTHS, seed=1)
     assert both == cells(max_seq_lengths=LENGTHS)
     assert not set(chain(*both.values())) & set(chain(*other.values()))
-    one = cells(max_seq_lengths=LENGTHS[1], depths=[0.5])  # a cell does not depend on which others are made
+    one = cells(max_seq_lengths=LENGTHS[1], depths=[0.5])  # a cell does not depend on the other cells
     assert one == {key: prompts for key, prompts in both.items() if key[:2] == (LENGTHS[1], 0.5)}
     assert all(len(set(prompts)) == len(prompts) for prompts in both.values())
 
 
 @pytest.mark.parametrize("name", ["kv", "phonebook", "niah_single", "niah_multiquery", "records"])
-def test_answers_stand_at_the_depth_asked_for(name: str, tokenizer: str):
+def test_answers_are_at_the_requested_depth(name: str, tokenizer: str):
     rows = GENERATORS[name](tokenizer=tokenizer, max_seq_lengths=8000, rows_per_cell=1, loads=[9], depths=[0, 0.5, 1])[
         "test"
     ]
@@ -151,7 +151,7 @@ def test_answers_stand_at_the_depth_asked_for(name: str, tokenizer: str):
         assert row["prompt"].find(answer) / len(row["prompt"]) == pytest.approx(row["depth"], abs=0.1)
 
 
-def test_the_forms_of_a_task_ask_the_same(tokenizer: str):
+def test_all_forms_of_a_task_have_the_same_facts(tokenizer: str):
     asked = [
         [
             (row["depth"], row["answers"])
@@ -175,7 +175,7 @@ def test_usual_lengths_are_those_the_model_can_read(tokenizer: str):
 def test_bad_options_are_named(tokenizer: str):
     with pytest.raises(ValueError, match=r"tokenizer: expected a folder or name, .* got None"):
         kv.dataset()
-    with pytest.raises(ValueError, match=r"max_seq_lengths: expected integers above 48, .* max_length=500"):
+    with pytest.raises(ValueError, match=r"max_seq_lengths: expected integers above 48 .* max_length=500"):
         kv.dataset(tokenizer=tokenizer, max_length=500)
     with pytest.raises(ValueError, match=r"max_seq_lengths: expected .* hold the facts of kv \(once\), got 60"):
         kv.dataset(tokenizer=tokenizer, max_seq_lengths=60)
@@ -191,5 +191,5 @@ def test_groups_name_every_task_once():
     groups = [yaml.safe_load((TASKS / f"recall_{name}.yaml").read_text())["task"] for name in ("offline", "hub")]
     named = [task for group in groups for task in group]
     assert len(named) == len(set(named))
-    assert set(named) - ours == {"swde", "fda", "squad_completion"}  # lm-eval's own
+    assert set(named) - ours == {"swde", "fda", "squad_completion"}  # tasks of lm-eval itself
     assert ours <= set(named)

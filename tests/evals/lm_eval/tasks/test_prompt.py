@@ -12,7 +12,7 @@ def test_forms():
         assemble("C", "Q?", "A:", "thrice")
 
 
-def test_facts_stand_at_their_depth():
+def test_facts_are_at_their_depth():
     text = "".join(f"line {i}\n" for i in range(8))
     mixed = place(text, [(0.5, "half"), (0, "first"), (1, "last"), (0.5, "second half")]).splitlines()
     assert mixed[0] == "first"
@@ -23,12 +23,12 @@ def test_facts_stand_at_their_depth():
 
 @pytest.mark.parametrize("rate", [0.25, 1, 3.7])
 @pytest.mark.parametrize("most", [1000, 30_000])
-def test_fit_measures_little_and_never_exceeds(rate: float, most: int):
+def test_fit_counts_few_texts_and_never_exceeds(rate: float, most: int):
     measured = []
 
     def count(text: str) -> int:
         measured.append(text)
-        return 100 + int(len(text) * rate) + len(text) // 50 % 7  # not quite linear, nor monotone
+        return 100 + int(len(text) * rate) + len(text) // 50 % 7  # neither linear nor monotone
 
     size, text = fit("x".__mul__, count, most - most // 50, most)
     assert len(text) == size
@@ -36,14 +36,14 @@ def test_fit_measures_little_and_never_exceeds(rate: float, most: int):
     assert len(measured) <= 10
 
 
-def test_what_cannot_be_filled_is_said():
-    with pytest.raises(DoesNotFitError, match="at least 5 tokens, for the facts and the question, got 4"):
+def test_impossible_lengths_raise():
+    with pytest.raises(DoesNotFitError, match="at least 5 tokens for the facts and the question, got 4"):
         fit(lambda size: "x" * (size + 5), len, 3, 4)
     with pytest.raises(ValueError, match="expected 8 to 9 tokens, got 5 or 10"):
         fit(lambda size: "x" * 5 * (size + 1), len, 8, 9)
 
 
-def test_filler_is_real_text_that_begins_anew():
+def test_filler_repeats_its_text_at_the_end():
     text = filler.local_text()
     assert "def " in text
     assert "\n\n" not in text
@@ -53,7 +53,7 @@ def test_filler_is_real_text_that_begins_anew():
     assert filler.line_start(1) in (0, len(text))
 
 
-def test_no_drawn_word_stands_in_the_filler():
+def test_no_drawn_word_occurs_in_the_filler():
     from random import Random
 
     rng = Random(0)

@@ -1,0 +1,140 @@
+"""The public names, each loaded from its module when it is first used."""
+
+from .kernels.flash_attention import (
+    BlockMask as BlockMask,
+)
+from .kernels.flash_attention import (
+    flash_attention as flash_attention,
+)
+from .kernels.flash_attention import (
+    flash_decode as flash_decode,
+)
+from .kernels.linear_attention import (
+    NormalizedState as NormalizedState,
+)
+from .kernels.linear_attention import (
+    SegmentState as SegmentState,
+)
+from .kernels.linear_attention import (
+    gated_linear_attention as gated_linear_attention,
+)
+from .kernels.linear_attention import (
+    gated_linear_attention_step as gated_linear_attention_step,
+)
+from .kernels.linear_attention import (
+    linear_attention as linear_attention,
+)
+from .kernels.linear_attention import (
+    linear_attention_state as linear_attention_state,
+)
+from .kernels.linear_attention import (
+    linear_attention_step as linear_attention_step,
+)
+from .kernels.linear_attention import (
+    merge_states as merge_states,
+)
+from .kernels.linear_attention import (
+    prefix_linear_attention as prefix_linear_attention,
+)
+from .kernels.linear_attention import (
+    taylor_linear_attention as taylor_linear_attention,
+)
+from .kernels.linear_attention import (
+    taylor_linear_attention_step as taylor_linear_attention_step,
+)
+from .layers import (
+    BaseConv as BaseConv,
+)
+from .layers import (
+    Cache as Cache,
+)
+from .layers import (
+    GatedLinearAttention as GatedLinearAttention,
+)
+from .layers import (
+    LightningAttention as LightningAttention,
+)
+from .layers import (
+    LinearAttention as LinearAttention,
+)
+from .layers import (
+    PrefixLinearAttention as PrefixLinearAttention,
+)
+from .layers import (
+    Retention as Retention,
+)
+from .layers import (
+    ShortConvolution as ShortConvolution,
+)
+from .layers import (
+    SoftmaxAttention as SoftmaxAttention,
+)
+from .layers import (
+    TaylorLinearAttention as TaylorLinearAttention,
+)
+from .layers import (
+    TokenMixer as TokenMixer,
+)
+from .layers import (
+    decay_slopes as decay_slopes,
+)
+from .layers.parallel import (
+    gather_sequence as gather_sequence,
+)
+from .layers.parallel import (
+    sequence_parallel as sequence_parallel,
+)
+from .layers.parallel import (
+    shard_sequence as shard_sequence,
+)
+from .models.decoder import (
+    HybridAttnConfig as HybridAttnConfig,
+)
+from .models.decoder import (
+    HybridAttnForCausalLM as HybridAttnForCausalLM,
+)
+from .models.decoder import (
+    HybridAttnForSequenceClassification as HybridAttnForSequenceClassification,
+)
+from .models.decoder import (
+    HybridAttnModel as HybridAttnModel,
+)
+from .models.families import (
+    HybridAttnBasedConfig as HybridAttnBasedConfig,
+)
+from .models.families import (
+    HybridAttnBasedForCausalLM as HybridAttnBasedForCausalLM,
+)
+from .models.families import (
+    HybridAttnBasedForSequenceClassification as HybridAttnBasedForSequenceClassification,
+)
+from .models.families import (
+    HybridAttnBasedModel as HybridAttnBasedModel,
+)
+from .models.families import (
+    HybridAttnGLAConfig as HybridAttnGLAConfig,
+)
+from .models.families import (
+    HybridAttnGLAForCausalLM as HybridAttnGLAForCausalLM,
+)
+from .models.families import (
+    HybridAttnGLAForSequenceClassification as HybridAttnGLAForSequenceClassification,
+)
+from .models.families import (
+    HybridAttnGLAModel as HybridAttnGLAModel,
+)
+from .models.families import (
+    HybridAttnJRTConfig as HybridAttnJRTConfig,
+)
+from .models.families import (
+    HybridAttnJRTForCausalLM as HybridAttnJRTForCausalLM,
+)
+from .models.families import (
+    HybridAttnJRTForSequenceClassification as HybridAttnJRTForSequenceClassification,
+)
+from .models.families import (
+    HybridAttnJRTModel as HybridAttnJRTModel,
+)
+from .models.presets import PRESETS as PRESETS
+
+__version__: str

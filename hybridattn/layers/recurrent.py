@@ -1,0 +1,110 @@
+"""The base of recurrent token mixers: one path for whole sequences, steps, caches and sequence parallelism."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.linear_attention import NormalizedState
+from .mixer import Cache, CacheSpec, TokenMixer, check_rows, is_step, keep_state, kept_state
+from .parallel import Shards, local_shards
+from .parallel.state_passing import initial_states
+
+State = Tensor | NormalizedState
+
+
+class RecurrentMixer(TokenMixer):
+    """A token mixer on an operator that carries a state from token to token.
+
+    A subclass computes the operator's inputs in ``forward`` and calls ``recur``. Its cache holds the state under
+    ``state`` and, for a normalised operator, the sum of keys under ``k_sum``.
+
+    Attributes:
+        attend: the operator, ``attend(q, k, v, .., initial_state=, output_final_state=, cu_seqlens=, **options)``.
+        step: its in-place form for new tokens, ``step(q, k, v, .., state, **options)``.
+        normalize: the operator's state is a ``NormalizedState``.
+        num_heads, state_dim, value_dim: the state is [N,num_heads,state_dim,value_dim].
+    """
+
+    attend: Callable[..., Any]
+    step: Callable[..., Tensor]
+    normalize = False
+    num_heads: int
+    state_dim: int
+    value_dim: int
+    backend: str | None
+
+    @property
+    def operator_options(self) -> dict[str, Any]:
+        """Options of the operator and of its step."""
+        return {"backend": self.backend}
+
+    def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
+        keys = (batch_size, self.num_heads, self.state_dim)
+        kept = self.state_dtype or torch.float32
+        spec: CacheSpec = {"state": ((*keys, self.value_dim), kept)}
+        return {**spec, "k_sum": (keys, kept)} if self.normalize else spec
+
+    def check_inputs(self, hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
+        """Check the input's shape, and that the cache has the sequences of this call."""
+        self.check_hidden_states(hidden_states)
+        check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
+
+    def recur(
+        self,
+        inputs: tuple[Tensor, ...],
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: Cache | None,
+        attend: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """Run the operator on the tokens of this call, from the cached state, and store the state after them.
+
+        Args:
+            inputs: q, k, v and further inputs of the operator: [B,T,..], or a constant per head [H].
+            hidden_states, cu_seqlens, cache: the layer's own arguments.
+            attend: operator in place of ``self.attend``.
+
+        Returns:
+            The operator's output [B,T,H,V].
+        """
+        attend, options = attend or self.attend, self.operator_options
+        state = self._cached_state(cache)
+        shards = local_shards(hidden_states, cu_seqlens, cache)
+        if shards is not None:
+            initial, state = self.shard_states(shards, *inputs)
+            packed = (x if x.dim() == 1 else shards.pack(x) for x in inputs)
+            o = shards.unpack(attend(*packed, initial_state=initial, cu_seqlens=shards.offsets, **options)[0])
+        elif state is not None and is_step(hidden_states, cu_seqlens):
+            o = self.step(*inputs, state, **options)
+        else:
+            o, state = attend(
+                *inputs, initial_state=state, output_final_state=cache is not None, cu_seqlens=cu_seqlens, **options
+            )
+        if cache is not None and state is not None:
+            parts = state if isinstance(state, NormalizedState) else (state,)
+            for name, value in zip(("state", "k_sum"), parts, strict=False):
+                keep_state(cache, name, value, self.state_dtype)
+        return o
+
+    def state_keys(self, k: Tensor) -> Tensor:
+        """Return the keys of the state, [B,T,H,state_dim], for the operator's keys [B,T,H,K]."""
+        return k
+
+    def shard_states(
+        self, shards: Shards, _q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None
+    ) -> tuple[State, State]:
+        """Return the states before this rank's pieces, and the state after the last token of the whole sequence."""
+        if not self.normalize:
+            return initial_states(shards, k, v, g, self.state_keys)
+        # The sum of keys is the state of one more value, 1.
+        columns = torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1)
+        before, after = initial_states(shards, k, columns, g, self.state_keys)
+        return NormalizedState(before[..., :-1], before[..., -1]), NormalizedState(after[..., :-1], after[..., -1])
+
+    def _cached_state(self, cache: Cache | None) -> State | None:
+        if cache is None or "state" not in cache:
+            return None
+        state = kept_state(cache, "state")
+        return NormalizedState(state, kept_state(cache, "k_sum")) if self.normalize else state
