@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hybridattn
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridattn"
 WINGS = ("kernels", "layers", "models", "training", "evals")  # each may import those before it
