@@ -364,7 +364,7 @@ BAD = {
     ),
     "rope without its factor": (
         lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "linear"}),
-        "rope_scaling of type 'linear': .*missing .* 'factor'",
+        "rope_scaling: .* of type 'linear', got .*missing .* 'factor'",
     ),
     "rope scaled but absent": (
         lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None, rope_scaling=YARN),

@@ -108,11 +108,15 @@ def test_packed_prompts_and_ragged_continuations_equal_every_sequence_alone():
 def test_what_a_prefix_cannot_be_is_named():
     layer, x, cache = make(), torch.randn(2, 5, D).double(), Cache()
     ends = torch.tensor([0, 2, 5])
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to the tokens given .*\[5, 5\], got \[5, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*\[5, 5\], got \[5, 6\]"
+    ):
         layer(x, prefix_lengths=torch.tensor([5, 6]))
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to the tokens given .*, got \[-1, 0\]"):
+    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*, got \[-1, 0\]"):
         layer(x, prefix_lengths=torch.tensor([-1, 0]))
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to the tokens given .*\[2, 3\], got \[3, 0\]"):
+    with pytest.raises(
+        ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*\[2, 3\], got \[3, 0\]"
+    ):
         layer(x[:1], cu_seqlens=ends, prefix_lengths=torch.tensor([3, 0]))
     with pytest.raises(ValueError, match=r"prefix_lengths: expected shape \[N=2\], got \[1\]"):
         layer(x, prefix_lengths=torch.tensor([3]))

@@ -186,7 +186,7 @@ def test_caches_that_cannot_be_kept_are_refused():
         with pytest.raises(ValueError, match="cache: expected None beside cu_seqlens under sequence_parallel"):
             mixer(x, cu_seqlens=torch.tensor([0, 4]), cache=cache)
         mixer(x, cache=cache)
-        with pytest.raises(ValueError, match=r"cache: expected an empty one, got one .* under sequence_parallel"):
+        with pytest.raises(ValueError, match=r"cache: expected an empty cache, got one .* under sequence_parallel"):
             mixer(x, cache=cache)
 
 
