@@ -69,10 +69,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"tokens": 4, "layout": "striped"},
         r"layout: expected one of \['contiguous', 'zigzag'\], got 'striped'",
     ),
-    "segments": ({"tokens": [3, 1]}, r"tokens: expected their number, or that of 1 segments each, got \[3, 1\]"),
-    "a fraction": ({"tokens": 4.0}, "tokens: expected their number, or that of 1 segments each, got 4.0"),
-    "half a token": ({"tokens": [2.5]}, r"tokens: expected their number, or that of 1 segments each, got \[2.5\]"),
-    "a negative length": ({"tokens": [5, -1], "layout": "zigzag"}, "tokens: expected their number"),
+    "segments": ({"tokens": [3, 1]}, r"tokens: expected an integer, or the lengths of 1 segments .*, got \[3, 1\]"),
+    "a fraction": ({"tokens": 4.0}, "tokens: expected an integer, or the lengths of 1 segments .*, got 4.0"),
+    "half a token": ({"tokens": [2.5]}, r"tokens: expected an integer, or the lengths of 1 segments .*, got \[2.5\]"),
+    "a negative length": (
+        {"tokens": [5, -1], "layout": "zigzag"},
+        "tokens: expected an integer, or the lengths of 2 segments",
+    ),
 }
 
 
