@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "short labels": (lambda: model()(IDS, labels=IDS[:, :5]), r"labels: expected shape \[2, 8\], got \[2, 5\]"),
     "labels beside some logits": (
         lambda: model()(IDS, labels=IDS, logits_to_keep=1),
-        "logits_to_keep: expected 0 beside labels",
+        "logits_to_keep: expected 0 with labels",
     ),
     "a window without a direction": (
         lambda: ha.flash_attention(Q, Q, Q, causal=False, window=4),

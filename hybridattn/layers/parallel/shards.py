@@ -118,7 +118,7 @@ def local_shards(x: Tensor, cu_seqlens: Tensor | None, cache: dict[str, Tensor] 
         return None
     context.check("hidden_states", x)
     if cache is not None and cu_seqlens is not None:
-        raise ValueError("cache: expected None beside cu_seqlens under sequence_parallel, got a cache")
+        raise ValueError("cache: expected None with cu_seqlens under sequence_parallel, got a cache")
     # An inference-mode tensor has no version counter, so that every layer has to read it again.
     version = None if cu_seqlens is None else object() if cu_seqlens.is_inference() else cu_seqlens._version
     key = (cu_seqlens, version, len(x), x.device)

@@ -186,7 +186,7 @@ def check_changed_offsets() -> None:
 def test_caches_that_cannot_be_kept_are_refused():
     mixer, x, cache = GatedLinearAttention(8, num_heads=2), torch.randn(1, 4, 8), Cache()
     with sequence_parallel(tokens=4):
-        with pytest.raises(ValueError, match="cache: expected None beside cu_seqlens under sequence_parallel"):
+        with pytest.raises(ValueError, match="cache: expected None with cu_seqlens under sequence_parallel"):
             mixer(x, cu_seqlens=torch.tensor([0, 4]), cache=cache)
         mixer(x, cache=cache)
         with pytest.raises(ValueError, match=r"cache: expected an empty cache, got one .* under sequence_parallel"):
@@ -207,7 +207,7 @@ def test_what_has_no_meaning_is_refused():
             prefix(torch.randn(1, 4, 8), prefix_lengths=torch.tensor([2]))
         with pytest.raises(ValueError, match=r"attention_mask: expected no padding .* under sequence_parallel"):
             decoder()(ids, attention_mask=padding)
-        with pytest.raises(ValueError, match="HybridAttnForSequenceClassification: expected no context"):
+        with pytest.raises(ValueError, match="HybridAttnForSequenceClassification: expected no sequence parallelism"):
             classifier(ids)
         with pytest.raises(ValueError, match="attn_implementation='hybridattn': expected no context"):
             llama(ids)

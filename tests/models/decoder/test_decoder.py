@@ -429,7 +429,7 @@ BAD_CONFIGS = {
     "vocabulary": ({"vocab_size": -1}, "vocab_size: expected a positive number, got -1"),
     "size": ({"hidden_size": 0}, "hidden_size: expected a positive number, got 0"),
     "inner size": ({"intermediate_size": -4}, "intermediate_size: expected a positive number, got -4"),
-    "padding token": ({"pad_token_id": VOCAB}, "pad_token_id: expected 0 to 39, one of the vocabulary, got 40"),
+    "padding token": ({"pad_token_id": VOCAB}, r"pad_token_id: expected 0 to 39 \(vocab_size - 1\), got 40"),
     "pattern": ({"mixers": "1 full, 2 gla"}, "mixers: expected a pattern like '1 full : 7 gla', got '1 full, 2 gla'"),
 }
 
@@ -453,11 +453,11 @@ def test_bad_calls_are_named():
         model(ids, attention_mask=torch.ones(3, 5))
     with pytest.raises(ValueError, match="attention_mask: expected 1 for real tokens and 0 for padding, got negative"):
         model(ids, attention_mask=torch.full((3, TOKENS), -1e9))
-    with pytest.raises(ValueError, match="position_ids: expected none that start again in a row without cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="position_ids: expected ascending positions without cu_seq_lens_q"):
         model(ids[:1], position_ids=torch.tensor([[*range(10), *range(13)]]))
     with pytest.raises(ValueError, match="cu_seqlens: expected one packed row"):
         HybridAttnForCausalLM(make_config("conv"))(ids, cu_seq_lens_q=torch.tensor([0, TOKENS]))
-    with pytest.raises(ValueError, match="attention_mask: expected no padding beside cu_seq_lens_q, got zeros"):
+    with pytest.raises(ValueError, match="attention_mask: expected no padding with cu_seq_lens_q, got zeros"):
         model(ids[:1], attention_mask=torch.zeros(1, TOKENS), cu_seq_lens_q=torch.tensor([0, TOKENS]))
     with pytest.raises(ValueError, match=r"assisted|stateful"):
         model.generate(ids[:1], assistant_model=model, max_new_tokens=2)

@@ -100,7 +100,9 @@ def test_generate_equals_recomputing_every_token(model: HybridAttnForCausalLM, o
 
 def test_what_cannot_be_is_named(model: HybridAttnForCausalLM):
     ids, mask = torch.randint(2, VOCAB, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*\[3, 5\], got \[4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*\[3, 5\], got \[4, 5\]"
+    ):
         model(ids, attention_mask=mask, prefix_lengths=torch.tensor([4, 5]))
     other = HybridAttnForCausalLM(HybridAttnConfig(vocab_size=VOCAB, hidden_size=16, mixers=["conv", "taylor"]))
     with pytest.raises(
