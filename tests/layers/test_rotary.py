@@ -1,4 +1,4 @@
-"""The rules that stretch rotary positions, against those of transformers."""
+"""Scaling of rotary frequencies against transformers."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("dim", [8, 64, 128])
 @pytest.mark.parametrize("name", RULES)
-def test_frequencies_are_those_of_transformers(name: str, dim: int, theta: float):
+def test_frequencies_equal_those_of_transformers(name: str, dim: int, theta: float):
     rule = RULES[name]
     config = LlamaConfig(
         head_dim=dim,

@@ -1,4 +1,4 @@
-"""The published slopes, and constants that survive what happens to a module."""
+"""Published slopes, and constants that stay fp32 when a module is cast, saved or built on the meta device."""
 
 import math
 
