@@ -18,8 +18,8 @@ from .short_convolution import ShortConvolution
 class DecayedLinearAttention(RecurrentMixer):
     """Compute ``W_o (gate(W_g x) * norm(o))``; o is linear attention with decay of q, k and v = activation(W x).
 
-    A subclass defines the decay (``log_decay``), the ``gate``, the ``activation`` and the norm (``g_norm``, over the
-    values of one head [V] or of all heads [H,V]).
+    A subclass defines the decay (``log_decay``), the ``gate``, the ``activation`` and the norm (``g_norm``), which
+    covers the values of one head [V] or of all heads [H,V].
 
     Args:
         hidden_size: model dimension.

@@ -140,7 +140,7 @@ class SoftmaxAttention(TokenMixer):
         options = self._options()
         if self.window is not None:
             o = attend_with_halo(shards, q, k, v, self.window - 1, {**options, "window": self.window})
-        elif self.alibi is not None:  # the ring attends to parts of the keys, without their distances
+        elif self.alibi is not None:  # a ring passes only parts of the keys to the operator, without their distances
             o = attend_with_halo(shards, q, k, v, None, options)
         else:
             o = ring_attention(shards, q, k, v, self.sinks, {"softcap": self.softcap, "backend": self.backend})

@@ -1,4 +1,4 @@
-"""Published slopes, and constants that stay fp32 when a module is cast, saved or built on the meta device."""
+"""Published slopes; constants stay fp32 when a module is cast, are not saved, and survive the meta device."""
 
 import math
 

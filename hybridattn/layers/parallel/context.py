@@ -67,7 +67,7 @@ class SequenceParallel:
         self.segments = [Segment(*x) for x in zip(owners, [0, *ends[:-1]], ends, strict=True)]
         self.own = self.of(self.rank)
         self.traffic: Counter[str] = Counter()
-        self.memo: tuple[tuple[Any, ...], Any] | None = None  # of ``local_shards``: key and result
+        self.memo: tuple[tuple[Any, ...], Any] | None = None  # cached key and result of ``local_shards``
 
     def of(self, rank: int) -> list[Segment]:
         """Return the segments of a rank, in the order of the sequence."""

@@ -10,7 +10,7 @@ from ...kernels.linear_attention import SegmentState, linear_attention_state, me
 from .exchange import AllGather
 from .shards import Shards
 
-TOKENS_AT_ONCE = 4096  # tokens per call that sums a state; more need memory for each token, and gain little speed
+TOKENS_AT_ONCE = 4096  # per call that sums a state; larger parts gain little speed and need memory for each token
 
 
 def initial_states(

@@ -221,7 +221,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
         """Return the inputs of the next call, without a mask in decoding steps.
 
-        A generated token is never padding. Without a mask, the model need not read it, which would synchronise the GPU.
+        A generated token is never padding, so steps need no mask. To read one would synchronise the GPU.
         """
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, is_first_iteration=is_first_iteration, **kwargs

@@ -35,8 +35,8 @@ DERIVED = {
 class HybridAttnGLAConfig(HybridAttnConfig):
     """Configuration of GLA models with the fields and weight names of flash-linear-attention.
 
-    Each library opens checkpoints of the other. ``mixers``, ``mixer_options`` and the other fields of ``DERIVED``
-    follow from the fields below.
+    Each library opens checkpoints of the other. ``mixers``, ``mixer_options`` and ``rms_norm_eps`` follow
+    from the fields below.
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024).
 
     Args:
@@ -54,8 +54,8 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         norm_eps: epsilon of every norm.
 
     Raises:
-        ValueError: a field has a value that this library does not support (see ``EXPECTED``), or a field of
-            HybridAttnConfig cannot be stored in this format (see ``DERIVED``).
+        ValueError: a value is not supported (see ``EXPECTED``), or this format cannot store a field of
+            HybridAttnConfig (see ``DERIVED``).
     """
 
     model_type = "gla"
@@ -134,7 +134,7 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         return LayerMixer("full", options) if window is None else LayerMixer("window", {**options, "window": window})
 
     def to_dict(self) -> dict[str, Any]:
-        """Omit the fields of ``DERIVED``, which follow from those of this class."""
+        """Omit the fields of ``DERIVED``, which the format does not have."""
         return {name: value for name, value in super().to_dict().items() if name not in DERIVED}
 
 
