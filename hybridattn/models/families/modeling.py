@@ -1,4 +1,7 @@
-"""The families' model classes: the decoder's, since Auto classes want one for every configuration class."""
+"""Model classes of the GLA, BASED and JRT families, and the weight names of flash-linear-attention.
+
+The classes are empty: they exist because transformers' Auto classes require a model class per configuration class.
+"""
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -55,8 +58,8 @@ for config, model, causal, classifier in FAMILIES:
     AutoModelForCausalLM.register(config, causal, exist_ok=True)
     AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
 
-# Names in flash-linear-attention's files -> ours, in this order; transformers turns all of it around when it saves.
-# They are registered for our class names, since its own classes share the model type.
+# Weight names in flash-linear-attention's files -> this package's, applied in order. transformers inverts them to save.
+# They are registered by class name, since flash-linear-attention's classes have the same model type.
 GLA_NAMES = {
     "embeddings": "embed_tokens",
     "attn_norm": "input_layernorm",
