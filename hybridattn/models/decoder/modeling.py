@@ -279,9 +279,9 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
-        if labels is not None:
+        if labels is not None and context is None:
             _check_labels(labels, outputs.last_hidden_state, logits_to_keep)
-        if labels is not None and context is not None:
+        elif labels is not None and context is not None:
             kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), context)
         if skip_logits and labels is not None:
             given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}

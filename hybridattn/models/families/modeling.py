@@ -13,38 +13,56 @@ from .gla import HybridAttnGLAConfig
 
 
 class HybridAttnGLAModel(HybridAttnModel):
+    """The decoder of a GLA model, without a head."""
+
     config_class = HybridAttnGLAConfig
 
 
 class HybridAttnGLAForCausalLM(HybridAttnForCausalLM):
+    """A GLA model with a language-model head."""
+
     config_class = HybridAttnGLAConfig
 
 
 class HybridAttnGLAForSequenceClassification(HybridAttnForSequenceClassification):
+    """A GLA model with a classifier."""
+
     config_class = HybridAttnGLAConfig
 
 
 class HybridAttnBasedModel(HybridAttnModel):
+    """The decoder of a BASED model, without a head."""
+
     config_class = HybridAttnBasedConfig
 
 
 class HybridAttnBasedForCausalLM(HybridAttnForCausalLM):
+    """A BASED model with a language-model head."""
+
     config_class = HybridAttnBasedConfig
 
 
 class HybridAttnBasedForSequenceClassification(HybridAttnForSequenceClassification):
+    """A BASED model with a classifier."""
+
     config_class = HybridAttnBasedConfig
 
 
 class HybridAttnJRTModel(HybridAttnModel):
+    """The decoder of a JRT model, without a head."""
+
     config_class = HybridAttnJRTConfig
 
 
 class HybridAttnJRTForCausalLM(HybridAttnForCausalLM):
+    """A JRT model with a language-model head."""
+
     config_class = HybridAttnJRTConfig
 
 
 class HybridAttnJRTForSequenceClassification(HybridAttnForSequenceClassification):
+    """A JRT model with a classifier."""
+
     config_class = HybridAttnJRTConfig
 
 

@@ -156,7 +156,7 @@ def test_tensors_of_another_length_are_refused():
             gather_sequence(x)
         with pytest.raises(ValueError, match="hidden_states: expected 4 tokens, rank 0's share"):
             GatedLinearAttention(8, num_heads=2)(x)
-        with pytest.raises(ValueError, match=r"labels: expected shape \[1, 4\], got \[1, 5\]"):
+        with pytest.raises(ValueError, match="labels: expected 4 tokens"):
             decoder()(torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 5, dtype=torch.long))
 
 
