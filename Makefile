@@ -1,6 +1,8 @@
 # make demo    train, generate and measure small hybrid models on this machine's CPU
 # make test    everything a change must pass
 # make test-fast  a part of it for the edit loop: one case of everything
+# make docs    the documentation as a site in site/; broken links and pages that are not listed fail
+# make notebooks  two of the examples as notebooks
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
@@ -12,7 +14,7 @@ STAMP := .venv/.installed
 # from whatever else runs on the machine.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: venv demo test test-fast test-oldest lint clean
+.PHONY: venv demo test test-fast test-oldest lint docs notebooks clean
 
 venv: $(STAMP)
 
@@ -46,6 +48,13 @@ ifeq ($(ARGS),)
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter
 endif
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# A notebook is a script with cells: the scripts are the source.
+notebooks: $(STAMP)
+	$(BIN)/jupytext --to ipynb $$(grep -l '^# %%' examples/*.py)
+
 # The models with the oldest transformers that is supported, in a virtual environment of its own; and with torchao, which
 # every program that imports transformers would pay for.
 test-oldest: .venv-oldest/.installed
@@ -58,5 +67,5 @@ test-oldest: .venv-oldest/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist site .pytest_cache .ruff_cache .hypothesis
 	find hybridattn tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What may be imported without what, each in a fresh process."""
+"""Imports of the package without optional or slow dependencies, each in a new process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +9,15 @@ import hybridattn
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("accelerate", "datasets", "lm_eval", "matplotlib", "peft", "tensorboard")
-# Modules that take long to import, and are needed neither for an operator nor to describe a model.
+# Modules that are slow to import, and that neither an operator nor `hybridattn info` needs.
 SLOW = (
     *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "triton"),
     *("transformers.modeling_utils", "transformers.generation.utils", "scipy", "sklearn", "pandas", *EXTRAS),
 )
 
 
-def modules_of(wing: str) -> list[str]:
-    files = [p.relative_to(ROOT) for p in (ROOT / "hybridattn" / wing).rglob("*.py")]
+def modules_of(subpackage: str) -> list[str]:
+    files = [p.relative_to(ROOT) for p in (ROOT / "hybridattn" / subpackage).rglob("*.py")]
     names = [".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in files]
     return sorted(name for name in names if ".triton" not in name)
 
@@ -31,7 +31,7 @@ def test_importing_the_package_loads_nothing_heavy(run_python: Callable[..., str
 
 
 def test_an_operator_runs_without_transformers_and_triton(run_python: Callable[..., str]) -> None:
-    """Forward, backward and a step; and nothing slow is imported on the way."""
+    """Forward, backward and a step import no slow module."""
     code = """
 import hybridattn, torch
 q, k, v = torch.randn(3, 1, 5, 2, 4).requires_grad_().unbind()
@@ -47,8 +47,8 @@ print(*(name for name in sys.modules if sys.modules[name]))
     assert not {*SLOW, "transformers", "einops"} & set(loaded)
 
 
-def test_a_preset_is_described_without_anything_slow(run_python: Callable[..., str]) -> None:
-    """And AutoModel knows it later; transformers imports at the repository root, where there is a link ``kernels``."""
+def test_info_on_a_preset_imports_no_slow_module(run_python: Callable[..., str]) -> None:
+    """AutoModel finds the classes later. It runs in the repository root, where the link ``kernels`` must not shadow."""
     code = """
 from hybridattn.cli import main
 try:
@@ -68,24 +68,24 @@ print(type(AutoModelForCausalLM.from_config(small)).__name__)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("wing", "blocked"),
+    ("subpackage", "blocked"),
     [
         ("kernels measure", ("transformers", "triton", "einops", *EXTRAS)),
         ("layers", ("transformers", "triton", *EXTRAS)),
         ("models", ("triton", *EXTRAS)),
         ("training", ("triton", *EXTRAS)),
-        ("evals", ("triton", *(extra for extra in EXTRAS if extra != "matplotlib"))),  # it draws
+        ("evals", ("triton", *(extra for extra in EXTRAS if extra != "matplotlib"))),  # evals draws plots
     ],
 )
-def test_a_wing_imports_without_heavier_packages(
-    wing: str, blocked: tuple[str, ...], run_python: Callable[..., str]
+def test_a_subpackage_imports_without_optional_dependencies(
+    subpackage: str, blocked: tuple[str, ...], run_python: Callable[..., str]
 ) -> None:
-    modules = [module for part in wing.split() for module in modules_of(part) if module not in LM_EVAL]
+    modules = [module for part in subpackage.split() for module in modules_of(part) if module not in LM_EVAL]
     assert modules
     run_python("".join(f"import {module}\n" for module in modules), blocked=blocked)
 
 
-def test_public_names_lead_somewhere(run_python: Callable[..., str]) -> None:
+def test_public_names_can_be_imported(run_python: Callable[..., str]) -> None:
     assert {"Cache", "TokenMixer", "NormalizedState", "PRESETS", "BlockMask"} <= set(hybridattn.__all__)
     assert set(hybridattn.__all__) <= set(dir(hybridattn))
     run_python(

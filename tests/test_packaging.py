@@ -8,11 +8,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import hybridattn
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridattn"
-WINGS = ("kernels", "layers", "models", "training", "evals")  # each may import those before it
-MAY_IMPORT = {wing: {*WINGS[: n + 1]} for n, wing in enumerate(WINGS)} | {
+SUBPACKAGES = ("kernels", "layers", "models", "training", "evals")  # each may import those before it
+MAY_IMPORT = {subpackage: {*SUBPACKAGES[: n + 1]} for n, subpackage in enumerate(SUBPACKAGES)} | {
     "measure": {"measure"},
     "workshop": {"workshop", "kernels", "measure"},
 }
@@ -23,7 +26,7 @@ PUBLIC = {  # the public names, with the modules that the stub imports them from
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
 }
-APART = [("report", "speed"), ("speed", "report")]  # of evals: neither imports the other
+APART = [("report", "speed"), ("speed", "report")]  # subpackages of evals that do not import each other
 
 
 def package_files() -> list[str]:
@@ -31,17 +34,17 @@ def package_files() -> list[str]:
     return sorted(p.relative_to(ROOT).as_posix() for p in files)
 
 
-@pytest.mark.parametrize("wing", ["kernels", "models", "evals"])
-def test_root_links_lead_to_namespace_wings(wing: str) -> None:
-    link = ROOT / wing
+@pytest.mark.parametrize("subpackage", ["kernels", "models", "evals"])
+def test_root_links_lead_to_namespace_packages(subpackage: str) -> None:
+    link = ROOT / subpackage
     assert link.is_symlink()
-    assert link.readlink() == Path("hybridattn", wing)
+    assert link.readlink() == Path("hybridattn", subpackage)
     # A regular package called kernels in the working directory would shadow Hugging Face's and break transformers.
     assert not (link / "__init__.py").exists()
 
 
 def imported_modules(file: Path) -> set[str]:
-    """Modules named by the import statements of `file`, wherever they stand; a public name counts as its module."""
+    """Return the modules that `file` imports anywhere; a public name counts as the module that defines it."""
     package = file.relative_to(ROOT).parent.parts
     modules = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -58,24 +61,29 @@ def imported_modules(file: Path) -> set[str]:
 
 
 def imports_within(folder: Path) -> dict[str, str]:
-    """Every module of hybridattn that files of a folder import, with a file that does."""
+    """Return the modules of hybridattn that files of a folder import, each with one such file."""
     found = ((module, file) for file in folder.rglob("*.py") for module in imported_modules(file))
     return {module: str(file.relative_to(ROOT)) for module, file in found if module.startswith("hybridattn.")}
 
 
-@pytest.mark.parametrize("wing", MAY_IMPORT)
-def test_imports_run_one_way(wing: str) -> None:
-    found = imports_within(PACKAGE / wing)
-    assert found or wing == "measure"
-    assert not {module: file for module, file in found.items() if module.split(".")[1] not in MAY_IMPORT[wing]}
+@pytest.mark.parametrize("subpackage", MAY_IMPORT)
+def test_imports_run_one_way(subpackage: str) -> None:
+    found = imports_within(PACKAGE / subpackage)
+    assert found or subpackage == "measure"
+    assert not {module: file for module, file in found.items() if module.split(".")[1] not in MAY_IMPORT[subpackage]}
 
 
 @pytest.mark.parametrize(("part", "other"), APART)
-def test_parts_of_evals_that_do_not_know_each_other(part: str, other: str) -> None:
+def test_independent_subpackages_of_evals(part: str, other: str) -> None:
     found = imports_within(PACKAGE / "evals" / part)
     assert found
     name = f"hybridattn.evals.{other}"
     assert not {module: file for module, file in found.items() if f"{module}.".startswith(f"{name}.")}
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == hybridattn.__version__
 
 
 def build(target: str, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Wrong calls of public names that a new user may make, and the errors that name them."""
+"""Errors for wrong calls of public functions and classes that a new user may make."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +42,9 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "cache: expected a hybridattn.layers.Cache or None, got dict",
     ),
     "short labels": (lambda: model()(IDS, labels=IDS[:, :5]), r"labels: expected shape \[2, 8\], got \[2, 5\]"),
-    "labels beside some logits": (
+    "labels with some logits": (
         lambda: model()(IDS, labels=IDS, logits_to_keep=1),
-        "logits_to_keep: expected 0 beside labels",
+        "logits_to_keep: expected 0 with labels",
     ),
     "a window without a direction": (
         lambda: ha.flash_attention(Q, Q, Q, causal=False, window=4),
@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ha.gated_linear_attention(Q, Q, Q, torch.rand(2, 8, 4)),
         "g: expected natural-log decays <= 0",
     ),
-    "heads that do not group": (
+    "query heads that key heads do not divide": (
         lambda: ha.flash_attention(Q, Q[:, :, :3], Q[:, :, :3]),
         "q: expected a multiple of the 3 heads of k, got 4",
     ),
@@ -70,18 +70,18 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_calls_are_named(name: str):
+def test_errors_name_the_wrong_argument(name: str):
     call, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_heads_before_time_are_warned_of_once():
+def test_heads_before_time_cause_one_warning():
     checks._warn_of_layout.cache_clear()
     q = torch.randn(2, 4, 48, 8)
-    with pytest.warns(UserWarning, match=r"pass x.transpose\(1, 2\)") as said:
+    with pytest.warns(UserWarning, match=r"pass x.transpose\(1, 2\)") as warned:
         ha.flash_attention(q, q, q)
-    assert said[0].filename == __file__
+    assert warned[0].filename == __file__
     ha.linear_attention(q, q, q)
     checks._warn_of_layout.cache_clear()
     few, packed = torch.randn(2, 4, 8, 8), q[:1]

@@ -1,4 +1,4 @@
-"""Token mixers and the modules around them, usable alone: they import torch and the operators, nothing else.
+"""PyTorch layers: linear, softmax and convolutional token mixers. They work without the models of this package.
 
 A mixer is called as ``mixer(hidden_states, cu_seqlens=None, position_ids=None, cache=None)``; see ``TokenMixer``.
 """

@@ -1,4 +1,4 @@
-"""The gated convolution layer of Zoology and BASED."""
+"""Gated short convolution, the layer ``BaseConv`` of Zoology and BASED."""
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,18 @@ from .short_convolution import ShortConvolution
 
 
 class BaseConv(TokenMixer):
-    """Gated short convolution, in either of its published forms.
+    """Multiply a short convolution elementwise by a gate, in one of two published forms.
 
-    ``expand=0``: ``conv(x) * (W x) + x``, of Arora et al., "Zoology" (2023), section 4.
-    ``expand=n``: ``W_out (silu(conv(W_1 x)) * W_2 x)`` with an inner dimension of n * hidden_size, of Arora
-    et al., "Simple linear attention language models balance the recall-throughput tradeoff" (BASED, 2024), section 4.
+    - ``expand=0``: ``conv(x) * (W x) + x``. Arora et al., "Zoology" (2023), section 4.
+    - ``expand=n``: ``W_out (silu(conv(W_1 x)) * W_2 x)`` with an inner dimension of n * hidden_size. Arora et al.,
+      "Simple linear attention language models balance the recall-throughput tradeoff" (BASED, 2024), section 4.
 
     Args:
         hidden_size: model dimension.
         kernel_size: taps of the convolution.
-        expand: inner dimension over hidden_size, or 0.
+        expand: n, the inner dimension divided by hidden_size; 0 selects the first form.
 
-    The cache holds the convolution's last inputs.
+    The cache holds the last ``kernel_size - 1`` inputs of the convolution.
     """
 
     def __init__(self, hidden_size: int, kernel_size: int = 3, expand: int = 2):

@@ -1,4 +1,4 @@
-"""The base of linear attention layers with decay: projections, short convolutions, output gate and norm."""
+"""Base class of linear attention layers with decay: projections, short convolutions, output gate and norm."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,22 @@ from .short_convolution import ShortConvolution
 
 
 class DecayedLinearAttention(RecurrentMixer):
-    """``W_o (gate(W_g x) * norm(o))``, o being linear attention with decay of q, k and v = act(W x).
+    """Compute ``W_o (gate(W_g x) * norm(o))``; o is linear attention with decay of q, k and v = activation(W x).
 
-    A subclass says what the decay is (``log_decay``) and which ``gate``, ``activation`` and norm (``g_norm``, of a
-    head's values [V] or of all [H,V]) it has. With ``conv_size`` taps, q, k and v each pass a short convolution first.
+    A subclass defines the decay (``log_decay``), the ``gate``, the ``activation`` and the norm (``g_norm``), which
+    covers the values of one head [V] or of all heads [H,V].
 
-    The cache holds the state [N,H,K,V], the last inputs of convolutions and, with rotary positions, the number
-    of tokens [N] in it.
+    Args:
+        hidden_size: model dimension.
+        num_heads: H.
+        key_dim: K, per head; even with rotary positions.
+        value_dim: V, per head.
+        rope_theta: base of the rotary frequencies of q and k; None for no rotary positions.
+        backend: backend of the operator.
+        conv_size: taps of a short convolution, followed by silu, of each of q, k and v; None for none.
+
+    The cache holds the state [N,H,K,V] and the last inputs of the convolutions. With rotary positions it also holds
+    the number of tokens per sequence [N].
     """
 
     attend = staticmethod(gated_linear_attention)
@@ -58,10 +67,11 @@ class DecayedLinearAttention(RecurrentMixer):
         )
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
-        """Natural log <= 0 of the decay: [H], [B,T,H] or [B,T,H,K]."""
+        """Return the natural log of the decay, at most 0: [H], [B,T,H] or [B,T,H,K]."""
         raise NotImplementedError
 
     def activation(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the activated projections q, k [B,T,HK] and v [B,T,HV]; the base class changes none."""
         return q, k, v
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
@@ -100,7 +110,7 @@ class DecayedLinearAttention(RecurrentMixer):
 
 
 def _count_tokens(cache: Cache, hidden_states: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Add the new tokens of every sequence to ``lengths``."""
+    """Add the number of new tokens of every sequence to ``lengths`` in the cache."""
     context = parallel.current()
     tokens = hidden_states.shape[1] if context is None else context.tokens
     if cu_seqlens is None:

@@ -1,4 +1,4 @@
-"""Gated linear attention (GLA)."""
+"""Gated linear attention (GLA), with a decay gate per key channel or per head."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .mixer import head_size, positive
 
 
 class UniformBiasLinear(nn.Linear):
-    """A linear map whose bias starts uniform in ``bias_range``."""
+    """Linear map with a bias that is initialised uniformly in ``bias_range``."""
 
     def __init__(self, in_features: int, out_features: int, bias_range: Sequence[float]):
         self.bias_range = bias_range
@@ -27,10 +27,10 @@ class UniformBiasLinear(nn.Linear):
 
 
 class HeadDecay(nn.Module):
-    """Mamba-2's log-decay per token and head, ``-exp(A_log) * softplus(W x + dt_bias)``: [B,T,D] -> fp32 [B,T,H].
+    """Compute Mamba-2's log-decay per token and head: ``-exp(A_log) * softplus(W x + dt_bias)``.
 
-    Dao and Gu, "Transformers are SSMs" (2024), section 7; exp(A_log) starts uniform in 1 to 16, and the softplus of
-    dt_bias log-uniform in 0.001 to 0.1, as in their code.
+    It maps [B,T,D] to [B,T,H], in fp32 or fp64. Dao and Gu, "Transformers are SSMs" (2024), section 7. As in their
+    code, the initial exp(A_log) is uniform in 1 to 16 and the initial softplus(dt_bias) log-uniform in 0.001 to 0.1.
     """
 
     def __init__(self, hidden_size: int, num_heads: int):
@@ -43,7 +43,7 @@ class HeadDecay(nn.Module):
                 parameter.copy_(value)
 
     def initial_values(self) -> list[tuple[Tensor, Tensor]]:
-        """The parameters with rules of their own, and new values for them."""
+        """Return (parameter, initial value) for ``dt_bias`` and ``A_log``."""
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         return [(self.dt_bias, dt.expm1().log()), (self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())]
 
@@ -54,7 +54,7 @@ class HeadDecay(nn.Module):
 
 
 class GatedLinearAttention(DecayedLinearAttention):
-    """Linear attention whose state decays by a gate of the token, with an output gate and per-head norm.
+    """Linear attention with a decay computed from each token, an output gate and a norm per head.
 
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), section 4.4.
 
@@ -62,19 +62,20 @@ class GatedLinearAttention(DecayedLinearAttention):
         hidden_size: model dimension.
         num_heads: H.
         key_dim: K, per head; hidden_size / 2 / num_heads by default (the paper's expand_k of 0.5).
-        value_dim: V, per head; hidden_size / num_heads by default (expand_v of 1).
-        gate_per: ``"channel"``, the paper's gate, or ``"head"``, that of Mamba-2 (see ``HeadDecay``).
-        gate_rank: of the gate per channel: inner dimension of its low-rank projection.
-        gate_normalizer: of the gate per channel: the log-decay is ``logsigmoid(gate) / gate_normalizer``.
-        gate_bias_range: of the gate per channel: its bias starts uniform between these; at zero by default.
-        gate_min: least log-decay that a gate can have, at most 0; None is no limit.
-        conv_size: taps of short convolutions of q, k and v, each followed by silu; None is none.
-        rope_theta: base of rotary positions of q and k; None, the paper's, for none.
-        norm_eps: of the output norm.
-        backend: of the operator.
+        value_dim: V, per head; hidden_size / num_heads by default (the paper's expand_v of 1).
+        gate_per: ``"channel"`` for the paper's gate per key channel, ``"head"`` for Mamba-2's (see ``HeadDecay``).
+        gate_rank: inner dimension of the gate's low-rank projection. Only with ``gate_per="channel"``.
+        gate_normalizer: the log-decay is ``logsigmoid(gate) / gate_normalizer``. Only with ``gate_per="channel"``.
+        gate_bias_range: (low, high) of the uniform initial bias of the gate; zero by default. Only with
+            ``gate_per="channel"``.
+        gate_min: lower limit of the log-decay, at most 0; None for no limit.
+        conv_size: taps of short convolutions of q, k and v, each followed by silu; None for no convolutions.
+        rope_theta: base of the rotary frequencies of q and k; None, as in the paper, for no rotary positions.
+        norm_eps: epsilon of the output norm.
+        backend: backend of the operator.
 
-    The cache holds the state [N,H,K,V], the last inputs of the convolutions and, with rotary positions, the number of
-    tokens [N] in it.
+    The cache holds the state [N,H,K,V] and the last inputs of the convolutions. With rotary positions it also holds
+    the number of tokens per sequence [N].
     """
 
     def __init__(

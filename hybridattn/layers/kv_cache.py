@@ -1,8 +1,8 @@
-"""Keys and values kept for softmax attention: all of them, or the last ``window`` in a ring buffer.
+"""Cached keys and values of softmax attention: of all tokens, or of the last ``window`` in a ring buffer.
 
-The cache holds ``keys`` [N,S,H,D], ``values`` [N,S,H,V] and ``lengths`` [N], the tokens each sequence has had. A ring
-buffer keeps position p in slot p % window; a full cache keeps it in slot p and is allocated to the cache's capacity, or
-to the longest prompt and grows in steps of GROWTH slots.
+The cache holds ``keys`` [N,S,H,D], ``values`` [N,S,H,V] and ``lengths`` [N], the number of tokens of each sequence so
+far. A ring buffer stores position p in slot p % window. A full cache stores it in slot p. With a capacity, S is the
+capacity. Without one, S starts at the longest prompt and grows to multiples of GROWTH slots.
 """
 
 import torch
@@ -12,20 +12,29 @@ from ..kernels.runtime.checks import reads_values
 from ..kernels.runtime.sequences import sequence_ids, sequence_slices
 from .mixer import Cache
 
-GROWTH = 256
+GROWTH = 256  # slots
 
 
 def past(cache: Cache, name: str, row: int, keep: int | None) -> Tensor:
-    """The last ``keep`` (None: all) kept keys or values [n,H,D] of a sequence, oldest first."""
+    """Return the last ``keep`` cached keys or values of sequence ``row``, or all if None: [n,H,D], oldest first."""
     length, slots = int(cache["lengths"][row]), cache[name].shape[1]
     first = 0 if keep is None else max(length - keep, 0)
     return cache[name][row, torch.arange(first, length, device=cache[name].device) % slots]
 
 
 def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, skipped: int = 0) -> None:
-    """Keep new keys [B,T,H,D] and values [B,T,H,V], or those of a packed row [1,T,..].
+    """Store the keys and values of new tokens, and add to the lengths.
 
-    Of the tokens of an empty cache the first ``skipped``, all outside of the window, may be left out.
+    Args:
+        cache: the layer's cache, updated in place.
+        k: [B,T,H,D], or [1,T,H,D] with ``cu_seqlens``.
+        v: [B,T,H,V], or [1,T,H,V] with ``cu_seqlens``.
+        cu_seqlens: integer offsets [N+1] of packed sequences.
+        window: slots of a ring buffer; None for a full cache.
+        skipped: number of first tokens, all outside of the window, that k and v leave out. Only for an empty cache.
+
+    Raises:
+        ValueError: a sequence has more tokens than the cache's capacity.
     """
     rows, tokens = (k.shape[0], k.shape[1]) if cu_seqlens is None else (cu_seqlens.numel() - 1, k.shape[1])
     longest = tokens
@@ -42,7 +51,7 @@ def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window
     if cu_seqlens is None:
         added, offset = tokens, torch.arange(tokens, device=k.device)
         row, position = torch.arange(rows, device=k.device)[:, None], lengths[:, None] + offset
-        if window is not None:  # of more tokens than slots the last ones stay
+        if window is not None:  # more tokens than slots: store the last ones
             k, v, position = k[:, -slots:], v[:, -slots:], position[:, -slots:] % slots
     else:
         added = cu_seqlens.long().diff()
@@ -56,16 +65,16 @@ def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window
     if window is None and reads_values(position, False) and bool((position >= slots).any()):
         raise ValueError(f"cache: expected at most {slots} tokens per sequence, got {int(position.max()) + 1}")
     for name, x in (("keys", k), ("values", v)):
-        cache[name] = _put(cache[name], (row, position), x)
+        cache[name] = _write(cache[name], (row, position), x)
     cache["lengths"] = lengths + added if torch.is_grad_enabled() else lengths.add_(added)
 
 
-def _put(kept: Tensor, index: tuple[Tensor, ...], new: Tensor) -> Tensor:
-    return kept.index_put(index, new) if torch.is_grad_enabled() else kept.index_put_(index, new.to(kept.dtype))
+def _write(slots: Tensor, index: tuple[Tensor, ...], new: Tensor) -> Tensor:
+    return slots.index_put(index, new) if torch.is_grad_enabled() else slots.index_put_(index, new.to(slots.dtype))
 
 
 def _grow(cache: Cache, needed: int) -> int:
-    """Make room for so many tokens of every sequence; how many there is room for."""
+    """Allocate at least ``needed`` slots per sequence, and return the number of slots."""
     if needed > cache["keys"].shape[1]:
         slots = -(-needed // GROWTH) * GROWTH
         for name in ("keys", "values"):

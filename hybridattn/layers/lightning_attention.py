@@ -1,4 +1,4 @@
-"""The token mixer of TransNormerLLM and Lightning Attention."""
+"""Lightning attention, the linear attention layer of TransNormerLLM and MiniMax-01."""
 
 from collections.abc import Sequence
 
@@ -12,25 +12,27 @@ from .slopes import Slopes, decay_slopes
 
 
 class LightningAttention(DecayedLinearAttention):
-    """Linear attention of activated q, k and v with a constant decay per head and layer; norm and sigmoid gate.
+    """Linear attention with a constant decay per head and layer, an output norm and a sigmoid gate.
 
-    Qin et al., "TransNormerLLM" (2023), section 3, with the activations and the gate of Lightning Attention as in
-    "MiniMax-01" (2025), section 2.2: silu on q, k and v, RMSNorm without affine parameters over all heads together,
-    sigmoid on the output gate. The operator's scale of K^-0.5 is absorbed by the norm.
+    Qin et al., "TransNormerLLM" (2023), section 3. Activations and gate are those of Lightning Attention in
+    "MiniMax-01" (2025), section 2.2: silu on q, k and v, and sigmoid on the output gate. The output norm is an RMSNorm
+    over all heads together, without affine parameters. It cancels the operator's scale of K^-0.5.
 
     Args:
         hidden_size: model dimension.
         num_heads: H.
         key_dim: K, per head; hidden_size / num_heads by default.
         value_dim: V, per head; hidden_size / num_heads by default.
-        slopes: the head's log-decay is minus this: a convention of ``decay_slopes``, or H numbers of at least 0.
-        layer_idx, num_layers: which layer this is of how many, 0 first, for slopes that depend on it.
-        activate_values: silu on v too; TransNormerLLM's paper has it on q and k alone.
-        rope_theta: base of rotary positions (LRPE-d, which TransNormerLLM has in its first layer); none by default.
-        norm_eps: of the output norm.
-        backend: of the operator.
+        slopes: a convention of ``decay_slopes``, or H numbers of at least 0; a head's log-decay is minus its slope.
+        layer_idx: index of this layer, from 0, for slopes that depend on it.
+        num_layers: number of layers of the model, for slopes that depend on it.
+        activate_values: apply silu to v too; the TransNormerLLM paper applies it to q and k alone.
+        rope_theta: base of the rotary frequencies (LRPE-d, in TransNormerLLM's first layer); None for no rotary
+            positions.
+        norm_eps: epsilon of the output norm.
+        backend: backend of the operator.
 
-    The cache holds the state [N,H,K,V] and, with rotary positions, the number of tokens [N] in it.
+    The cache holds the state [N,H,K,V]. With rotary positions it also holds the number of tokens per sequence [N].
     """
 
     gate = staticmethod(torch.sigmoid)

@@ -1,4 +1,4 @@
-"""Linear attention with a feature map and without decay."""
+"""Linear attention layer with an elementwise feature map and without decay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,9 @@ FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambd
 
 
 class LinearAttention(RecurrentMixer):
-    """Causal linear attention: ``o_t = phi(q_t) sum_{s<=t} phi(k_s)^T v_s``, by default over the same sum of phi(k_s).
+    """Causal linear attention: ``o_t = phi(q_t) sum_{s<=t} phi(k_s)^T v_s``, by default normalised.
+
+    The normalised output is divided by ``phi(q_t) sum_{s<=t} phi(k_s)^T``.
 
     Katharopoulos et al., "Transformers are RNNs" (2020), section 3, with phi(x) = elu(x) + 1.
 
@@ -25,8 +27,8 @@ class LinearAttention(RecurrentMixer):
         key_dim: K, per head; hidden_size / num_heads by default.
         value_dim: V, per head; hidden_size / num_heads by default.
         feature_map: phi, ``"elu"`` (elu + 1), ``"relu"`` or ``"identity"``.
-        normalize: divide by the sum of the weights; without it the output is scaled by K^-0.5.
-        backend: of the operator.
+        normalize: divide by the sum of the weights. If False, the output is scaled by K^-0.5 instead.
+        backend: backend of the operator.
 
     The cache holds the state [N,H,K,V] and, if ``normalize``, the sum of keys [N,H,K].
     """
@@ -77,7 +79,7 @@ class LinearAttention(RecurrentMixer):
         cache: Cache | None,
         attend: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """Run the layer, on the operator ``attend`` if it is given."""
+        """Run the layer, with ``attend`` instead of the class's operator if it is given."""
         self.check_inputs(hidden_states, cu_seqlens, cache)
         phi = FEATURE_MAPS[self.feature_map]
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))

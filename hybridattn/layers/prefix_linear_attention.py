@@ -1,4 +1,4 @@
-"""JRT's linear attention, which reads a prefix both ways."""
+"""JRT's linear attention layer, in which all tokens attend to a whole prefix, also tokens inside it."""
 
 from functools import partial
 
@@ -15,16 +15,16 @@ from .taylor_linear_attention import TaylorLinearAttention
 
 
 class PrefixLinearAttention(TaylorLinearAttention):
-    """BASED's linear attention in which every token also sees the whole prefix, through keys and values of its own.
+    """BASED's linear attention in which every token also attends to the whole prefix, with separate keys and values.
 
     Arora et al., "Just read twice: closing the recall gap for recurrent language models" (JRT-RNN, 2024), section 4.
-    Tokens of the prefix see each other both ways; those behind it are causal, and without a prefix all are. Once the
-    prefix is in the state, later tokens continue as in ``TaylorLinearAttention``.
+    Attention within the prefix is bidirectional. After the prefix it is causal; without a prefix the whole layer is.
+    Once the state contains the prefix, later tokens continue as in ``TaylorLinearAttention``.
 
     Args:
         hidden_size, num_heads, key_dim, value_dim, backend: as in ``TaylorLinearAttention``.
-        tie_prefix: the prefix's keys and values are the tokens' own: no further parameters, and what follows is exactly
-            reading the prefix twice.
+        tie_prefix: use the causal projections for the prefix's keys and values too. The layer then has no further
+            parameters, and its output equals that of a causal layer that reads the prefix twice.
 
     The cache is that of ``TaylorLinearAttention``.
     """
@@ -51,20 +51,24 @@ class PrefixLinearAttention(TaylorLinearAttention):
         cache: Cache | None = None,
         prefix_lengths: Tensor | None = None,
     ) -> Tensor:
-        """As ``TokenMixer``, and with a prefix.
+        """Mix the tokens of each sequence, whose first tokens may be a prefix.
 
         Args:
-            prefix_lengths: integers [N]: the prefix of sequence n is its first so many tokens, all given in this call,
-                its first; none by default.
+            hidden_states, cu_seqlens, position_ids, cache: as in ``TokenMixer.forward``.
+            prefix_lengths: int32 or int64 [N], the length of each sequence's prefix in tokens. This call must be the
+                sequence's first and contain the whole prefix. By default there is no prefix.
+
+        Returns:
+            [B,T,hidden_size].
 
         Raises:
-            ValueError: prefix_lengths of another shape or dtype, longer than a sequence, or given with a cache that
-                already holds tokens.
+            ValueError: prefix_lengths has a wrong shape or dtype, exceeds a sequence's length, or comes with a cache
+                that already holds tokens.
         """
         if prefix_lengths is None:
             return self._mix(hidden_states, cu_seqlens, cache)
         self.check_hidden_states(hidden_states)
-        refuse("prefix_lengths: expected None (a prefix is read both ways), got lengths")
+        refuse("prefix_lengths: expected None (attention in a prefix is bidirectional), got lengths")
         if cache is not None and "state" in cache:
             raise ValueError("prefix_lengths: expected None after the first call with a cache, got lengths")
         prefix = _prefix(hidden_states, cu_seqlens, prefix_lengths)
@@ -77,7 +81,7 @@ class PrefixLinearAttention(TaylorLinearAttention):
 
 
 def _prefix(hidden_states: Tensor, cu_seqlens: Tensor | None, prefix_lengths: Tensor) -> Tensor:
-    """The first tokens [N,M,hidden_size] of every sequence, at least its prefix; the operator leaves the rest out."""
+    """Return the first M tokens of every sequence [N,M,hidden_size]; the operator ignores those after the prefix."""
     batch, tokens = hidden_states.shape[:2]
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, batch, tokens, False)
@@ -91,13 +95,12 @@ def _prefix(hidden_states: Tensor, cu_seqlens: Tensor | None, prefix_lengths: Te
     outside = (prefix_lengths < 0) | (prefix_lengths > lengths)
     if reads_values(prefix_lengths, False) and bool(outside.any()):
         raise ValueError(
-            f"prefix_lengths: expected 0 to the tokens given of each sequence, {lengths.tolist()}, "
-            f"got {prefix_lengths.tolist()}"
+            f"prefix_lengths: expected 0 to each sequence's length {lengths.tolist()}, got {prefix_lengths.tolist()}"
         )
     if cu_seqlens is None:
-        return hidden_states  # nothing of it depends on the lengths' values: no synchronisation, and traceable
+        return hidden_states  # not cut to the lengths: reading them would synchronise and break a traced graph
     if torch.compiler.is_compiling():
-        longest = tokens  # a graph has no values to be shorter by
+        longest = tokens  # torch.compile traces without values, so that the longest prefix is unknown
     else:
         longest = int(prefix_lengths.max()) if prefix_lengths.numel() else 0
     places = cu_seqlens[:-1, None].long() + torch.arange(longest, device=hidden_states.device)

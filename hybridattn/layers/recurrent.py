@@ -1,4 +1,4 @@
-"""The base of recurrent token mixers: one path for whole sequences, steps, caches and sequence parallelism."""
+"""Base class of recurrent token mixers: runs the operator on whole sequences, steps, caches and several ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +15,17 @@ State = Tensor | NormalizedState
 
 
 class RecurrentMixer(TokenMixer):
-    """A token mixer on an operator that carries a state from token to token.
+    """Token mixer with an operator that carries a recurrent state from token to token.
 
     A subclass computes the operator's inputs in ``forward`` and calls ``recur``. Its cache holds the state under
     ``state`` and, for a normalised operator, the sum of keys under ``k_sum``.
 
     Attributes:
         attend: the operator, ``attend(q, k, v, .., initial_state=, output_final_state=, cu_seqlens=, **options)``.
-        step: its in-place form for new tokens, ``step(q, k, v, .., state, **options)``.
-        normalize: the operator's state is a ``NormalizedState``.
-        num_heads, state_dim, value_dim: the state is [N,num_heads,state_dim,value_dim].
+        step: the operator for new tokens, which updates the state in place: ``step(q, k, v, .., state, **options)``.
+        normalize: whether the operator's state is a ``NormalizedState``.
+        num_heads, state_dim, value_dim: the state has shape [N,num_heads,state_dim,value_dim].
+        backend: backend of the operator.
     """
 
     attend: Callable[..., Any]
@@ -47,7 +48,7 @@ class RecurrentMixer(TokenMixer):
         return {**spec, "k_sum": (keys, kept)} if self.normalize else spec
 
     def check_inputs(self, hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
-        """Check the input's shape, and that the cache has the sequences of this call."""
+        """Check the input's shape, and that the cache has one row per sequence of this call."""
         self.check_hidden_states(hidden_states)
         check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
 
@@ -98,7 +99,7 @@ class RecurrentMixer(TokenMixer):
         """Return the states before this rank's pieces, and the state after the last token of the whole sequence."""
         if not self.normalize:
             return initial_states(shards, k, v, g, self.state_keys)
-        # The sum of keys is the state of one more value, 1.
+        # The sum of keys equals the state of an additional value column of ones.
         columns = torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1)
         before, after = initial_states(shards, k, columns, g, self.state_keys)
         return NormalizedState(before[..., :-1], before[..., -1]), NormalizedState(after[..., :-1], after[..., -1])

@@ -1,4 +1,4 @@
-"""RetNet's token mixer."""
+"""Multi-scale retention, the linear attention layer of RetNet."""
 
 from collections.abc import Sequence
 
@@ -10,23 +10,24 @@ from .slopes import Slopes, decay_slopes
 
 
 class Retention(DecayedLinearAttention):
-    """Multi-scale retention: every head decays by a constant of its own; rotary positions, group norm, swish gate.
+    """Multi-scale retention: a constant decay per head, rotary positions, group norm and swish gate.
 
     Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models" (2023), sections 2.1 and 2.2.
-    The group norm is that of equation 8, over each head's values, here without affine parameters; k's K^-0.5 is the
-    operator's scale. The published row and score normalisations are absorbed by it (section 2.2) and left out.
+    The group norm of equation 8 normalises each head's values, here without affine parameters. The operator's scale is
+    the paper's factor K^-0.5 of k. The layer omits the published row and score normalisations, which the group norm
+    cancels (section 2.2).
 
     Args:
         hidden_size: model dimension.
         num_heads: H.
         key_dim: K, per head, even; hidden_size / num_heads by default.
         value_dim: V, per head; 2 hidden_size / num_heads by default (section 3.1).
-        slopes: the head's log-decay is minus this: a convention of ``decay_slopes``, or H numbers of at least 0.
-        rope_theta: base of the rotary frequencies; None for no positions.
-        norm_eps: of the output norm.
-        backend: of the operator.
+        slopes: a convention of ``decay_slopes``, or H numbers of at least 0; a head's log-decay is minus its slope.
+        rope_theta: base of the rotary frequencies; None for no rotary positions.
+        norm_eps: epsilon of the output norm.
+        backend: backend of the operator.
 
-    The cache holds the state [N,H,K,V] and, with rotary positions, the number of tokens [N] in it.
+    The cache holds the state [N,H,K,V]. With rotary positions it also holds the number of tokens per sequence [N].
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, and the rules that stretch them over longer contexts."""
+"""Rotary position embeddings (RoPE), with linear, Llama 3 and YaRN scaling to longer contexts."""
 
 import math
 from typing import Any
@@ -12,9 +12,17 @@ from .parallel import local_shards
 
 
 def apply_rotary(x: Tensor, position_ids: Tensor, theta: float, scaling: dict[str, Any] | None = None) -> Tensor:
-    """Rotate x [B,T,H,D] by its positions [B,T] or [1,T], the halves of D being the two coordinates (as Llama does).
+    """Rotate each head of x by its token's position, with the two halves of D as coordinates, as in Llama.
 
-    Su et al., "RoFormer" (2021), section 3.2.2; scaling as in ``rotary_frequencies``. Angles are computed in fp32.
+    Su et al., "RoFormer" (2021), section 3.2.2. Angles are computed in fp32.
+
+    Args:
+        x: [B,T,H,D].
+        position_ids: [B,T] or [1,T].
+        theta, scaling: as in ``rotary_frequencies``.
+
+    Returns:
+        [B,T,H,D], in the dtype of x.
     """
     frequencies, factor = rotary_frequencies(x.shape[-1], theta, scaling, x.device)
     angles = (position_ids[..., None].float() * frequencies)[:, :, None]
@@ -26,17 +34,20 @@ def apply_rotary(x: Tensor, position_ids: Tensor, theta: float, scaling: dict[st
 def rotary_frequencies(
     dim: int, theta: float, scaling: dict[str, Any] | None = None, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """Angle per token [dim / 2] in fp32, and the factor of cosine and sine.
+    """Return the rotary frequencies, and the factor by which cosine and sine are multiplied.
 
     Args:
-        dim: of a head.
+        dim: head dimension.
         theta: frequency i is theta^(-2i / dim).
-        scaling: None, or ``{"rope_type": "linear" | "yarn" | "llama3", ..}`` with the options of that function below,
-            which are transformers' names.
+        scaling: None, or ``{"rope_type": "linear" | "yarn" | "llama3", ..}`` with the keyword arguments of the function
+            of this name below. The names are those of transformers.
+        device: device of the frequencies.
+
+    Returns:
+        Angles per token in radians, fp32 [dim / 2], and the factor.
 
     Raises:
-        ValueError: theta is not above 1; another type, or an option that it does not have, that is missing or no
-            positive number.
+        ValueError: theta is not above 1, the type is unknown, or an option is unknown, missing or not positive.
     """
     if not theta > 1:
         raise ValueError(f"rope_theta: expected more than 1, got {theta!r}")
@@ -54,11 +65,14 @@ def rotary_frequencies(
     try:
         return SCALINGS[kind](frequencies, theta, **options)
     except TypeError as error:
-        raise ValueError(f"rope_scaling of type {kind!r}: {error}") from error
+        raise ValueError(f"rope_scaling: expected the options of type {kind!r}, got {options} ({error})") from error
 
 
 def linear(frequencies: Tensor, theta: float, *, factor: float) -> tuple[Tensor, float]:
-    """All angles over ``factor``. Chen et al., "Extending Context Window .. via Positional Interpolation" (2023)."""
+    """Divide all frequencies by ``factor``.
+
+    Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation" (2023).
+    """
     return frequencies / factor, 1.0
 
 
@@ -71,9 +85,11 @@ def llama3(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> tuple[Tensor, float]:
-    """Slow angles over ``factor``, fast ones as they are, a blend between: by turns in the original context.
+    """Divide low frequencies by ``factor``, keep high ones and interpolate between, as Llama 3.1 does.
 
-    The rule of Llama 3.1; "The Llama 3 Herd of Models" (2024), section 3.4.2, has the long-context training.
+    A frequency with at most ``low_freq_factor`` turns within the original context is low, one with at least
+    ``high_freq_factor`` turns high. "The Llama 3 Herd of Models" (2024), section 3.4.2, describes the long-context
+    training.
     """
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -93,10 +109,11 @@ def yarn(
     mscale_all_dim: float | None = None,
     truncate: bool = True,
 ) -> tuple[Tensor, float]:
-    """Peng et al., "YaRN" (2023), section 3.2 (a ramp over the dimensions) and 3.4 (cosine and sine are scaled).
+    """Divide low frequencies by ``factor``, keep high ones, interpolate between, and scale cosine and sine.
 
-    Angles of at least ``beta_fast`` turns in the original context stay, those of at most ``beta_slow`` are taken over
-    ``factor``; ``truncate`` rounds the ends of the ramp outwards to whole dimensions.
+    Peng et al., "YaRN" (2023), section 3.2 (linear ramp over the dimensions) and 3.4 (scale of cosine and sine).
+    Frequencies of at least ``beta_fast`` turns within the original context stay as they are. Those of at most
+    ``beta_slow`` turns are divided by ``factor``. ``truncate`` rounds the ramp's ends outwards to whole dimensions.
     """
     half = len(frequencies)
     ends = [
@@ -106,7 +123,7 @@ def yarn(
     low, high = (math.floor(ends[0]), math.ceil(ends[1])) if truncate else ends
     low, high = max(low, 0), min(high, 2 * half - 1)
     if low == high:
-        high += 0.001  # a step
+        high += 0.001  # avoids a division by zero; the ramp becomes a step
     stretched = ((torch.arange(half, device=frequencies.device) - low) / (high - low)).clamp(0, 1)
     if attention_factor is None and mscale and mscale_all_dim:
         attention_factor = _yarn_factor(factor, mscale) / _yarn_factor(factor, mscale_all_dim)
@@ -123,7 +140,7 @@ SCALINGS = {"linear": linear, "llama3": llama3, "yarn": yarn}
 
 
 def token_positions(hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
-    """Position [B,T] of every token in its sequence, kept tokens counted."""
+    """Return the position of every token in its sequence, which includes the cached tokens: [B,T] or [1,T]."""
     shards = local_shards(hidden_states, cu_seqlens, cache)
     if shards is not None:
         return shards.positions

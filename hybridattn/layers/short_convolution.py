@@ -1,4 +1,4 @@
-"""Depthwise causal convolution over time."""
+"""Short depthwise causal convolution over the tokens of a sequence."""
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,16 @@ from .parallel.halo import convolution_tails
 
 
 class ShortConvolution(TokenMixer):
-    """Depthwise causal convolution: every channel mixes its last ``kernel_size`` tokens.
+    """Depthwise causal convolution: each output combines the last ``kernel_size`` tokens of its channel.
 
-    Poli et al., "Hyena Hierarchy" (2023), section 3.1; short convolutions before the mixers as in H3, Mamba and GLA.
+    Poli et al., "Hyena Hierarchy" (2023), section 3.1. H3, Mamba and GLA have short convolutions before their mixers.
 
     Args:
         hidden_size: number of channels.
-        kernel_size: taps, the current token included.
+        kernel_size: number of taps, which include the current token.
         activation: None or ``"silu"``.
         bias: add a bias per channel.
-        cache_name: what the inputs are kept under, where convolutions share a cache.
+        cache_name: name of the cached inputs; several convolutions may share one cache.
 
     The weight [D,1,kernel_size] is laid out as in ``nn.Conv1d``. The cache holds the last ``kernel_size - 1`` inputs.
     """
@@ -83,10 +83,10 @@ class ShortConvolution(TokenMixer):
         return F.silu(o) if self.activation == "silu" else o
 
     def _convolve(self, padded: Tensor) -> Tensor:
-        """[B,T+past,D] -> [B,T,D]."""
+        """Convolve tokens with the ``past`` inputs before them: [B,past+T,D] -> [B,T,D]."""
         weight, bias = self.weight.to(padded.dtype), None if self.bias is None else self.bias.to(padded.dtype)
-        if padded.shape[1] <= self.kernel_size:  # one token: a convolution call costs several times its arithmetic
-            if padded.shape[1] < self.kernel_size:  # none, of which the weights have gradients all the same: zeros
+        if padded.shape[1] <= self.kernel_size:  # at most one token: conv1d costs several times the arithmetic
+            if padded.shape[1] < self.kernel_size:  # no token: o still depends on the weights, for zero gradients
                 o = padded[:, :0] * weight[:, 0, 0]
             else:
                 o = (padded * weight[:, 0].mT).sum(1, keepdim=True)
@@ -94,7 +94,18 @@ class ShortConvolution(TokenMixer):
         return F.conv1d(padded.mT, weight, bias, groups=self.hidden_size).mT
 
     def _packed(self, hidden_states: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Sequences with their tails before them, end to end; what follows the last one has zeros before it."""
+        """Convolve packed sequences, each with its own earlier inputs, in one call.
+
+        Tokens after the last sequence get zeros as earlier inputs.
+
+        Args:
+            hidden_states: [1,T,D].
+            tail: earlier inputs of each sequence [N,past,D].
+            cu_seqlens: integer offsets [N+1].
+
+        Returns:
+            The output [1,T,D] and the last ``past`` inputs of each sequence [N,past,D].
+        """
         past, tokens, sequences = self.kernel_size - 1, hidden_states.shape[1], tail.shape[0]
         cu_seqlens, taps = cu_seqlens.long(), torch.arange(past, device=hidden_states.device)
         number = torch.arange(sequences, device=hidden_states.device)

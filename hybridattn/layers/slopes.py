@@ -1,4 +1,4 @@
-"""Constant slopes, one per head: the decay of RetNet and TransNormerLLM, the bias of ALiBi."""
+"""Constant slopes per head: the decays of RetNet and TransNormerLLM, and the biases of ALiBi."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,24 @@ CONVENTIONS = ("alibi", "retnet", "transnormer")
 
 
 def decay_slopes(convention: str, num_heads: int, layer_idx: int = 0, num_layers: int = 1) -> list[float]:
-    """The slopes of heads h = 1 .. H, all positive: a head's natural-log decay per token is ``-slope``.
+    """Return the positive slopes of heads h = 1 .. H. A head's natural-log decay per token is ``-slope``.
 
     - ``"retnet"``: decay 1 - 2^(-4-h). Sun et al., "Retentive Network" (2023), section 2.2, equation 8.
-    - ``"transnormer"``: decay exp(-(8h / H) (1 - l / L)) in layer l = 0 .. L-1 of L, so that later layers see further.
-      Qin et al., "TransNormerLLM" (2023), section 3.1, which leaves open where h and l start; so counted every head
-      decays. (The published code of Lightning Attention scales ALiBi's slopes by the layer instead: give these as
-      numbers.)
-    - ``"alibi"``: slope 2^(-8h / H). Press et al., "Train Short, Test Long" (ALiBi, 2022), section 3, for any H (their
-      code interpolates between powers of two).
+    - ``"transnormer"``: decay exp(-(8h / H) (1 - l / L)) in layer l = 0 .. L-1 of L: later layers decay more slowly.
+      Qin et al., "TransNormerLLM" (2023), section 3.1. The paper does not say where h and l start; with h from 1 and l
+      from 0, every head decays. The published code of Lightning Attention instead scales ALiBi's slopes by the layer;
+      pass such slopes as numbers.
+    - ``"alibi"``: slope 2^(-8h / H) for any H. Press et al., "Train Short, Test Long" (ALiBi, 2022), section 3. Their
+      code interpolates between powers of two.
+
+    Args:
+        convention: ``"retnet"``, ``"transnormer"`` or ``"alibi"``.
+        num_heads: H.
+        layer_idx: l, from 0. Only used by ``"transnormer"``.
+        num_layers: L. Only used by ``"transnormer"``.
 
     Raises:
-        ValueError: another convention, no heads, or a layer that is not one of ``num_layers``.
+        ValueError: the convention is unknown, num_heads is not positive, or layer_idx is not below num_layers.
     """
     heads = range(1, positive("num_heads", num_heads) + 1)
     if not 0 <= layer_idx < positive("num_layers", num_layers):
@@ -38,7 +44,7 @@ def decay_slopes(convention: str, num_heads: int, layer_idx: int = 0, num_layers
 
 
 class Slopes(nn.Module):
-    """Constants [H] where the model is: neither trained nor saved, and fp32 whatever the model is cast to."""
+    """Constants [H] on the model's device, neither trained nor saved; they stay fp32 when the model is cast."""
 
     values: Tensor
 
@@ -50,11 +56,11 @@ class Slopes(nn.Module):
         self.register_buffer("values", torch.tensor(self.numbers, dtype=torch.float32), persistent=False)
 
     def fresh(self) -> Tensor:
-        """The values anew: those of a buffer that was made without memory are not to be relied on."""
+        """Return the values again: a buffer that was created on the meta device has lost them."""
         return torch.tensor(self.numbers, dtype=torch.float32, device=self.values.device)
 
     def _apply(self, fn, recurse: bool = True) -> "Slopes":
-        super()._apply(fn, recurse)  # a cast would round the decays of long-lived heads
+        super()._apply(fn, recurse)  # a cast would round the slopes; decays near 1 need fp32
         self.values = self.fresh()
         return self
 

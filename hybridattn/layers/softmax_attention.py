@@ -1,4 +1,4 @@
-"""Softmax attention, full or over a sliding window."""
+"""Softmax attention layer, full or with a sliding window."""
 
 from typing import Any
 
@@ -26,23 +26,23 @@ class SoftmaxAttention(TokenMixer):
 
     Args:
         hidden_size: model dimension.
-        num_heads: query heads.
-        num_key_value_heads: key/value heads, a divisor of num_heads; num_heads by default.
-        head_dim: hidden_size / num_heads by default; even where rotary positions are used.
-        window: a token sees itself and the ``window - 1`` before it; None is all of them.
+        num_heads: number of query heads.
+        num_key_value_heads: number of key/value heads, a divisor of num_heads; num_heads by default.
+        head_dim: hidden_size / num_heads by default; even with rotary positions.
+        window: a token attends to itself and the ``window - 1`` tokens before it; None for all earlier tokens.
         rope_theta: base of the rotary frequencies; None for no rotary positions.
-        rope_scaling: how these are stretched to longer contexts, see ``rotary_frequencies``; None is not at all.
-        alibi: take a slope times the distance in tokens off the scores, usually instead of rotary positions. Press et
-            al., "Train Short, Test Long" (2022), section 3.
-        sinks: a learned score per head that joins the softmax denominator. "gpt-oss Model Card" (2025), section 2.2.
-        softcap: scores become ``softcap * tanh(score / softcap)``. "Gemma 2" (2024), section 2.
-        qk_norm: RMSNorm of every query and key head before the rotary positions. "Qwen3 Technical Report" (2025),
-            section 2.
-        norm_eps: of these norms.
-        bias: biases of all four projections.
-        backend: of the operators.
+        rope_scaling: scaling of the rotary frequencies to longer contexts (see ``rotary_frequencies``); None for none.
+        alibi: subtract a slope per head times the distance in tokens from the scores, usually instead of rotary
+            positions. Press et al., "Train Short, Test Long" (2022), section 3.
+        sinks: add a learned score per head to the softmax denominator. "gpt-oss Model Card" (2025), section 2.2.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None for no cap. "Gemma 2" (2024), section 2.
+        qk_norm: apply RMSNorm to every query and key head before the rotary positions. "Qwen3 Technical Report"
+            (2025), section 2.
+        norm_eps: epsilon of the norms of ``qk_norm``.
+        bias: add biases to all four projections.
+        backend: backend of the operators.
 
-    The cache holds keys, values and lengths (see ``kv_cache``).
+    The cache holds keys, values and the number of tokens per sequence (see ``kv_cache``).
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SoftmaxAttention(TokenMixer):
         if rope_scaling is not None:
             if rope_theta is None:
                 raise ValueError("rope_scaling: expected None without rope_theta, got a scaling")
-            rotary_frequencies(self.head_dim, rope_theta, rope_scaling)  # names what is wrong with it
+            rotary_frequencies(self.head_dim, rope_theta, rope_scaling)  # checks the options
         check_number("softcap", softcap, positive=True)
         self.window = window if window is None else positive("window", window)
         self.num_heads, self.num_key_value_heads = num_heads, kv_heads
@@ -89,7 +89,7 @@ class SoftmaxAttention(TokenMixer):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        """Of a prompt of ``tokens``; a full cache grows from there (see ``kv_cache``)."""
+        """Return the cache's shapes and dtypes after a prompt; a full cache grows from there (see ``kv_cache``)."""
         kept = ((batch_size, self.window or tokens, self.num_key_value_heads, self.head_dim), dtype)
         return {"keys": kept, "values": kept, "lengths": ((batch_size,), torch.int64)}
 
@@ -112,12 +112,12 @@ class SoftmaxAttention(TokenMixer):
             q, k = (apply_rotary(x, position_ids, self.rope_theta, self.rope_scaling) for x in (q, k))
         shards = local_shards(hidden_states, cu_seqlens, cache)
         if shards is not None:
-            o = self._share(q, k, v, shards, cache)
+            o = self._attend_sharded(q, k, v, shards, cache)
         elif cache is not None and "keys" in cache and self._is_step(hidden_states, cu_seqlens):
             kv_cache.append(cache, k, v, None, self.window)
             o = flash_decode(q, cache["keys"], cache["values"], cache_lengths=cache["lengths"], **self._options())
         elif cache is not None and "keys" in cache:
-            o = self._continue(q, k, v, cu_seqlens, cache)
+            o = self._attend_chunk(q, k, v, cu_seqlens, cache)
             kv_cache.append(cache, k, v, cu_seqlens, self.window)
         else:
             o = flash_attention(q, k, v, window=self.window, cu_seqlens_q=cu_seqlens, **self._options())
@@ -126,21 +126,21 @@ class SoftmaxAttention(TokenMixer):
         return self.o_proj(rearrange(o, "b t h d -> b t (h d)"))
 
     def _is_step(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
-        """Few new tokens, all of whose keys are kept side by side: one in a ring buffer, several in a full cache."""
+        """Whether ``flash_decode`` can run the call: one new token for a ring buffer, a few for a full cache."""
         most = MOST_NEW_TOKENS if self.window is None else 1
         return 1 <= hidden_states.shape[1] <= most and cu_seqlens is None and not torch.is_grad_enabled()
 
     def _options(self) -> dict[str, Any]:
-        """Of either operator."""
+        """Return the options that ``flash_attention`` and ``flash_decode`` share."""
         slopes = None if self.alibi is None else self.alibi()
         return {"alibi_slopes": slopes, "sinks": self.sinks, "softcap": self.softcap, "backend": self.backend}
 
-    def _share(self, q: Tensor, k: Tensor, v: Tensor, shards: Shards, cache: Cache | None) -> Tensor:
-        """This rank's part under sequence_parallel."""
+    def _attend_sharded(self, q: Tensor, k: Tensor, v: Tensor, shards: Shards, cache: Cache | None) -> Tensor:
+        """Return the output of this rank's tokens under sequence_parallel, and fill the cache."""
         options = self._options()
         if self.window is not None:
             o = attend_with_halo(shards, q, k, v, self.window - 1, {**options, "window": self.window})
-        elif self.alibi is not None:  # a part of the keys has distances of its own in the operator
+        elif self.alibi is not None:  # a ring passes only parts of the keys to the operator, without their distances
             o = attend_with_halo(shards, q, k, v, None, options)
         else:
             o = ring_attention(shards, q, k, v, self.sinks, {"softcap": self.softcap, "backend": self.backend})
@@ -150,8 +150,8 @@ class SoftmaxAttention(TokenMixer):
             kv_cache.append(cache, keys, values, None, self.window, skipped=shards.context.tokens - kept.shape[1])
         return o
 
-    def _continue(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cache: Cache) -> Tensor:
-        """Several new tokens after kept ones: every sequence's kept and new keys, packed."""
+    def _attend_chunk(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cache: Cache) -> Tensor:
+        """Attend from several new tokens to the cached and new keys of each sequence, in one packed call."""
         batch, tokens = q.shape[:2]
         if cu_seqlens is None:
             cu_seqlens = torch.arange(batch + 1, device=q.device) * tokens

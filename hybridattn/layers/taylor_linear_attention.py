@@ -1,4 +1,4 @@
-"""BASED's linear attention."""
+"""BASED's linear attention layer, with a second-order Taylor approximation of softmax."""
 
 from torch import Tensor
 
@@ -11,14 +11,15 @@ class TaylorLinearAttention(LinearAttention):
     """Linear attention whose weights are the second-order Taylor series of softmax attention's exponential.
 
     Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (BASED, 2024),
-    section 4.1: no rotary positions, decay or gate; weights are normalised; one output projection.
+    section 4.1. The layer has no rotary positions, decay or gate. It normalises the weights and has one output
+    projection.
 
     Args:
         hidden_size: model dimension.
         num_heads: H.
-        key_dim: the paper's d', per head; the state holds 1 + d' + d' (d' + 1) / 2 packed features for it.
+        key_dim: d' of the paper, per head. The state has P = 1 + d' + d' (d' + 1) / 2 packed features.
         value_dim: V, per head; hidden_size / num_heads by default.
-        backend: of the operator.
+        backend: backend of the operator.
 
     The cache holds the state [N,H,P,V] and the sum of the features [N,H,P].
     """
@@ -38,5 +39,5 @@ class TaylorLinearAttention(LinearAttention):
         self.state_dim = features.count(self.key_dim)
 
     def state_keys(self, k: Tensor) -> Tensor:
-        """Return the keys' features, scaled as in the operator."""
+        """Return the Taylor features of the keys, scaled as in the operator."""
         return features.taylor(k.to(compute_dtype(k)) * self.key_dim**-0.25)

@@ -1,4 +1,4 @@
-"""Published shapes, by name: ``PRESETS[name]()`` is the configuration, with further fields where they are given."""
+"""Configurations of published models by name: ``PRESETS[name](**fields)`` constructs one, and fields override it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +42,7 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
     "jrt_1b3": partial(
         HybridAttnJRTConfig, hidden_size=1792, intermediate_size=3584, mixers=stack(36, "prefix", _BASED_1B3)
     ),
-    # Constant decays, gates per head and softmax layers in the frame of gla_340m
+    # Constant decays, gates per head and softmax layers at the width and depth of gla_340m
     "retnet_340m": partial(
         HybridAttnConfig,
         hidden_size=1024,
@@ -77,9 +77,9 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
     ),
 }
 
-# What was published of them: parameters, and the state of a sequence, in elements or in bytes of 16-bit numbers. Of
-# BASED that counts both halves of the symmetric features (273 instead of 153 for d' = 16) and three inputs of a
-# convolution instead of two.
+# Published numbers of parameters, and published state sizes of a sequence, in elements or in bytes of 16-bit numbers.
+# BASED's state sizes count both halves of the symmetric features (273 instead of 153 for d' = 16), and three cached
+# inputs of a convolution instead of two.
 PUBLISHED: dict[str, tuple[str, str]] = {
     "gla_340m": ("340M", ""),
     "gla_1b3": ("1.3B", ""),

@@ -1,7 +1,7 @@
-"""What a checkpoint carries so that it opens in a program that never imported hybridattn.
+"""Remote-code module in checkpoints, so that ``trust_remote_code=True`` opens them without ``import hybridattn``.
 
-With ``trust_remote_code=True`` transformers runs a module that lies in the checkpoint and is named in ``auto_map`` of
-its configuration. Ours only imports the installed classes: the code itself comes with the package.
+transformers runs the module of the checkpoint that ``auto_map`` in its configuration names. The module only imports the
+classes of the installed package.
 """
 
 import os
@@ -17,12 +17,12 @@ AUTO_CLASSES = {
 
 
 def auto_map(family: str) -> dict[str, str]:
-    """Auto class -> where its class is, for the classes whose names begin with ``family``."""
+    """Return ``auto_map``: Auto class -> module and name of the class, for class names that begin with ``family``."""
     return {auto: f"{MODULE}.{family}{ending}" for auto, ending in AUTO_CLASSES.items()}
 
 
 def write(folder: str | os.PathLike, family: str) -> None:
-    """Write the module into a checkpoint."""
+    """Write the module into the checkpoint ``folder``; ``family`` is the prefix of the class names."""
     names = "".join(f"    {family}{ending},\n" for ending in AUTO_CLASSES.values())
     Path(folder, f"{MODULE}.py").write_text(
         f'"""The classes of this checkpoint: `pip install hybridattn`."""\n\nfrom hybridattn import (\n{names})\n'

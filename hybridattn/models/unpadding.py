@@ -1,4 +1,4 @@
-"""Padding is packing: the real tokens of a padded batch as one packed row, and back."""
+"""Conversion of a padded batch to one packed row of its real tokens, and back."""
 
 from typing import NamedTuple
 
@@ -8,17 +8,20 @@ from torch.nn import functional as F
 
 
 class Packing(NamedTuple):
-    """Which tokens of a padded batch are real, and their offsets as one packed row."""
+    """Indices of the real tokens of a padded batch, and the offsets of the sequences in the packed row."""
 
-    tokens: Tensor  # places [n] in the flattened batch
-    cu_seqlens: Tensor  # [B+1]
+    tokens: Tensor  # indices [n] into the flattened batch
+    cu_seqlens: Tensor  # offsets [B+1]
 
     @staticmethod
     def of(mask: Tensor) -> "Packing":
-        """mask: boolean [B,T], True for real tokens anywhere in the row.
+        """Return the packing for a mask.
 
-        A graph being traced cannot depend on their number: there padding comes last in the packed row, where tokens
-        belong to no sequence.
+        Under torch.compile shapes cannot depend on the number of real tokens. There, the packed row also contains the
+        padding, after the last sequence.
+
+        Args:
+            mask: boolean [B,T], True for real tokens, which may be anywhere in a row.
         """
         cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
         if torch.compiler.is_compiling():
@@ -26,12 +29,12 @@ class Packing(NamedTuple):
         return Packing(mask.flatten().nonzero().squeeze(1), cu_seqlens)
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B,T,..] -> [1,n,..]."""
+        """Select the real tokens: [B,T,..] -> [1,n,..]."""
         return x.flatten(0, 1)[self.tokens][None]
 
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
-        """[1,n,D] -> the shape of ``like`` [B,T,D], zeros for padding."""
-        if torch.compiler.is_compiling():  # see ``of``
+        """Undo ``pack``: [1,n,D] -> [B,T,D], the shape of ``like``, with zeros for padding."""
+        if torch.compiler.is_compiling():  # the packed row contains padding, see ``of``
             padding = torch.arange(packed.shape[1], device=packed.device) >= self.cu_seqlens[-1]
             packed = packed.masked_fill(padding[:, None], 0)
         out = packed.new_zeros(like.shape[0] * like.shape[1], packed.shape[-1])

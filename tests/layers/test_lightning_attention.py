@@ -1,4 +1,4 @@
-"""Lightning attention as published, and as transformers has it."""
+"""Lightning attention against its published formula, and against the layer of transformers."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hybridattn.layers import LightningAttention
 
 
 @pytest.mark.parametrize("activate_values", [True, False])
-def test_lightning_attention_is_the_published_layer(activate_values: bool):
+def test_lightning_attention_equals_the_published_formula(activate_values: bool):
     heads, dim, tokens = 3, 12, 7
     layer = LightningAttention(dim, heads, layer_idx=1, num_layers=4, activate_values=activate_values).double()
     x = torch.randn(1, tokens, dim).double()
@@ -33,8 +33,8 @@ def test_lightning_attention_is_the_published_layer(activate_values: bool):
 
 
 @torch.no_grad()
-def test_lightning_attention_is_that_of_minimax():
-    """With its slopes given as numbers; its norm has weights, of one at first, and no scale before it."""
+def test_lightning_attention_equals_minimax_of_transformers():
+    """With the slopes of transformers as numbers. Its norm has weights, initially one, and no scale before it."""
     config = MiniMaxConfig(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=4, block_size=4, head_dim=8, hidden_act="silu"
     )

@@ -1,4 +1,4 @@
-"""Every mixer alone, a row each in MIXERS: cached = uncached, packed = one by one, causal, gradients, cache bytes."""
+"""Every mixer of MIXERS without a decoder: cached and packed calls, causality, gradients, cache sizes, bad options."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -28,8 +28,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 class Prefixed(PrefixLinearAttention):
-    """Reads the first token of every sequence as its prefix. One token: of more, the laws of splits and causality hold
-    behind the prefix only (see test_prefix_linear_attention.py)."""
+    """A layer whose prefix is the first token of every sequence.
+
+    With a longer prefix, causality and equality of splits hold only after it (see test_prefix_linear_attention.py).
+    """
 
     def forward(
         self,
@@ -82,7 +84,7 @@ MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "conv": lambda: BaseConv(D),
     "conv, not expanded": lambda: BaseConv(D, expand=0),
 }
-# Rows that run the same code as another one, with other numbers or with fewer options. Tracing takes a second for each.
+# Mixers whose code another row covers, with other sizes or more options. Tracing a mixer takes a second.
 TRACED_BY_OTHERS = {
     "retention, no positions",
     "lightning, linear values",
@@ -100,7 +102,7 @@ TRACED_BY_OTHERS = {
     "short convolution of 1",
     "conv, not expanded",
 }
-# Rows whose packed form tests/models/decoder/test_compile.py compiles.
+# Mixers whose packed form tests/models/decoder/test_compile.py compiles.
 TRACED_BY_THE_DECODER = {
     "gla",
     "gla, short convolutions",
@@ -119,7 +121,7 @@ CONSTANT = [name for name in MIXERS if "full" not in name]
 @pytest.fixture(params=MIXERS)
 def mixer(request: pytest.FixtureRequest) -> TokenMixer:
     made = MIXERS[request.param]().double()
-    with torch.no_grad():  # what starts at zero would hide that it is left out
+    with torch.no_grad():  # with initial values of zero, a mixer that omits them would pass
         for name, parameter in made.named_parameters():
             if name.endswith(("bias", "sinks")):
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -154,7 +156,7 @@ def test_packed_equals_one_by_one(mixer: TokenMixer, lengths: list[int]):
 
 
 def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
-    """Ragged prompts, then ragged continuations, then steps of all rows, equal every sequence alone."""
+    """Packed prompts, then packed chunks, then steps of all rows give the outputs of each sequence alone."""
     lengths, more = [3, 0, 20, 1], [2, 9, 0, 1]
     rows = [torch.randn(1, n + m + 4, D).double() for n, m in zip(lengths, more, strict=True)]
     cache = Cache()
@@ -170,7 +172,7 @@ def test_packed_steps_after_packed_prompts(mixer: TokenMixer):
         ]
         for row, (x, n, e, part) in enumerate(zip(rows, lengths, ends, o[0].split(more), strict=True)):
             if isinstance(mixer, Prefixed) and n == 0:
-                continue  # its prefix would have had to come with the first call
+                continue  # its prefix would have to be in the first call, which has no token of it
             expected = mixer(x)[0]
             close(part, expected[n:e])
             close(torch.cat([s[row] for s in steps]), expected[e:])
@@ -191,7 +193,7 @@ def test_gradients(mixer: TokenMixer):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_cache_holds_what_was_declared(mixer: TokenMixer, batch: int):
+def test_the_cache_has_the_shapes_of_cache_spec(mixer: TokenMixer, batch: int):
     mixer.float()
     with torch.no_grad():
         cache = Cache()
@@ -202,7 +204,7 @@ def test_the_cache_holds_what_was_declared(mixer: TokenMixer, batch: int):
 
 
 @pytest.mark.parametrize("name", CONSTANT)
-def test_constant_states_do_not_grow_and_stay_where_they_are(name: str):
+def test_constant_states_keep_their_size_and_address(name: str):
     mixer = MIXERS[name]()
     assert mixer.cache_spec(2, 10, torch.bfloat16) == mixer.cache_spec(2, 10**6, torch.bfloat16)
     cache = Cache()
@@ -255,13 +257,13 @@ def test_forward_and_backward_compile_without_a_graph_break(mixer: TokenMixer, o
         close(compiled, eager)
 
 
-def test_positions_can_be_given():
+def test_position_ids_set_the_rotary_positions():
     mixer, x = SoftmaxAttention(D, num_heads=2), torch.randn(1, 6, D)
     torch.testing.assert_close(mixer(x, position_ids=torch.arange(6)[None] + 50), mixer(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mixer(x, position_ids=2 * torch.arange(6)[None]), mixer(x))
 
 
-def test_gated_linear_attention_is_the_published_layer():
+def test_gated_linear_attention_equals_the_published_formula():
     layer, x = (
         GatedLinearAttention(D, num_heads=2, gate_rank=3, gate_bias_range=(-2.0, 2.0)).double(),
         torch.randn(1, 7, D),
@@ -285,8 +287,8 @@ def test_gated_linear_attention_is_the_published_layer():
 
 
 @pytest.mark.parametrize("gate_per", ["channel", "head"])
-def test_a_gate_has_a_least_value(gate_per: str):
-    """The log-decay itself is limited, after the normaliser; what is above the limit stays."""
+def test_gate_min_limits_the_log_decay(gate_per: str):
+    """The limit applies after the normaliser, and does not change greater log-decays."""
     free, least = (GatedLinearAttention(D, num_heads=2, gate_per=gate_per, gate_min=g) for g in (None, -0.03))
     least.load_state_dict(free.state_dict())
     x = 3 * torch.randn(2, 40, D)
@@ -295,7 +297,7 @@ def test_a_gate_has_a_least_value(gate_per: str):
     assert torch.equal(least.log_decay(x), g.clamp(min=-0.03))
 
 
-def test_a_gate_per_head_is_that_of_mamba_2():
+def test_a_gate_per_head_equals_the_formula_of_mamba_2():
     layer, x = GatedLinearAttention(D, num_heads=2, key_dim=2, gate_per="head").double(), torch.randn(1, 9, D).double()
     gate = layer.gk_proj
     assert isinstance(gate, HeadDecay)
@@ -320,7 +322,7 @@ def test_a_cache_of_another_batch_is_refused(mixer: TokenMixer):
             mixer(torch.randn(3, 5, D), cache=cache)
 
 
-def test_a_cache_is_a_cache(mixer: TokenMixer):
+def test_a_plain_dict_as_cache_is_refused(mixer: TokenMixer):
     with pytest.raises(ValueError, match=r"cache: expected a hybridattn.layers.Cache or None, got dict"):
         mixer(torch.randn(2, 5, D).double(), cache={})
 
@@ -364,7 +366,7 @@ BAD = {
     ),
     "rope without its factor": (
         lambda: SoftmaxAttention(D, num_heads=2, rope_scaling={"rope_type": "linear"}),
-        "rope_scaling of type 'linear': .*missing .* 'factor'",
+        "rope_scaling: .* of type 'linear', got .*missing .* 'factor'",
     ),
     "rope scaled but absent": (
         lambda: SoftmaxAttention(D, num_heads=2, rope_theta=None, rope_scaling=YARN),
@@ -396,19 +398,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_options_are_named(name: str):
+def test_errors_name_bad_options(name: str):
     make, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_autocast(mixer: TokenMixer):
-    """A 16-bit region changes the precision and nothing else; no layer warns in it."""
+    """Outputs under autocast to bf16 are near those in fp32, gradients are fp32, and no layer warns."""
     mixer.float()
     x = torch.randn(2, TOKENS, D)
     with torch.autocast("cpu", torch.bfloat16):
         o = mixer(x)
         o.float().square().sum().backward()
-    expected = mixer(x).detach()  # by norm: single elements of gates from -40 on are off by several roundings
+    expected = mixer(
+        x
+    ).detach()  # compared by norm: with gates down to -40, single elements differ by several roundings
     assert (o.detach().float() - expected).norm() < 0.04 * expected.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())

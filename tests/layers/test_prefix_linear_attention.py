@@ -1,4 +1,4 @@
-"""The prefix of JRT: read both ways, equal to reading it twice if projections are tied, and kept by the cache."""
+"""JRT's prefix: bidirectional attention, equality with reading the prefix twice if projections are tied, caches."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_prefix_linear_attention_is_the_published_formula():
+def test_prefix_linear_attention_equals_the_published_formula():
     layer, x, prefix = make(), torch.randn(1, TOKENS, D).double(), 6
 
     def heads(p: torch.nn.Linear | None) -> Tensor:
@@ -44,7 +44,7 @@ def test_prefix_linear_attention_is_the_published_formula():
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 9, TOKENS])
-def test_tied_projections_are_the_second_half_of_reading_twice(prefix: int):
+def test_tied_projections_equal_the_second_half_of_reading_twice(prefix: int):
     layer, x = make(tie_prefix=True), torch.randn(1, TOKENS, D).double()
     text = torch.cat((x[:, :prefix], x), 1)
     q, k, v = (p(text).unflatten(-1, (2, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
@@ -61,13 +61,15 @@ def test_without_a_prefix_it_is_taylor_linear_attention():
     close(layer(x, prefix_lengths=torch.tensor([0, 0])), plain(x))
 
 
-def test_the_prefix_is_seen_both_ways_and_the_rest_is_causal():
+def test_attention_is_bidirectional_in_the_prefix_and_causal_after_it():
     layer, x, lengths = make(), torch.randn(1, TOKENS, D).double(), torch.tensor([8])
     before = layer(x, prefix_lengths=lengths)
     inside, behind = x.clone(), x.clone()
     inside[:, 7] += 1
     behind[:, 12] += 1
-    assert (layer(inside, prefix_lengths=lengths) - before).abs().amin(-1).min() > 0  # all tokens see it, the first too
+    assert (layer(inside, prefix_lengths=lengths) - before).abs().amin(
+        -1
+    ).min() > 0  # all tokens attend to it, also the first
     after = layer(behind, prefix_lengths=lengths)
     close(after[:, :12], before[:, :12])
     assert (after - before)[:, 12:].abs().amin(-1).min() > 0
@@ -91,7 +93,7 @@ def test_a_prompt_then_chunks_and_steps_equal_one_pass():
 
 
 @torch.no_grad()
-def test_packed_prompts_and_ragged_continuations_equal_every_sequence_alone():
+def test_packed_prompts_and_chunks_equal_each_sequence_alone():
     layer, lengths, prefixes, more = make(), [5, 0, 11, 1, 8], [5, 0, 3, 1, 0], [2, 3, 0, 4, 1]
     rows = [torch.randn(1, n + m + 2, D).double() for n, m in zip(lengths, more, strict=True)]
     cache = Cache()
@@ -105,14 +107,18 @@ def test_packed_prompts_and_ragged_continuations_equal_every_sequence_alone():
         close(torch.cat((first, second, *(s[n] for s in steps))), expected)
 
 
-def test_what_a_prefix_cannot_be_is_named():
+def test_errors_name_bad_prefix_lengths():
     layer, x, cache = make(), torch.randn(2, 5, D).double(), Cache()
     ends = torch.tensor([0, 2, 5])
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to the tokens given .*\[5, 5\], got \[5, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*\[5, 5\], got \[5, 6\]"
+    ):
         layer(x, prefix_lengths=torch.tensor([5, 6]))
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to the tokens given .*, got \[-1, 0\]"):
+    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*, got \[-1, 0\]"):
         layer(x, prefix_lengths=torch.tensor([-1, 0]))
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to the tokens given .*\[2, 3\], got \[3, 0\]"):
+    with pytest.raises(
+        ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*\[2, 3\], got \[3, 0\]"
+    ):
         layer(x[:1], cu_seqlens=ends, prefix_lengths=torch.tensor([3, 0]))
     with pytest.raises(ValueError, match=r"prefix_lengths: expected shape \[N=2\], got \[1\]"):
         layer(x, prefix_lengths=torch.tensor([3]))

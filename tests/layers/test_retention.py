@@ -1,4 +1,4 @@
-"""Retention as Sun et al. write it."""
+"""Retention against the formulas of Sun et al."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch import Tensor
 from hybridattn.layers import Retention
 
 
-def test_retention_is_the_published_layer():
-    """Equations 5 and 8, one pair of tokens after the other, the rotation by complex numbers."""
+def test_retention_equals_the_published_formula():
+    """Equations 5 and 8, computed for each pair of tokens, with complex numbers for the rotation."""
     heads, dim, tokens = 2, 12, 7
     layer, x = Retention(dim, num_heads=heads).double(), torch.randn(1, tokens, dim).double()
 

@@ -1,4 +1,4 @@
-"""The rules that stretch rotary positions, against those of transformers."""
+"""Scaling of rotary frequencies against transformers."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("dim", [8, 64, 128])
 @pytest.mark.parametrize("name", RULES)
-def test_frequencies_are_those_of_transformers(name: str, dim: int, theta: float):
+def test_frequencies_equal_those_of_transformers(name: str, dim: int, theta: float):
     rule = RULES[name]
     config = LlamaConfig(
         head_dim=dim,
@@ -74,7 +74,7 @@ def test_frequencies_are_those_of_transformers(name: str, dim: int, theta: float
     assert not torch.allclose(frequencies, rotary_frequencies(dim, theta)[0])
 
 
-def test_the_factor_scales_what_is_rotated():
+def test_the_attention_factor_scales_the_rotated_heads():
     x, positions = torch.randn(1, 5, 2, 8), torch.arange(5)[None]
     plain = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
     one, twice = (apply_rotary(x, positions, 1e4, {**plain, "attention_factor": f}) for f in (1.0, 2.0))
@@ -87,11 +87,11 @@ def test_the_factor_scales_what_is_rotated():
     [
         ({"factor": 2.0}, r"expected a dict with a rope_type of \['linear', 'llama3', 'yarn'\], got None"),
         ({"rope_type": "longrope"}, "expected a dict with a rope_type of .*, got 'longrope'"),
-        ({"rope_type": "llama3", "factor": 8.0}, "rope_scaling of type 'llama3': .*missing 3 required"),
-        ({"rope_type": "linear", "factor": 8.0, "beta": 1}, "type 'linear': .*unexpected keyword argument 'beta'"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_scaling: .* of type 'llama3', got .*missing 3 required"),
+        ({"rope_type": "linear", "factor": 8.0, "beta": 1}, "type 'linear', got .*unexpected keyword argument 'beta'"),
     ],
 )
-def test_what_is_not_supported_is_named(rule: dict[str, Any], message: str):
+def test_errors_name_unsupported_scalings(rule: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         rotary_frequencies(8, 1e4, rule)
 
@@ -105,6 +105,6 @@ def test_what_is_not_supported_is_named(rule: dict[str, Any], message: str):
         (10.0, {"rope_type": "linear", "factor": 0.0}, "rope_scaling: expected a positive factor, got 0.0"),
     ],
 )
-def test_what_makes_no_angles_is_named(theta: float, scaling: Any, message: str):
+def test_errors_name_bad_thetas_and_factors(theta: float, scaling: Any, message: str):
     with pytest.raises(ValueError, match=message):
         rotary_frequencies(8, theta, scaling)

@@ -1,4 +1,4 @@
-"""The published slopes, and constants that survive what happens to a module."""
+"""Published slopes; constants stay fp32 when a module is cast, are not saved, and survive the meta device."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Softmax attention with each of its options, against the formula written token by token."""
+"""Softmax attention with each of its options against the formula, computed token by token."""
 
 from typing import Any
 
@@ -31,11 +31,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", OPTIONS)
-def test_softmax_attention_is_the_formula(name: str):
+def test_softmax_attention_equals_the_formula(name: str):
     options, (heads, kv_heads, dim, tokens) = OPTIONS[name], (4, 2, 6, 8)
     layer = SoftmaxAttention(24, heads, kv_heads, **options).double()
     for parameter in layer.parameters():
-        parameter.normal_(std=0.5)  # norms, sinks and sharp scores that do something
+        parameter.normal_(std=0.5)  # so that norms, sinks and large scores affect the output
     x = torch.randn(1, tokens, 24).double()
 
     def normed(y: torch.Tensor, norm: str) -> torch.Tensor:
@@ -78,8 +78,8 @@ def test_softmax_attention_is_the_formula(name: str):
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_sharp_options_with_caches(name: str, window: int | None):
-    """As the splits of test_mixers, with scores on which every option bites: chunks, then steps, around the ring."""
+def test_all_options_with_large_scores_and_caches(name: str, window: int | None):
+    """Chunks, then steps, that wrap around the ring buffer equal one pass, with scores that every option changes."""
     layer = SoftmaxAttention(24, 4, 2, **{**OPTIONS[name], "window": window}).double()
     for parameter in layer.parameters():
         parameter.normal_(std=0.5)

@@ -1,4 +1,7 @@
-"""What users of transformers expect of any model, for every family and three hybrids; test_decoder.py has the rest."""
+"""Features of transformers (pipelines, peft, Trainer, plans, remote code) with every family and three hybrids.
+
+The tests of the decoder itself are in decoder/test_decoder.py.
+"""
 
 import copy
 import json
@@ -85,7 +88,7 @@ def model(config: HybridAttnConfig) -> HybridAttnForCausalLM:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, after <pad> and <eos>."""
+    """Return a tokenizer of bytes, whose first ids are <pad> and <eos>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     bytes_ = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -132,8 +135,8 @@ def test_sharded_files(model: HybridAttnForCausalLM, tmp_path: Path):
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed: make test-oldest")
-def test_linear_maps_in_eight_bits(run_python: Callable[..., str], tmp_path: Path):
-    """Loaded so by torchao, through transformers: all but the head; the results are those of rounded maps."""
+def test_linear_layers_in_int8(run_python: Callable[..., str], tmp_path: Path):
+    """torchao quantises all linear layers except the head; the logits are those of the rounded weights."""
     save_all(tmp_path)
     run_python(f"""
 import torch, hybridattn
@@ -161,11 +164,11 @@ for name in ("gla", "jrt", "full and gla"):
     ("name", "dtype"), [*((name, torch.bfloat16) for name in CONFIGS), ("based", torch.float16), ("gla", torch.float16)]
 )
 def test_sixteen_bits_stay_finite(name: str, dtype: torch.dtype):
-    """With hot gates at 4,096 tokens, and at most 1.5 times as far from fp32 as the token-by-token operators."""
+    """At 4,096 tokens with strong decays, the error is at most 1.5 times that of the token-by-token operators."""
     model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("gk_proj.up.bias"):
-            parameter.uniform_(-900, 4)  # log decays to -56 a token
+            parameter.uniform_(-900, 4)  # log-decays down to -56 per token
     rows = ids(1, 4096)
     exact = model(rows).logits
     reference = AutoModelForCausalLM.from_config(
@@ -198,7 +201,7 @@ def test_states_of_sixteen_bits(config: HybridAttnConfig, dtype: str):
 
 
 def grown(config: HybridAttnConfig, tokens: int) -> int:
-    """Bytes that full attention allocates beyond a prompt of 20 tokens to hold ``tokens``, fp32, two rows."""
+    """Return the bytes that full attention allocates from 20 tokens on to hold ``tokens``, in fp32 for two rows."""
     layers = config.mixers.count("full")
     full = AutoModelForCausalLM.from_config(CONFIGS["full and gla"](mixers=["full"])).eval() if layers else None
     if full is None:
@@ -212,8 +215,8 @@ def grown(config: HybridAttnConfig, tokens: int) -> int:
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_memory_stays_where_it_is():
-    """Over 2,000 steps after the first 1,000 the cache does not grow, and the process by less than 132 bytes a step."""
+def test_memory_does_not_grow_while_decoding():
+    """From step 1,000 to 3,000, the cache does not grow and the process grows by less than 132 bytes per step."""
     config = CONFIGS["based"](mixers=["conv", "taylor", "window", "gla"])
     model = AutoModelForCausalLM.from_config(config).eval()
     cache, token, process = model(ids(1, 8), use_cache=True).past_key_values, ids(1, 1), psutil.Process()
@@ -226,7 +229,7 @@ def test_memory_stays_where_it_is():
     assert sizes[-1][1] - sizes[1][1] < 2**18
 
 
-def test_what_cannot_be_is_refused(model: HybridAttnForCausalLM):
+def test_attention_weights_and_assisted_generation_are_refused(model: HybridAttnForCausalLM):
     with pytest.raises(ValueError, match="output_attentions: expected False"):
         model(ids(1, 3), output_attentions=True)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
@@ -235,7 +238,7 @@ def test_what_cannot_be_is_refused(model: HybridAttnForCausalLM):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
 def test_lora(model: HybridAttnForCausalLM, tmp_path: Path):
-    """Adapters of every linear map train, are saved, loaded and merged; the model itself stays as it was."""
+    """Adapters of every linear layer train, save, load and merge; the base model does not change."""
     plain, rows = copy.deepcopy(model), ids(4, 12)
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
@@ -257,7 +260,7 @@ def test_lora(model: HybridAttnForCausalLM, tmp_path: Path):
 
 
 def test_trainer_on_packed_rows_in_bf16(model: HybridAttnForCausalLM, tmp_path: Path):
-    """Rows of different lengths flattened into one: the same loss as one by one, and training lowers it."""
+    """Packed rows of different lengths have the loss of separate rows, and training lowers it."""
     rows = [{"input_ids": list(range(2, 2 + n))} for n in (7, 12, 9, 1, 10)]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = collate(rows)
@@ -267,7 +270,7 @@ def test_trainer_on_packed_rows_in_bf16(model: HybridAttnForCausalLM, tmp_path: 
         losses = [model(x, labels=x).loss * (x.shape[1] - 1) for x in alone]
         torch.testing.assert_close(packed, sum(losses) / sum(x.shape[1] - 1 for x in alone))
         positions = {name: x for name, x in batch.items() if name in ("input_ids", "position_ids")}
-        with pytest.raises(ValueError, match="position_ids: expected none that start again"):
+        with pytest.raises(ValueError, match="position_ids: expected ascending positions"):
             model(**positions)
     options = {"output_dir": tmp_path, "max_steps": 12, "logging_steps": 6, "report_to": [], "disable_tqdm": True}
     args = TrainingArguments(
@@ -279,8 +282,8 @@ def test_trainer_on_packed_rows_in_bf16(model: HybridAttnForCausalLM, tmp_path: 
     assert logged[1] < logged[0]
 
 
-def test_plans_name_parts_of_the_model(model: HybridAttnForCausalLM):
-    """Those of tensor, pipeline and FSDP2 parallelism: every module they name is there, and no part is left out."""
+def test_parallelism_plans_name_modules_of_the_model(model: HybridAttnForCausalLM):
+    """The plans of tensor, pipeline and FSDP2 parallelism name existing modules, and omit none."""
     modules = {re.sub(r"\d+", "*", name) for name, _ in model.model.named_modules()}
     config = model.config
     assert {"layers.*.mlp.up_proj"} <= set(config.base_model_tp_plan) <= modules
@@ -294,10 +297,10 @@ def test_plans_name_parts_of_the_model(model: HybridAttnForCausalLM):
 def test_checkpoints_open_without_an_import(
     run_python: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With trust_remote_code=True, in programs that do not import the library; also what these save themselves."""
+    """trust_remote_code=True opens checkpoints in programs that do not import the library, also those they save."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     save_all(tmp_path / "first")
-    for name, make in CONFIGS.items():  # one class brings the others in, so that a missing entry would not be noticed
+    for name, make in CONFIGS.items():  # loading one class imports the others, which would hide a missing entry
         family = type(make()).__name__.removesuffix("Config")
         classes = json.loads((tmp_path / "first" / name / "config.json").read_text())["auto_map"]
         assert {auto: path.partition(f".{family}")[2] for auto, path in classes.items()} == {
@@ -322,7 +325,7 @@ for name in {list(CONFIGS)}:
 
 
 def save_all(folder: Path) -> None:
-    """A model of every configuration, in a folder of its name, with tokens and the logits expected of them."""
+    """Save a model of every configuration in a folder of its name, with token ids and their logits."""
     for name, make in CONFIGS.items():
         model, rows = AutoModelForCausalLM.from_config(make()).eval(), ids(2, 9)
         model.save_pretrained(folder / name)
@@ -338,8 +341,8 @@ def save_all(folder: Path) -> None:
         ("full", {"alibi": True, "rope_theta": None}),
     ],
 )
-def test_what_is_kept_per_head_is_not_shared_out(mixer: str, option: dict[str, Any]):
-    """The plan shares the weights of a mixer out only where nothing else of it has heads."""
+def test_mixers_with_other_parameters_per_head_are_not_split(mixer: str, option: dict[str, Any]):
+    """The plan splits a mixer only if none of its other parameters, constants or buffers have heads."""
     options = {"num_heads": 2}
     plan, without = (
         HybridAttnConfig(**SIZES, mixers=[mixer], mixer_options={mixer: {**options, **more}}).base_model_tp_plan
@@ -353,7 +356,7 @@ def test_what_is_kept_per_head_is_not_shared_out(mixer: str, option: dict[str, A
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="spawns processes with gloo")
 def test_tensor_parallel(run_python: Callable[..., str], tmp_path: Path):
-    """Two processes, each with half of every matrix that the plan shares out, compute what one does."""
+    """Two processes, each with half of every split matrix, compute the logits of one process."""
     save_all(tmp_path)
     worker = tmp_path / "worker.py"
     worker.write_text(f"""

@@ -1,4 +1,4 @@
-"""The published shapes: their parameters and the state they keep."""
+"""Numbers of parameters and state sizes of the presets against published numbers."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_parameters_are_within_one_percent(name: str):
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_parameters_that_are_counted_without_the_model_are_the_models(is_tied: bool):
+def test_parameters_of_equals_the_number_of_the_model(is_tied: bool):
     config = PRESETS["hybrid_340m"](tie_word_embeddings=is_tied, input_conv_size=4)
     with torch.device("meta"):
         model = HybridAttnForCausalLM(config)
@@ -47,7 +47,7 @@ def test_parameters_that_are_counted_without_the_model_are_the_models(is_tied: b
     [("based_360m", 1024, [1, 6, 11, 16, 21], 2.83e6), ("based_1b3", 1792, [1, 6, 11, 16, 21, 27, 33], 6.90e6)],
 )
 def test_state_of_based(name: str, d: int, linear: list[int], published: float):
-    """Where the layers are, and the published number of elements: with all 273 features and three inputs of a conv."""
+    """The positions of the layers, and the published number of elements, which counts 273 features and 3 inputs."""
     kinds = {BaseConv: "conv", TaylorLinearAttention: "taylor", SoftmaxAttention: "window"}
     layers = [kinds[type(layer.mixer)] for layer in on_meta(name).model.layers]
     assert [i for i, kind in enumerate(layers) if kind == "taylor"] == linear
@@ -68,7 +68,7 @@ def test_state_of_based(name: str, d: int, linear: list[int], published: float):
 
 @pytest.mark.parametrize(("name", "published"), [("transformer_360m", 98e3), ("transformer_1b3", 242e3)])
 def test_bytes_per_token_of_attention(name: str, published: float):
-    """Of keys and values in 16 bits, in one more token of context."""
+    """Bytes of keys and values per token in a 16-bit dtype."""
     per_token = [
         sum(cache_elements(x) for x in cache_spec(PRESETS[name](), batch_size=1, tokens=t, dtype=torch.bfloat16))
         for t in (100, 101)

@@ -1,4 +1,4 @@
-"""The Auto classes find our models whatever is imported first: every order in a process of its own."""
+"""Auto classes find this package's models for every order of imports, each in a new process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("hybridattn", vocab_size=32, hidden_size=16, mixers=["conv"])
 assert AutoModelForCausalLM.from_config(config).config.mixers == ["conv"]
 """
-# As in a worker process that is spawned: it gets a configuration without ever calling its constructor.
+# As in a spawned worker process, which unpickles a configuration without calling its constructor.
 UNPICKLED = """
 import pickle
 from transformers import AutoModelForCausalLM
@@ -43,7 +43,7 @@ with open(folder + "/config.pickle", "rb") as file:
 assert type(AutoModelForCausalLM.from_config(config)).__name__ == "HybridAttnForCausalLM"
 """
 
-# Imports, and what is done first after them; a checkpoint is loaded, and attention used, in all of them.
+# Imports, and the first use after them. Every case then loads a checkpoint and uses attention.
 ORDERS = {
     "hybridattn, then transformers": "import hybridattn, transformers" + BY_NAME,
     "transformers, then hybridattn": "import transformers, hybridattn, torch" + ATTENTION,
@@ -62,7 +62,7 @@ ORDERS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(run_python: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model and, beside it, its pickled configuration."""
+    """Return a folder with a saved model and its pickled configuration."""
     folder = tmp_path_factory.mktemp("checkpoint")
     run_python(f"""
 {TINY}

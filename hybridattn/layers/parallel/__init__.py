@@ -1,9 +1,9 @@
-"""Sequence parallelism: one sequence over the ranks of a process group, as a context that any mixer runs under.
+"""Sequence parallelism: a context within which mixers and models compute one sequence on several ranks.
 
-The sequence is cut into segments (``context``); a rank holds one or two of them. A mixer gets what it needs of earlier
-segments from other ranks (``exchange``): a linear layer the state (``state_passing``), a convolution its last inputs
-and a window its last keys (``halo``), full attention all keys in turn (``ring``). ``shards`` says where every sequence
-lies. None of this runs outside the context.
+``context`` cuts the sequence into segments; a rank holds one or two of them. A mixer receives data of earlier segments
+from other ranks (``exchange``). A linear layer receives the recurrent state (``state_passing``). A convolution receives
+its last inputs and a sliding window its last keys and values (``halo``). Full attention receives all keys and values,
+rank by rank (``ring``). ``shards`` computes which sequences a rank holds. Outside the context none of this runs.
 """
 
 from .context import SequenceParallel, current, sequence_parallel

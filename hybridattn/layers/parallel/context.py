@@ -1,4 +1,4 @@
-"""Which rank holds which tokens, and the context that says so to the mixers."""
+"""The sequence_parallel context, and the segments of the sequence that each rank holds."""
 
 import operator
 from collections import Counter
@@ -15,7 +15,7 @@ LAYOUTS = ("contiguous", "zigzag")
 
 
 class Segment(NamedTuple):
-    """Tokens ``start`` to ``stop`` of the whole sequence, and the rank that holds them."""
+    """Tokens ``start`` to ``stop`` (exclusive) of the whole sequence, and the rank that holds them (``owner``)."""
 
     owner: int
     start: int
@@ -23,17 +23,19 @@ class Segment(NamedTuple):
 
 
 class SequenceParallel:
-    """A sequence of ``tokens`` over the ranks of a group; made by ``sequence_parallel``.
+    """One sequence cut into segments over the ranks of a process group; ``sequence_parallel`` constructs it.
 
     Attributes:
         group: the process group.
-        rank, size: of this process in the group, and of the group.
-        tokens: of the whole sequence.
-        segments: of the whole sequence, in its order; ``ends`` is where each one stops.
-        own: those of this rank, in order, which is how its tokens lie side by side.
-        traffic: bytes that this rank has sent to others so far, forward and backward, by what they are: ``states`` of
-            linear layers, ``convolution`` inputs, keys and values of a ``window`` and of full attention (``ring``;
-            with ALiBi ``keys``), ``labels``, ``gather`` (by ``gather_sequence`` and for caches); not the loss.
+        rank: rank of this process in the group.
+        size: number of ranks of the group.
+        tokens: number of tokens of the whole sequence.
+        segments: all segments, in the order of the sequence; ``ends`` holds the ``stop`` of each.
+        own: this rank's segments, in the order of the sequence. A rank's tokens are their concatenation.
+        traffic: bytes that this rank has sent to others so far, forward and backward, by kind: ``states`` of linear
+            layers, inputs of a ``convolution``, keys and values of a ``window`` and of full attention (``ring``; with
+            ALiBi ``keys``), ``labels``, and ``gather`` (``gather_sequence`` and caches). The sum of the loss is not
+            counted.
     """
 
     def __init__(self, tokens: int | Sequence[int], group: Any, layout: str):
@@ -47,39 +49,45 @@ class SequenceParallel:
         self.group: Any = dist.group.WORLD if group is None else mesh() if mesh else group
         self.rank, self.size, self.layout = dist.get_rank(self.group), dist.get_world_size(self.group), layout
         if self.rank < 0:
-            raise ValueError("group: expected one that this process is in, got another")
+            raise ValueError("group: expected a group with this process, got one without it")
         owners = list(range(self.size))
-        if layout == "zigzag":  # of a causal sequence late segments see much and early ones little
+        if layout == "zigzag":  # balances causal attention: later segments attend to more keys
             owners += owners[::-1]
         ends = []
-        if isinstance(tokens, int | Integral):  # numpy's, too
+        if isinstance(tokens, int | Integral):  # also a numpy integer
             ends = [int(tokens) * (i + 1) // len(owners) for i in range(len(owners))]
         else:
-            with suppress(TypeError):  # of what cannot be counted or is no whole number
+            with suppress(TypeError):  # not iterable, or not integers: reported below
                 ends = list(accumulate(operator.index(x) for x in tokens))
         if len(ends) != len(owners) or ends != sorted(ends) or ends[0] < 0:
-            raise ValueError(f"tokens: expected their number, or that of {len(owners)} segments each, got {tokens!r}")
+            raise ValueError(
+                f"tokens: expected an integer, or the lengths of {len(owners)} segments ({layout}), got {tokens!r}"
+            )
         self.tokens, self.ends = ends[-1], ends
         self.segments = [Segment(*x) for x in zip(owners, [0, *ends[:-1]], ends, strict=True)]
         self.own = self.of(self.rank)
         self.traffic: Counter[str] = Counter()
-        self.memo: tuple[tuple[Any, ...], Any] | None = None  # of ``local_shards``
+        self.memo: tuple[tuple[Any, ...], Any] | None = None  # cached key and result of ``local_shards``
 
     def of(self, rank: int) -> list[Segment]:
-        """The segments of a rank, in order."""
+        """Return the segments of a rank, in the order of the sequence."""
         return [segment for segment in self.segments if segment.owner == rank]
 
     def count(self, rank: int) -> int:
-        """Tokens that a rank holds."""
+        """Return the number of tokens that a rank holds."""
         return sum(segment.stop - segment.start for segment in self.of(rank))
 
     def places(self, rank: int) -> list[tuple[Segment, int]]:
-        """The segments of a rank, and where each begins among the rank's tokens."""
+        """Return (segment, index of its first token among the rank's tokens) for each segment of a rank."""
         own = self.of(rank)
         return list(zip(own, accumulate((s.stop - s.start for s in own), initial=0), strict=False))
 
     def check(self, name: str, x: Tensor, dim: int = 1) -> None:
-        """Raise a ValueError unless ``x`` has this rank's tokens."""
+        """Check that dimension ``dim`` of ``x`` has this rank's number of tokens.
+
+        Raises:
+            ValueError: it has another size; ``name`` is the argument in the message.
+        """
         if x.dim() <= dim or x.shape[dim] != self.count(self.rank):
             raise ValueError(
                 f"{name}: expected {self.count(self.rank)} tokens, rank {self.rank}'s share of {self.tokens} under "
@@ -87,12 +95,12 @@ class SequenceParallel:
             )
 
 
-# Not a context variable: a checkpointed layer is recomputed in the backward pass, for CUDA in a thread of autograd's.
+# A plain global, not a context variable: on CUDA, autograd recomputes checkpointed layers in a thread of its own.
 _current: SequenceParallel | None = None
 
 
 def current() -> SequenceParallel | None:
-    """The context that is active in this process."""
+    """Return the active context of this process, or None."""
     return _current
 
 
@@ -100,27 +108,28 @@ def current() -> SequenceParallel | None:
 def sequence_parallel(
     tokens: int | Sequence[int], group: Any = None, layout: str = "contiguous"
 ) -> Iterator[SequenceParallel]:
-    """Within it, mixers and models take a rank's part of a sequence and give that part of their output.
+    """Let mixers and models compute one sequence on several ranks, each rank with its own tokens.
 
-    n ranks then compute what one would: outputs, and gradients once those of all ranks are added up. Every rank of the
-    group makes the same calls in the same order. Backward passes may come after it, but for recomputed (checkpointed)
-    layers, whose backward pass belongs inside. States pass as in Sun et al., "LASP-2" (2025),
-    section 3; full attention is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023), section 3.
+    Within the context, inputs and outputs of mixers and models are those of the rank's tokens. n ranks compute the same
+    outputs as one rank. The sum of the gradients over the ranks equals the gradients of one rank. Every rank of the
+    group must make the same calls in the same order. The backward pass may run after the context has ended, except with
+    activation checkpointing. States are exchanged as in Sun et al., "LASP-2" (2025), section 3. Full attention is that
+    of Liu et al., "Ring Attention with Blockwise Transformers" (2023), section 3.
 
     Args:
-        tokens: T, of the whole sequence, which is cut as evenly as can be; or the length of every segment: n of them,
-            2n for ``"zigzag"``, some of which may be 0.
+        tokens: T, the number of tokens of the whole sequence, which is cut into segments of nearly equal length.
+            Alternatively the length of every segment: n lengths, or 2n for ``"zigzag"``; they may be 0.
         group: a process group, a ``DeviceMesh`` of one dimension, or None for all processes.
-        layout: ``"contiguous"``, rank i holds segment i of n; or ``"zigzag"``, segments i and 2n - 1 - i of 2n, which
-            shares out the work of full attention evenly. "The Llama 3 Herd of Models" (2024), section 3.3.2.
+        layout: ``"contiguous"``: rank i holds segment i of n. ``"zigzag"``: rank i holds segments i and 2n - 1 - i of
+            2n, which balances the work of full attention. "The Llama 3 Herd of Models" (2024), section 3.3.2.
 
-    Every argument of mixers and models that has a time dimension is the rank's part (see ``shard_sequence``), but
-    ``cu_seqlens`` and ``cu_seq_lens_q`` are the whole sequence's. Caches are to be empty, and hold afterwards on every
-    rank what one rank would have.
+    All arguments of mixers and models with a time dimension have the rank's tokens only (see ``shard_sequence``). The
+    offsets ``cu_seqlens`` and ``cu_seq_lens_q`` are those of the whole sequence. Caches must be empty. After the call,
+    the caches of every rank hold the whole sequence, as on one rank.
 
     Raises:
-        ValueError: torch.distributed is not initialised, the group is another, or an argument is not as above; inside,
-            for what has no meaning there: padding, prefixes, caches that already hold tokens.
+        ValueError: torch.distributed is not initialised, this process is not in the group, or an argument is wrong.
+            Within the context, calls with padding, prefixes or caches that already hold tokens raise it too.
     """
     global _current
     outer, _current = _current, SequenceParallel(tokens, group, layout)
@@ -130,7 +139,7 @@ def sequence_parallel(
         _current = outer
 
 
-def refuse(what: str) -> None:
-    """Raise a ValueError if a context is active: ``what`` has no meaning there."""
+def refuse(message: str) -> None:
+    """Raise a ValueError with ``message`` if a sequence_parallel context is active."""
     if _current is not None:
-        raise ValueError(f"{what} under sequence_parallel")
+        raise ValueError(f"{message} under sequence_parallel")

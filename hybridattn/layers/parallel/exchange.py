@@ -1,4 +1,4 @@
-"""What ranks send to each other, with gradients: the same way back, added up where it went to several."""
+"""Differentiable communication between ranks: all-gather, all-to-all, sum, and access to tokens of other ranks."""
 
 from bisect import bisect_left, bisect_right
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from .context import SequenceParallel, current
 
-Range = tuple[int, int]  # tokens of the whole sequence
+Range = tuple[int, int]  # start and stop in the whole sequence, in tokens
 
-# By the names of torch >= 2.13, or the older ones.
+# torch 2.13 renamed these functions.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class AllGather(torch.autograd.Function):
-    """[S,..] of every rank -> [n S,..]."""
+    """Concatenate [S,..] of all n ranks to [n S,..]; the backward pass sums and scatters the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: SequenceParallel, kind: str) -> Tensor:
@@ -37,7 +37,7 @@ class AllGather(torch.autograd.Function):
 
 
 class AllToAll(torch.autograd.Function):
-    """[sum of sends,..] -> [sum of receives,..]: so many rows to each rank, and from each."""
+    """Send ``sends[r]`` rows to each rank r and receive ``receives[r]``: [sum(sends),..] -> [sum(receives),..]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sends: list[int], receives: list[int], context: Any, kind: str) -> Tensor:
@@ -59,7 +59,7 @@ def _all_to_all(x: Tensor, sends: list[int], receives: list[int], context: Seque
 
 
 class Sum(torch.autograd.Function):
-    """The sum over the ranks, whose gradient on each rank is that of its own share."""
+    """Sum over the ranks; the gradient of each rank's term is the gradient of the sum on that rank."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: SequenceParallel) -> Tensor:
@@ -73,12 +73,16 @@ class Sum(torch.autograd.Function):
 
 
 def fetch(context: SequenceParallel, x: Tensor, wanted: list[list[Range]], kind: str) -> list[Tensor]:
-    """Tokens of x, wherever they are: those that this rank wants, a tensor [B,n,..] for each of its ranges.
+    """Return ranges of tokens of the whole sequence, from whichever ranks hold them.
 
     Args:
+        context: the active context.
         x: this rank's tokens, [B,T,..].
-        wanted: for every rank the ranges of tokens that it wants; all ranks know all of them.
-        kind: what the bytes are counted as.
+        wanted: for every rank, the ranges of tokens that it requests. All ranks pass the same list.
+        kind: key of ``traffic`` for the bytes sent.
+
+    Returns:
+        For each range of this rank, its tokens [B,n,..].
     """
     pieces = [_pieces(context, ranges) for ranges in wanted]
     here = dict(context.places(context.rank))
@@ -94,12 +98,12 @@ def fetch(context: SequenceParallel, x: Tensor, wanted: list[list[Range]], kind:
             sum(b - a for s, _, a, b in pieces[context.rank] if s.owner == rank) for rank in range(context.size)
         ]
         rows = AllToAll.apply(rows, sends, receives, context, kind)
-    else:  # every rank has what it wants, and knows that all others do
+    else:  # all ranks hold their own ranges, and all of them know it: none communicates
         own = sum(b - a for _, _, a, b in pieces[context.rank])
         before = sum(b - a for ranges in pieces[: context.rank] for s, _, a, b in ranges if s.owner == context.rank)
         rows = rows[before : before + own]
     rows = rows.transpose(0, 1)  # pyright: ignore[reportOptionalMemberAccess]
-    # They come rank by rank, and are wanted segment by segment.
+    # The rows arrive sorted by rank; the ranges need them sorted by segment.
     arrived = sorted(pieces[context.rank], key=lambda piece: piece[0].owner)
     parts = dict(zip(((p[1], p[0]) for p in arrived), rows.split([b - a for *_, a, b in arrived], 1), strict=True))
     return [
@@ -109,7 +113,7 @@ def fetch(context: SequenceParallel, x: Tensor, wanted: list[list[Range]], kind:
 
 
 def _pieces(context: SequenceParallel, ranges: list[Range]) -> list[tuple[Any, int, int, int]]:
-    """(segment, number of the range, first token, last token + 1), range by range."""
+    """Cut ranges at the segments' borders: (segment, index of the range, first token, last token + 1)."""
     return [
         (segment, number, max(a, segment.start), min(b, segment.stop))
         for number, (a, b) in enumerate(ranges)
@@ -126,10 +130,14 @@ def _active() -> SequenceParallel:
 
 
 def shard_sequence(x: Tensor, dim: int = 1) -> Tensor:
-    """This rank's part of ``x``, which every rank has whole, within ``sequence_parallel``; differentiable.
+    """Return this rank's tokens of ``x``, which every rank passes whole; differentiable.
+
+    Args:
+        x: the whole sequence, with its T tokens in dimension ``dim``.
+        dim: the time dimension.
 
     Raises:
-        ValueError: no context, or ``dim`` of another size than its tokens.
+        ValueError: no ``sequence_parallel`` context is active, or ``dim`` does not have its T tokens.
     """
     context = _active()
     if x.dim() <= dim or x.shape[dim] != context.tokens:
@@ -138,10 +146,14 @@ def shard_sequence(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
-    """The whole sequence on every rank from every rank's part; differentiable, gradients of all ranks adding up.
+    """Return the whole sequence on every rank; differentiable, and the gradients of all ranks are summed.
+
+    Args:
+        x: this rank's tokens, in dimension ``dim``.
+        dim: the time dimension.
 
     Raises:
-        ValueError: no context, or ``dim`` of another size than this rank's tokens.
+        ValueError: no ``sequence_parallel`` context is active, or ``dim`` does not have this rank's tokens.
     """
     context = _active()
     context.check("x", x, dim)
@@ -150,7 +162,7 @@ def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def next_labels(labels: Tensor) -> Tensor:
-    """The label after each of this rank's tokens [B,T], some of which another rank has; -100 after the last one."""
+    """Return the label after each of this rank's tokens [B,T], also if another rank holds it; -100 at the end."""
     context = _active()
     context.check("labels", labels)
     wanted = [
@@ -159,6 +171,8 @@ def next_labels(labels: Tensor) -> Tensor:
     following = fetch(context, labels, wanted, "labels")
     parts = []
     for (segment, at), after in zip(context.places(context.rank), following, strict=True):
-        after = torch.cat((after, after.new_full((len(after), 1), -100)), 1)[:, :1]  # the last token has none after it
+        after = torch.cat((after, after.new_full((len(after), 1), -100)), 1)[
+            :, :1
+        ]  # the whole sequence's last token has no successor
         parts.append(torch.cat((labels[:, at : at + segment.stop - segment.start], after), 1)[:, 1:])
     return torch.cat(parts, 1)

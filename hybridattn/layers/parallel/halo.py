@@ -1,4 +1,4 @@
-"""The tokens before a segment that a convolution or a window reaches back to."""
+"""Convolutions and window attention over segments, with the tokens before each segment (halo) from other ranks."""
 
 from typing import Any
 
@@ -11,17 +11,25 @@ from .shards import Shards
 
 
 def convolution_tails(shards: Shards, x: Tensor, size: int) -> Tensor:
-    """The last ``size`` inputs before every piece, [N,size,D], zeros before the beginning of a sequence."""
+    """Return the last ``size`` inputs before every piece, [N,size,D]; zeros where a sequence has fewer."""
     tails = [F.pad(tail, (0, 0, size - tail.shape[1], 0)) for tail in shards.before(x, size, "convolution")]
-    return shards.of_pieces(torch.stack(tails))
+    return shards.to_pieces(torch.stack(tails))
 
 
 def attend_with_halo(
     shards: Shards, q: Tensor, k: Tensor, v: Tensor, size: int | None, options: dict[str, Any]
 ) -> Tensor:
-    """Softmax attention [B,T,H,D] with up to ``size`` (None: all) earlier keys and values before those of each segment.
+    """Compute softmax attention of this rank's queries, with earlier keys and values from other ranks.
 
-    Keys and values have the same dimension.
+    Args:
+        shards: this rank's pieces.
+        q: queries [B,T,Hq,D] of this rank.
+        k, v: keys and values [B,T,H,D] of this rank, of the same head dimension.
+        size: number of earlier keys before each segment, in the same sequence; None for all.
+        options: further arguments of ``flash_attention``.
+
+    Returns:
+        [B,T,Hq,D].
     """
     both = torch.cat((k, v), -1)
     halos = shards.before(both, size, "keys" if size is None else "window")

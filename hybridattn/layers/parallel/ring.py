@@ -1,4 +1,4 @@
-"""Full softmax attention with keys and values that go round the ranks."""
+"""Ring attention: full softmax attention over several ranks, which pass their keys and values around."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,15 +16,22 @@ from .shards import Shards
 def ring_attention(
     shards: Shards, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Causal softmax attention of this rank's queries [B,T,Hq,D] with the keys [B,T,H,D] of all ranks.
+    """Compute causal softmax attention of this rank's queries with the keys and values of all ranks.
 
-    Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023), section 3. Parts are
-    merged by their log-sum-exp in fp32. In memory are this rank's keys, those it computes with and those that arrive;
-    in the backward pass they go round again with their gradients, each part being computed anew.
+    Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023), section 3. The outputs
+    for each rank's keys are merged by their log-sum-exp, in fp32 or fp64. A rank holds its own keys and values, those
+    it computes with and those that arrive. The backward pass sends them around again with their gradients, and
+    recomputes the outputs.
 
     Args:
+        shards: this rank's pieces.
+        q: queries [B,T,Hq,D] of this rank.
+        k, v: keys and values [B,T,H,D] of this rank.
         sinks: [Hq] or None.
-        options: further ones of ``flash_attention``, none of which depends on positions.
+        options: further arguments of ``flash_attention``, none of which may depend on positions.
+
+    Returns:
+        [B,T,Hq,D].
     """
     q, k, v = autocast(q, k, v)
     return Ring.apply(q, k, v, sinks, shards, options)  # pyright: ignore[reportReturnType]
@@ -52,8 +59,11 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        """Each part again, now with gradients. It has the weight w = exp(lse_part - lse) in o: the gradient of its
-        output is w do, and that of its lse w do . (o_part - o)."""
+        """Recompute the output for each rank's keys, and its gradients.
+
+        o is the sum of the outputs o_part, weighted by w = exp(lse_part - lse). So the gradient of o_part is w do, and
+        that of lse_part is w do . (o_part - o).
+        """
         (grad,), (q, k, v, sinks, o, lse) = grads, ctx.saved_tensors
         shards, options, dtype = ctx.shards, ctx.options, lse.dtype
 
@@ -79,29 +89,32 @@ class Ring(torch.autograd.Function):
 
 
 def _weight(lse: Tensor, total: Tensor) -> Tensor:
-    """The share of a part in the whole, [B,T,H,1]; none where nothing is seen."""
+    """Return the weight exp(lse - total) [B,T,H,1] of a partial output; 0 for queries without visible keys."""
     return (lse - total).exp().masked_fill(total == float("-inf"), 0.0)[..., None]
 
 
 def _own(
     shards: Shards, options: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse of this rank's pieces, each with its own keys and the sinks."""
+    """Return output and log-sum-exp of this rank's pieces, each with its own keys and the sinks."""
     q, k, v = (shards.pack(x) for x in (q, k, v))
     o, lse = flash_attention(q, k, v, cu_seqlens_q=shards.offsets, sinks=sinks, return_lse=True, **options)
     return shards.unpack(o), shards.unpack(lse)
 
 
 def _part(options: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and lse of queries that see all of these keys."""
+    """Return output and log-sum-exp of queries that attend to all of these keys."""
     return flash_attention(q, k, v, causal=False, return_lse=True, **options)
 
 
 def _visible(shards: Shards, rank: int) -> list[tuple[slice, slice]]:
-    """Which of this rank's tokens see which of ``rank``'s: first pieces the earlier part of their sequence."""
+    """Return (queries of this rank, keys of ``rank`` that they attend to), as slices of each rank's tokens.
+
+    Only the first piece of a segment continues a sequence of earlier segments, so only its queries have such keys.
+    """
     context, found = shards.context, []
     for mine, here in context.places(context.rank):
-        begin = shards.begins(mine)
+        begin = shards.sequence_start(mine)
         for theirs, there in context.places(rank):
             first = max(begin, theirs.start)
             if first < theirs.stop <= mine.start:
@@ -111,24 +124,23 @@ def _visible(shards: Shards, rank: int) -> list[tuple[slice, slice]]:
 
 
 def _visits(shards: Shards, both: Tensor, grads: Tensor | None) -> Iterator[tuple[int, Tensor, Any]]:
-    """(rank, its keys and values [2,B,T,H,D], their gradients), this rank first, then each as it comes round.
+    """Yield (rank, its keys and values [2,B,T,H,D], their gradients), first for this rank, then for each earlier one.
 
-    Gradients, if any, are added to by the caller and travel with their keys; at the end what other ranks have found is
-    added to this rank's ``grads``.
+    The caller adds to the gradients, if there are any. They are passed on with their keys and values. At the end, the
+    generator adds the gradients that other ranks computed to this rank's ``grads``.
     """
     context = shards.context
     size, rank = context.size, context.rank
     home = grads
     for step in range(size):
         visitor, following = (rank - step) % size, (rank - step - 1) % size
-        if step + 1 < size:  # the next ones arrive meanwhile
+        if step + 1 < size:  # the next keys arrive while the caller computes
             arriving, works = _pass(context, both, following)
         yield visitor, both, grads
         if home is not None and grads is not None:
             if step == 0:
                 grads = _empty(home, context, following).zero_()
-            else:
-                # After the last step they are one place before their home.
+            else:  # the last pass returns the gradients to the rank of their keys
                 grads, sent = _pass(context, grads, following)
                 _wait(sent)
         if step + 1 < size:
@@ -143,7 +155,7 @@ def _empty(like: Tensor, context: SequenceParallel, rank: int) -> Tensor:
 
 
 def _pass(context: SequenceParallel, x: Tensor, following: int) -> tuple[Tensor, list[Any]]:
-    """Send x to the next rank, and take from the one before what it has, which is ``following``'s."""
+    """Start to send x to the next rank and to receive ``following``'s tensor from the previous rank."""
     x, received = x.contiguous(), _empty(x, context, following)
     group = context.group
     to, by = (dist.get_global_rank(group, (context.rank + d) % context.size) for d in (1, -1))
@@ -154,5 +166,5 @@ def _pass(context: SequenceParallel, x: Tensor, following: int) -> tuple[Tensor,
 
 
 def _wait(works: list[Any]) -> None:
-    for work, _ in works:  # with it what is being sent, which must not go before it is
+    for work, _ in works:  # each entry also holds the sent tensor, which must stay in memory until then
         work.wait()

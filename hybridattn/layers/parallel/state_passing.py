@@ -1,4 +1,4 @@
-"""States of linear attention, passed from segment to segment: one all-gather forward, one reduce-scatter backward."""
+"""Initial states of linear attention on each rank: one all-gather forward, one reduce-scatter backward."""
 
 from collections.abc import Callable
 
@@ -10,37 +10,38 @@ from ...kernels.linear_attention import SegmentState, linear_attention_state, me
 from .exchange import AllGather
 from .shards import Shards
 
-TOKENS_AT_ONCE = 4096  # of a state's sum: more would be faster by little, and need memory for each token
+TOKENS_AT_ONCE = 4096  # per call that sums a state; larger parts gain little speed and need memory for each token
 
 
 def initial_states(
     shards: Shards, k: Tensor, v: Tensor, g: Tensor | None = None, keys: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The states that this rank's pieces start from, and the one behind the last token.
+    """Return the initial states of this rank's pieces, and the state after the whole sequence.
 
-    A segment in which a sequence begins lets nothing of earlier ones through: its decay is 0, and its state that of its
-    last sequence. So what is sent depends neither on the number of tokens nor on that of sequences.
+    If a sequence begins in a segment, the segment's decay is 0 and its state is that of its last sequence. So the
+    number of bytes sent depends neither on the number of tokens nor on the number of sequences.
 
     Args:
+        shards: this rank's pieces.
         k: [B,T,H,K], of this rank.
-        v: [B,T,H,V].
-        g: natural-log decay, [B,T,H,K], [B,T,H] or [H]; none by default.
-        keys: what stands for k in the state, such as its features; k itself by default.
+        v: [B,T,H,V], of this rank.
+        g: natural-log decay, [B,T,H,K], [B,T,H] or [H]; None for no decay.
+        keys: function from k to the keys of the state, such as a feature map; None for k itself.
 
     Returns:
-        fp32 or wider, [N,H,K,V] for every piece, and [B,H,K,V].
+        The initial states [N,H,K,V] and the final state [B,H,K,V], in fp32 or fp64.
     """
     context = shards.context
     sent, shape = [], torch.Size()
     for segment, at in context.places(context.rank):
-        part = slice(at + shards.leaves(segment) - segment.start, at + segment.stop - segment.start)
+        part = slice(at + shards.state_start(segment) - segment.start, at + segment.stop - segment.start)
         gates = g if g is None or g.dim() == 1 else g[:, part]
         state, decay = _state(k[:, part], v[:, part], gates, keys)
         shape = state.shape[-2:]
-        sent.append(torch.cat((state.flatten(2), decay * (not shards.resets(segment))), -1))
+        sent.append(torch.cat((state.flatten(2), decay * (not shards.has_start(segment))), -1))
     gathered = AllGather.apply(torch.stack(sent), context, "states")
     owners = [segment.owner for segment in context.segments]
-    arrived = sorted(range(len(owners)), key=owners.__getitem__)  # rank by rank
+    arrived = sorted(range(len(owners)), key=owners.__getitem__)  # the gathered rows are sorted by rank
     parts = dict(zip(arrived, gathered, strict=True))  # pyright: ignore[reportArgumentType]
     running, before = None, []
     for number in range(len(owners)):
@@ -48,14 +49,14 @@ def initial_states(
         part = SegmentState(state.unflatten(-1, shape), decay)
         before.append(torch.zeros_like(part.state) if running is None else running.state)
         running = part if running is None else merge_states(running, part)
-    # All of them in one tensor, so that every rank's result depends on what was gathered and all go back together.
+    # One tensor of all states: so every rank's result depends on the all-gather, and all ranks join its backward pass.
     own = [number for number, owner in enumerate(owners) if owner == context.rank]
     assert running is not None
-    return shards.of_pieces(torch.stack(before)[own]), running.state
+    return shards.to_pieces(torch.stack(before)[own]), running.state
 
 
 def _state(k: Tensor, v: Tensor, g: Tensor | None, keys: Callable[[Tensor], Tensor] | None) -> SegmentState:
-    """``linear_attention_state`` part by part, each computed again in the backward pass: little of it is in memory."""
+    """Compute ``linear_attention_state`` in parts, which the backward pass recomputes to save memory."""
 
     def of_part(k: Tensor, v: Tensor, g: Tensor | None) -> SegmentState:
         return linear_attention_state(k if keys is None else keys(k), v, g)

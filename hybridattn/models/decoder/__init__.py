@@ -1,7 +1,7 @@
-"""The one decoder: configuration, model, cache. A family is a set of defaults over it.
+"""The decoder that all models of this package share: configuration, model classes, loss and cache.
 
-Names are loaded when they are first used: transformers imports the configuration while its own modules are half loaded,
-and the model must not be imported then.
+Names are loaded at first use: transformers imports the configuration while its own modules are partly loaded, and the
+model cannot be imported at that time.
 """
 
 import lazy_loader

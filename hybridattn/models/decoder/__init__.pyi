@@ -1,4 +1,4 @@
-"""The decoder's public names, each loaded when it is first used."""
+"""Public names of the decoder, each loaded at first use."""
 
 from .configuration import HybridAttnConfig as HybridAttnConfig
 from .modeling import (

@@ -1,4 +1,7 @@
-"""The block that the decoder repeats. This module does not import transformers' model code, which takes seconds."""
+"""The decoder's block: token mixer and MLP with norms and residual connections.
+
+This module does not import transformers' model code, whose import takes seconds.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from .mixers import build_mixer
 
 
 class MLP(nn.Module):
-    """SwiGLU. Shazeer, "GLU Variants Improve Transformer" (2020)."""
+    """SwiGLU feed-forward layer. Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -52,7 +55,7 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        """Cache tensors of the mixer and of the input convolution: name -> (shape, dtype)."""
+        """Return name -> (shape, dtype) of the cache tensors of the mixer and the input convolution."""
         spec = self.mixer.cache_spec(batch_size, tokens, dtype)
         return spec if self.conv is None else spec | self.conv.cache_spec(batch_size, tokens, dtype)
 

@@ -1,4 +1,4 @@
-"""The cache layers that hold whatever a mixer keeps, for transformers' DynamicCache and StaticCache."""
+"""Cache layers for transformers' DynamicCache and StaticCache that store the states of token mixers."""
 
 from typing import Any
 
@@ -11,10 +11,14 @@ from .configuration import CACHE_LAYER_TYPE
 
 
 class MixerCacheLayer(CacheLayerMixin):
-    """One layer of a ``Cache``: what its mixer reads and writes, one row per sequence in every tensor.
+    """One layer of a ``DynamicCache``: the tensors that its mixer reads and writes, one row per sequence.
 
-    ``DynamicCache(config=config)`` makes these by the name in ``config.layer_types``. ``cumulative_length`` counts the
-    tokens of a row, padding included, as ``generate`` expects; the model advances it.
+    ``DynamicCache(config=config)`` constructs these layers for the name in ``config.layer_types``.
+
+    Attributes:
+        tensors: the mixer's cache.
+        cumulative_length: number of tokens of a row, which includes padding, as ``generate`` expects. The model
+            advances it.
     """
 
     _layer_type = CACHE_LAYER_TYPE
@@ -29,13 +33,13 @@ class MixerCacheLayer(CacheLayerMixin):
         self.cumulative_length: Any = 0  # a tensor in a static cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("mixers allocate their own tensors")
+        raise NotImplementedError("lazy_initialization: expected no call (mixers allocate their tensors)")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("mixers read and write `tensors`")
+        raise NotImplementedError("update: expected no call (mixers read and write `tensors`)")
 
     def advance(self, tokens: int) -> None:
-        """Count further tokens."""
+        """Add ``tokens`` to ``cumulative_length``."""
         self.cumulative_length += tokens
 
     def get_seq_length(self) -> int:
@@ -54,7 +58,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self._map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        raise NotImplementedError("offloaded caches are not supported: keep the cache on the model's device")
+        raise NotImplementedError("cache: expected one on the model's device, got an offloaded cache")
 
     def reset(self) -> None:
         self.__init__()
@@ -76,9 +80,10 @@ class MixerCacheLayer(CacheLayerMixin):
 
 
 class StaticMixerCacheLayer(MixerCacheLayer):
-    """One layer of ``StaticCache(config, max_cache_len)``: no tensor grows or moves, so a compiled step stays valid.
+    """One layer of ``StaticCache(config, max_cache_len)``: shapes and addresses of its tensors never change.
 
-    All tensors are allocated by the first call of the model, which is not to be compiled.
+    So a compiled decoding step remains valid. The first call of the model allocates all tensors and must not be
+    compiled.
     """
 
     _layer_type = None
@@ -87,13 +92,15 @@ class StaticMixerCacheLayer(MixerCacheLayer):
     def __init__(self, max_cache_len: int, **kwargs):
         super().__init__()
         self.tensors = MixerCache(max_cache_len)
-        self.cumulative_length = torch.zeros((), dtype=torch.long)  # a Python number would be compiled in
+        self.cumulative_length = torch.zeros(
+            (), dtype=torch.long
+        )  # torch.compile would treat a Python number as a constant
 
     def advance(self, tokens: int) -> None:
         self.cumulative_length += tokens
         if not torch.compiler.is_compiling():
             for x in (self.cumulative_length, *self.tensors.values()):
-                torch._dynamo.mark_static_address(x)  # CUDA graphs may keep the pointers
+                torch._dynamo.mark_static_address(x)  # so that CUDA graphs use the addresses without copies
 
     def get_max_length(self) -> int:
         return self.tensors.capacity or -1
@@ -106,12 +113,16 @@ STATIC_LAYER_TYPE_MAPPING[CACHE_LAYER_TYPE] = StaticMixerCacheLayer
 
 
 def mixer_caches(cache: Cache) -> list[MixerCacheLayer]:
-    """The cache's layers, by their own type."""
+    """Return the layers of a cache that ``check_cache`` accepts, typed."""
     return cache.layers  # pyright: ignore[reportReturnType]
 
 
 def check_cache(cache: Cache, layers: int) -> None:
-    """Raise a ValueError unless the cache was made from the configuration of a model of so many layers."""
+    """Check that the cache was constructed from the configuration of a model with ``layers`` layers.
+
+    Raises:
+        ValueError: it has another number or another type of layers.
+    """
     if len(cache.layers) != layers or not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers):
         raise ValueError(
             f"past_key_values: expected DynamicCache(config=model.config) with {layers} layers, got {cache!r}"
@@ -119,6 +130,6 @@ def check_cache(cache: Cache, layers: int) -> None:
 
 
 def allocated_bytes(cache: Cache) -> int:
-    """Bytes of all tensors the cache holds, as allocated: whole storages, counted once."""
+    """Return the allocated bytes of all tensors in the cache; a storage that tensors share counts once."""
     tensors = (x for layer in mixer_caches(cache) for x in layer.tensors.values())
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

@@ -1,4 +1,4 @@
-"""The decoder's configuration.
+"""``HybridAttnConfig``, the Hugging Face configuration of the decoder, and the checks of its fields.
 
 No ``from __future__ import annotations`` here: transformers reads the annotations.
 """
@@ -20,7 +20,7 @@ from .mixer_list import Entry, LayerMixer, expand, layer_mixers
 
 CACHE_LAYER_TYPE = "hybridattn"
 STATE_DTYPES = ("float32", "bfloat16", "float16")
-# Names that transformers gives to a configuration beside its declared fields.
+# Fields that transformers stores in configurations without declaring them.
 TRANSFORMERS_FIELDS = {
     *("model_type", "num_labels", "name_or_path", "torch_dtype", "auto_map", "quantization_config"),
     *("output_attentions", "attn_implementation", "experts_implementation"),
@@ -30,9 +30,9 @@ _wants_models = ContextVar("_wants_models", default=True)
 
 @contextmanager
 def without_models() -> Iterator[None]:
-    """Construct configurations without importing the model classes, which takes seconds.
+    """Construct configurations without importing the model classes, whose import takes seconds.
 
-    AutoModel learns of the classes from the first configuration that is constructed outside this block.
+    The first configuration constructed outside this block imports and registers the classes.
     """
     token = _wants_models.set(False)
     try:
@@ -43,9 +43,9 @@ def without_models() -> Iterator[None]:
 
 @strict
 class HybridAttnConfig(PreTrainedConfig):
-    """Configuration of a decoder that may have another token mixer in every layer.
+    """Configuration of a decoder, in which each layer can have a different token mixer.
 
-    All fields are checked here, not when the model is built: each mixer is made once without memory.
+    The constructor checks all fields. It builds each different mixer once on the meta device.
 
     Args:
         vocab_size: size of the vocabulary.
@@ -53,21 +53,21 @@ class HybridAttnConfig(PreTrainedConfig):
         intermediate_size: inner dimension of the MLP; by default 8/3 of hidden_size, rounded up to a multiple of 32.
             None with ``mlp="none"``.
         mixers: the mixer of each layer. An entry is a name from ``hybridattn.models.decoder.mixers.MIXERS``, an alias,
-            or an object with options of this layer: ``{"mixer": "window", "window": 512}``. A pattern such as
-            ``"1 full : 7 gla"`` is repeated, and cut, to ``num_hidden_layers``; the configuration stores the list.
-            GLA in every layer by default.
+            or an object with options for this layer: ``{"mixer": "window", "window": 512}``. A pattern such as
+            ``"1 full : 7 gla"`` is repeated and cut to ``num_hidden_layers``; the configuration stores the list. The
+            default is GLA in every layer.
         mixer_options: default options of all layers with a mixer, by the mixer's name (see the layer's docstring).
-        mixer_aliases: entries by further names, for patterns: ``{"local": {"mixer": "window", "window": 512}}``. The
+        mixer_aliases: additional names of entries, for patterns: ``{"local": {"mixer": "window", "window": 512}}``. The
             configuration stores the entries in ``mixers``, not the aliases.
-        num_hidden_layers: number of layers. With a list of mixers it may be left out, or must be the list's length.
+        num_hidden_layers: number of layers. With a list of mixers it is optional, and must equal the list's length.
         mlp: ``"swiglu"`` or ``"none"``.
-        input_conv_size: taps of a depthwise causal convolution that is added to every mixer's input; None for none.
-        initializer: ``"normal"``: weights have the standard deviation ``initializer_range``; or ``"fan_in"``: it is
+        input_conv_size: taps of a depthwise causal convolution, added to every mixer's input; None for none.
+        initializer: standard deviation of the initial weights. ``"normal"``: ``initializer_range``. ``"fan_in"``:
             1 / sqrt(number of inputs).
         rms_norm_eps: epsilon of every RMSNorm of the decoder.
-        backend: backend of the operators: ``"reference"``, ``"torch"``, ``"triton"``, or None for the fastest that
-            serves the device.
-        state_dtype: dtype of recurrent states between calls: ``"float32"`` (the same as None), ``"bfloat16"`` or
+        backend: backend of the operators: ``"reference"``, ``"torch"``, ``"triton"``, or None for the fastest one
+            that supports the device.
+        state_dtype: dtype of recurrent states in the cache: ``"float32"`` (the same as None), ``"bfloat16"`` or
             ``"float16"``. The operators compute in fp32 in any case.
 
     Raises:
@@ -82,7 +82,7 @@ class HybridAttnConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    model_classes: ClassVar[str] = "hybridattn.models.decoder.modeling"  # the module that registers them
+    model_classes: ClassVar[str] = "hybridattn.models.decoder.modeling"  # the module that defines and registers them
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -108,7 +108,7 @@ class HybridAttnConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if _wants_models.get():
-            import_module(self.model_classes)  # AutoModel has no other hook
+            import_module(self.model_classes)  # transformers has no other hook that could register them with AutoModel
         if unknown := self.unknown_fields(kwargs):
             close = get_close_matches(unknown[0], [each.name for each in fields(self)], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -133,26 +133,26 @@ class HybridAttnConfig(PreTrainedConfig):
 
     @classmethod
     def default_mixers(cls, num_layers: int | None) -> list[Entry]:
-        """Return the mixers of a configuration that names none."""
+        """Return the mixers of a configuration without ``mixers``."""
         return ["gla"] * (num_layers or 1)
 
     @property
     def layer_mixers(self) -> list[LayerMixer]:
-        """The mixer of each layer: its name, and its options with the defaults of that name."""
+        """Name and options of each layer's mixer; ``mixer_options`` supplies the defaults."""
         return layer_mixers(self.mixers, self.mixer_options)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def unknown_fields(cls, names: Iterable[str]) -> list[str]:
-        """Return the names that are fields neither of this class nor of transformers."""
+        """Return the names that neither this class nor transformers has as fields."""
         known = {each.name for each in fields(cls)} | TRANSFORMERS_FIELDS  # pyright: ignore[reportArgumentType]
         known |= GenerationConfig._get_default_generation_params().keys()
         return [name for name in names if name not in known and not name.startswith("_")]
 
     def check(self) -> None:
-        """Check that the fields have possible values and agree with each other.
+        """Check the values of the fields and their consistency.
 
         Raises:
-            ValueError: a field that does not; the message names it.
+            ValueError: a field has a wrong value or contradicts another; the message names it.
         """
         from .mixers import MIXERS, check_mixer
 
@@ -171,14 +171,14 @@ class HybridAttnConfig(PreTrainedConfig):
             raise ValueError(f"input_conv_size: expected a positive number or None, got {self.input_conv_size}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"pad_token_id: expected 0 to {self.vocab_size - 1}, one of the vocabulary, got {self.pad_token_id}"
+                f"pad_token_id: expected 0 to {self.vocab_size - 1} (vocab_size - 1), got {self.pad_token_id}"
             )
         if self.num_hidden_layers != len(self.mixers or ()):
             raise ValueError(
                 f"num_hidden_layers: expected {len(self.mixers or ())} (one per mixer), got {self.num_hidden_layers}"
             )
         if shadowed := sorted(MIXERS.keys() & self.mixer_aliases):
-            raise ValueError(f"mixer_aliases: expected names that are no mixer's, got {shadowed}")
+            raise ValueError(f"mixer_aliases: expected names other than those of mixers, got {shadowed}")
         checked: list[LayerMixer] = []
         for layer, mixer in enumerate(self.layer_mixers):
             if mixer not in checked:
@@ -189,18 +189,18 @@ class HybridAttnConfig(PreTrainedConfig):
                 check_mixer(f"mixer_options[{name!r}]", LayerMixer(name, options), self.hidden_size)
 
     def __setstate__(self, state):
-        import_module(self.model_classes)  # an unpickled configuration, in a worker process, skips __post_init__
+        import_module(self.model_classes)  # unpickling, as in a worker process, skips __post_init__
         self.__dict__.update(state)
 
     def to_dict(self) -> dict[str, Any]:
-        """Leave out what follows from ``mixers``: Trainer reads files as a plain PreTrainedConfig."""
+        """Omit fields that follow from ``mixers``, since Trainer reads the file as a plain PreTrainedConfig."""
         return {name: x for name, x in super().to_dict().items() if name not in ("layer_types", "mixer_aliases")}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Construct from stored fields, and from ``kwargs`` over these: both are checked.
+        """Construct a configuration from stored fields; ``kwargs`` override them, and both are checked.
 
-        Stored fields that are unknown become attributes, as in transformers, and a warning names them.
+        Unknown stored fields become attributes, as in transformers, and cause a warning that names them.
         """
         names = {each.name for each in fields(cls)} - {"dtype"}  # pyright: ignore[reportArgumentType]
         given = {name: kwargs.pop(name) for name in names & kwargs.keys()}
@@ -214,10 +214,10 @@ class HybridAttnConfig(PreTrainedConfig):
         return result
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Save as usual, and a module with which the checkpoint opens in programs that do not import hybridattn.
+        """Save the configuration, and a module that lets programs that do not import hybridattn load the checkpoint.
 
         Raises:
-            ValueError: the fields no longer agree with each other.
+            ValueError: a field was changed to a wrong or inconsistent value.
         """
         self.check()
         self.auto_map = remote_code.auto_map(type(self).__name__.removesuffix("Config"))
@@ -226,7 +226,7 @@ class HybridAttnConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
-        """Do nothing: transformers would copy this file into checkpoints, where it cannot be imported."""
+        """Do nothing: transformers would copy this file into the checkpoint, where its imports fail."""
 
     def validate_layer_type(self):
-        """Do nothing: the type of our caches is not in transformers' closed list, and follows from ``mixers``."""
+        """Do nothing: transformers' closed list of layer types lacks the type of this package's caches."""

@@ -1,4 +1,4 @@
-"""The next-token loss from hidden states, without logits of all tokens at once."""
+"""Next-token loss computed from hidden states in chunks, which never holds the logits of all tokens."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ...layers.parallel import SequenceParallel
 from ...layers.parallel.exchange import Sum, next_labels
 
-LOGITS_PER_CHUNK = 2**26  # elements: 256 MB in fp32
+LOGITS_PER_CHUNK = 2**26  # elements, 256 MiB in fp32
 HAS_LIGER = find_spec("liger_kernel") is not None
 
 
@@ -22,14 +22,17 @@ def next_token_loss(
     num_items_in_batch: Tensor | int | None = None,
     shift_labels: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of each token's successor, logits being ``hidden_states @ weight.T``; a scalar in fp32.
+    """Compute the cross-entropy of next-token prediction with the logits ``hidden_states @ weight.T``.
 
     Args:
-        hidden_states: [B,T,D]; under autocast the products are in its dtype.
-        weight: of the head, [V,D].
-        labels: int64 [B,T]; a token's target is the label after it, and -100 is no target.
-        num_items_in_batch: what the sum is divided by; the number of targets if None.
-        shift_labels: the targets themselves, [B,T], instead of what follows from the labels.
+        hidden_states: [B,T,D]; autocast casts them to its dtype.
+        weight: weight of the language-model head, [V,D].
+        labels: int64 [B,T]. The target of a token is the label of the next one; -100 is ignored.
+        num_items_in_batch: divisor of the summed loss; by default the number of targets.
+        shift_labels: int64 [B,T], the target of each token, in place of ``labels``.
+
+    Returns:
+        The loss, a scalar in fp32.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -47,7 +50,7 @@ def shared_targets(
     shift_labels: Tensor | None,
     context: SequenceParallel,
 ) -> dict[str, Any]:
-    """What a loss function needs to know of other ranks' tokens: this rank's targets, and how many there are in all."""
+    """Return the loss arguments that depend on other ranks: this rank's targets and the number of all targets."""
     if shift_labels is not None:
         context.check("shift_labels", shift_labels)
     targets = next_labels(labels) if shift_labels is None else shift_labels
@@ -57,7 +60,7 @@ def shared_targets(
 
 
 def _summed(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies of ``x`` [N,D] and ``targets`` [N]: by Liger, by torch, or in our own chunks."""
+    """Return the sum of the cross-entropies for ``x`` [N,D] and ``targets`` [N], by Liger, torch or chunks."""
     if HAS_LIGER and x.is_cuda:
         from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
             liger_fused_linear_cross_entropy,
@@ -65,12 +68,12 @@ def _summed(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
         return liger_fused_linear_cross_entropy(x, weight.to(x.dtype), targets, reduction="sum")
     fused = getattr(F, "linear_cross_entropy", None)  # torch >= 2.13
-    # It gives a loss in the dtype of x, too coarse in 16 bits, and breaks a graph being compiled.
+    # Only fp32: its loss has the dtype of x, and 16 bits are too few. It also causes a graph break in torch.compile.
     if fused is not None and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
         options: Any = torch.nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
         return fused(x, weight, targets, reduction="sum", options=options)
     size = max(1, LOGITS_PER_CHUNK // len(weight))
-    # Recomputed in the backward pass, so that one chunk's logits are alive at a time.
+    # The backward pass recomputes each chunk, so that memory holds the logits of one chunk at a time.
     parts = [
         checkpoint(_chunk, part, weight, wanted, use_reentrant=False)
         for part, wanted in zip(x.split(size), targets.split(size), strict=True)
@@ -79,5 +82,5 @@ def _summed(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunk(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The weight is cast here, so that its gradient is summed over the chunks in its own dtype."""
+    """Compute one chunk. It casts the weight itself, so that gradients of chunks are summed in the weight's dtype."""
     return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, reduction="sum")

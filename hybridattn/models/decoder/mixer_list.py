@@ -1,10 +1,10 @@
-"""The list of a model's mixers: names, entries with options of one layer, aliases and patterns."""
+"""Parsing of the ``mixers`` field: names, entries with options for one layer, aliases and patterns."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Entry = str | dict[str, Any]  # a mixer's name, or {"mixer": name, **options of this layer}
+Entry = str | dict[str, Any]  # a mixer's name, or {"mixer": name, **options for this layer}
 
 
 class LayerMixer(NamedTuple):
@@ -17,15 +17,15 @@ class LayerMixer(NamedTuple):
 def expand(
     mixers: str | Sequence[Entry], num_layers: int | None = None, aliases: Mapping[str, Entry] | None = None
 ) -> list[Entry]:
-    """Return one entry for each layer: a pattern written out, aliases replaced.
+    """Expand a pattern and replace aliases; return one entry for each layer.
 
     Args:
         mixers: an entry or an alias for each layer, or a pattern of their names (see ``expand_pattern``).
         num_layers: number of layers; for a list it must be the list's length.
-        aliases: entries by further names.
+        aliases: additional names of entries.
 
     Raises:
-        ValueError: a pattern, an entry or an alias has the wrong form, or the list has another length.
+        ValueError: a pattern, an entry or an alias has a wrong form, or the list does not have ``num_layers`` entries.
     """
     aliases = aliases or {}
     if isinstance(mixers, str):
@@ -44,7 +44,7 @@ def expand(
 def expand_pattern(pattern: str, num_layers: int | None = None) -> list[str]:
     """Return the names that a pattern such as ``"1 full : 7 gla"`` stands for.
 
-    The pattern is repeated, and its last repetition cut, to ``num_layers``. By default it is taken once.
+    The pattern is repeated, and its last repetition cut, to ``num_layers``. By default it is used once.
 
     Raises:
         ValueError: the pattern is not a list of "count name" between colons.
@@ -59,7 +59,7 @@ def expand_pattern(pattern: str, num_layers: int | None = None) -> list[str]:
 
 
 def layer_mixers(mixers: Sequence[Entry], defaults: Mapping[str, dict[str, Any]]) -> list[LayerMixer]:
-    """Return the mixer of each layer; an entry's own options go over the defaults of its name."""
+    """Return the mixer of each layer; an entry's options override the defaults of its name."""
     found = []
     for entry in mixers:
         own = {"mixer": entry} if isinstance(entry, str) else entry
@@ -71,7 +71,7 @@ def layer_mixers(mixers: Sequence[Entry], defaults: Mapping[str, dict[str, Any]]
 def shared_options(layers: Iterable[LayerMixer]) -> tuple[list[Entry], dict[str, dict[str, Any]]]:
     """Return ``mixers`` and ``mixer_options`` for these layers: the inverse of ``layer_mixers``.
 
-    Options that all layers of a name share become the defaults of that name; otherwise each entry holds its own.
+    Options that all layers of a name share become the defaults of that name; otherwise each entry holds its options.
     """
     layers = list(layers)
     defaults = {
@@ -90,5 +90,5 @@ def _check_entry(argument: str, entry: Any) -> None:
 
 
 def _shortest(entry: Entry) -> Entry:
-    """A bare name instead of an object without options."""
+    """Return an entry without options as its name."""
     return entry if isinstance(entry, str) or len(entry) > 1 else entry["mixer"]

@@ -1,6 +1,6 @@
-"""The table of mixers that a configuration can name, and the construction of a layer from its options.
+"""Table of the mixers that a configuration can name, and functions that build and check their layers.
 
-A new mixer is one row of ``MIXERS``.
+To add a mixer, add a row to ``MIXERS``.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,9 @@ class Mixer(NamedTuple):
     Attributes:
         layer: class of the layer.
         options: options that differ from the layer's own defaults.
-        from_model: options that the decoder sets: arguments of ``build_mixer``.
-        columns: weights that tensor parallelism splits by columns, head by head; ``o_proj`` is split by rows then.
+        from_model: options that the decoder sets, as arguments of ``build_mixer``.
+        columns: weights that tensor parallelism splits by columns into heads. It then splits ``o_proj`` by rows. Empty
+            if the mixer cannot be split.
     """
 
     layer: type[TokenMixer]
@@ -40,7 +41,7 @@ class Mixer(NamedTuple):
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-# Options with parameters or constants per head that tensor parallelism does not split.
+# Options that add parameters or constants per head, which tensor parallelism does not split.
 _UNSPLIT = {"alibi", "sinks", "gate_per", "conv_size"}
 
 MIXERS = {
@@ -57,7 +58,7 @@ MIXERS = {
 
 
 def tensor_parallel_plan(layers: Sequence[LayerMixer]) -> dict[str, str]:
-    """Return transformers' plan for the base model: every MLP is split, and the mixers if all of them can be."""
+    """Return transformers' tensor-parallel plan: it splits every MLP, and the mixers if all of them support it."""
     plan = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
     if all(MIXERS[name].columns and not _switched_on(options) & _UNSPLIT for name, options in layers):
         plan |= {f"layers.*.mixer.{weight}": "colwise" for name, _ in layers for weight in MIXERS[name].columns}
@@ -66,6 +67,7 @@ def tensor_parallel_plan(layers: Sequence[LayerMixer]) -> dict[str, str]:
 
 
 def _switched_on(options: dict[str, Any]) -> set[str]:
+    """Return the names of options with a value other than None, False or ``"channel"``."""
     return {name for name, value in options.items() if value not in (None, False, "channel")}
 
 
@@ -78,10 +80,18 @@ def build_mixer(
     layer_idx: int = 0,
     num_layers: int = 1,
 ) -> TokenMixer:
-    """Return the layer of mixer ``name`` with ``options`` over the defaults of its row.
+    """Return the layer of mixer ``name``; ``options`` override the defaults of its row in ``MIXERS``.
+
+    Args:
+        name: name of the mixer.
+        hidden_size: model dimension.
+        options: arguments of the layer.
+        backend: backend of the operators.
+        layer_idx: index of the layer in the model, from 0.
+        num_layers: number of layers of the model.
 
     Raises:
-        ValueError: an unknown mixer, or an option that its layer does not have or cannot take.
+        ValueError: the mixer or an option is unknown, or an option has a wrong type or value.
     """
     if name not in MIXERS:
         raise ValueError(f"mixer: expected one of {sorted(MIXERS)}, got {name!r}")
@@ -99,7 +109,7 @@ def build_mixer(
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a value has the annotated type; integers may stand for numbers."""
+    """Whether a value has the annotated type; an integer is valid as a float."""
     for candidate in (value, _floats(value)):
         try:
             type_validator("", candidate, hint)
@@ -110,17 +120,17 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def _floats(value: Any) -> Any:
-    """The value with floating-point numbers for integers."""
+    """Return the value with integers converted to floats, also within lists."""
     if isinstance(value, list | tuple):
         return [_floats(item) for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def check_mixer(argument: str, mixer: LayerMixer, hidden_size: int) -> None:
-    """Build a layer without memory, to check its options.
+    """Check a mixer's options by building its layer on the meta device.
 
     Raises:
-        ValueError: as ``build_mixer``, with ``argument`` in front.
+        ValueError: as ``build_mixer``; the message begins with ``argument``.
     """
     try:
         with torch.device("meta"):

@@ -1,4 +1,7 @@
-"""The decoder. No ``from __future__ import annotations`` here: transformers reads the annotations."""
+"""The decoder's Hugging Face model classes: base model, causal language model and sequence classifier.
+
+No ``from __future__ import annotations`` here: transformers reads the annotations.
+"""
 
 from functools import wraps
 from typing import Any
@@ -30,21 +33,23 @@ from .loss import next_token_loss, shared_targets
 
 
 class DecoderLayer(GradientCheckpointingLayer, Block):
-    """A block whose activations can be computed again in the backward pass."""
+    """A block with support for activation checkpointing."""
 
 
 class HybridAttnPreTrainedModel(PreTrainedModel):
+    """Base class of the models: weight initialisation and the flags that transformers reads."""
+
     config_class = HybridAttnConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
+    _is_stateful = True  # excludes assisted decoding: a recurrent state cannot be rolled back
     _can_record_outputs = {"hidden_states": DecoderLayer}
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Nothing: transformers would copy this file into checkpoints, where it cannot be imported."""
+        """Do nothing: transformers would copy this file into the checkpoint, where its imports fail."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -71,7 +76,7 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
 
 
 class HybridAttnModel(HybridAttnPreTrainedModel):
-    """The decoder without a head: token ids to hidden states."""
+    """The decoder without a head; it maps token ids to hidden states."""
 
     def __init__(self, config: HybridAttnConfig):
         super().__init__(config)
@@ -95,18 +100,26 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         prefix_lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B,T,hidden_size].
+        """Compute the hidden states.
 
         Args:
-            input_ids or inputs_embeds: [B,T] or [B,T,hidden_size].
-            attention_mask: [B,T], with a cache [B,past+T], of ones and zeros; zeros are padding, wherever in the row
-                they are, and change nothing for the other tokens.
-            position_ids: rotary positions [B,T]; by default the place among the row's real tokens. Positions that
-                start again within a row need ``cu_seq_lens_q``.
+            input_ids: [B,T]. Pass either these or ``inputs_embeds``.
+            attention_mask: [B,T], or [B,past+T] with a cache: 1 for real tokens, 0 for padding. Padding may be anywhere
+                in a row, and does not affect the real tokens.
+            position_ids: rotary positions [B,T]; by default the index among the row's real tokens. Positions that
+                start again within a row require ``cu_seq_lens_q``.
             past_key_values: ``DynamicCache(config=model.config)``, updated in place.
+            inputs_embeds: [B,T,hidden_size].
+            use_cache: return a cache, also if ``past_key_values`` is None.
             cu_seq_lens_q: offsets [N+1] of sequences packed into one row (B = 1).
-            prefix_lengths: integers [N], of a row's first real tokens, which ``prefix`` mixers read both ways; with a
-                cache in the first call only. ``generate`` takes them too.
+            prefix_lengths: integers [N], the number of real tokens at the start of each sequence that ``prefix`` mixers
+                attend to in both directions. With a cache only in the first call. ``generate`` accepts them too.
+
+        Returns:
+            Hidden states [B,T,hidden_size], and the cache.
+
+        Raises:
+            ValueError: an argument has a wrong shape or value, or the arguments exclude each other.
         """
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("output_attentions: expected False (no mixer forms its attention weights), got True")
@@ -130,7 +143,7 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 refuse("attention_mask: expected no padding (pack the rows, cu_seq_lens_q), got zeros")
                 packing = Packing.of(real)
         if packing is not None and cu_seq_lens_q is not None:
-            raise ValueError("attention_mask: expected no padding beside cu_seq_lens_q, got zeros")
+            raise ValueError("attention_mask: expected no padding with cu_seq_lens_q, got zeros")
         if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != tokens):
             raise ValueError(f"position_ids: expected shape [{batch}, {tokens}], got {list(position_ids.shape)}")
         if position_ids is not None and packing is None and cu_seq_lens_q is None:
@@ -154,18 +167,26 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 prefix_lengths=prefix_lengths,
             )
         if past_key_values is not None:
-            context = current()  # whose ranks together have put the whole sequence into every cache
+            context = current()  # under sequence_parallel, every rank's cache holds the whole sequence
             for kept in mixer_caches(past_key_values):
                 kept.advance(tokens if context is None else context.tokens)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 def _check_positions(position_ids: Tensor) -> None:
-    """Raise a ValueError for positions that start again; a single position is not read."""
+    """Check that no position is less than the one before it.
+
+    The function reads no single positions, as in decoding: that would synchronise the GPU.
+
+    Raises:
+        ValueError: positions start again within a row.
+    """
     if position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
         return
     if bool((position_ids.diff(dim=-1) < 0).any()):
-        raise ValueError("position_ids: expected none that start again in a row without cu_seq_lens_q, got such")
+        raise ValueError(
+            "position_ids: expected ascending positions without cu_seq_lens_q, got a row that starts again"
+        )
 
 
 def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int | Tensor) -> None:
@@ -173,12 +194,12 @@ def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int | T
         raise ValueError(f"labels: expected shape {list(hidden_states.shape[:2])}, got {list(labels.shape)}")
     if not isinstance(logits_to_keep, int) or logits_to_keep:
         raise ValueError(
-            "logits_to_keep: expected 0 beside labels, whose loss is that of all tokens, got another value"
+            "logits_to_keep: expected 0 with labels (the loss needs the logits of all tokens), got another value"
         )
 
 
 class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head."""
+    """The decoder with a causal language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -187,18 +208,21 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridAttnConfig):
         super().__init__(config)
-        self.model: HybridAttnModel = AutoModel.from_config(config)  # of the configuration's family
+        self.model: HybridAttnModel = AutoModel.from_config(config)  # the class of the configuration's family
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> Tensor | None:
-        """The mask as it is, of ones and zeros: what ``generate`` asks for where its cache can be compiled."""
+        """Return the 2D mask unchanged; ``generate`` calls this if its cache can be compiled."""
         return attention_mask
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
-        """Inputs of the next call. A generated token is never padding: steps need no mask, and nobody reads one."""
+        """Return the inputs of the next call, without a mask in decoding steps.
+
+        A generated token is never padding, so steps need no mask. To read one would synchronise the GPU.
+        """
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -217,25 +241,34 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        prefix_lengths: torch.Tensor | None = None,  # named, since generate refuses what it does not see here
+        prefix_lengths: torch.Tensor | None = None,  # generate rejects arguments that are not in this signature
         skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits [B,T,vocab_size] and, with ``labels`` [B,T] (-100 is ignored), the next-token loss.
+        """Compute the logits and, with labels, the next-token loss.
+
+        Under ``sequence_parallel`` every rank returns the loss of the whole sequence, and the caller sums the gradients
+        over the ranks. ``logits_to_keep`` counts the rank's tokens. With labels, there is no cache by default.
 
         Args:
-            logits_to_keep: only the logits of the last so many tokens, or of these positions; 0 is all.
-            skip_logits: with labels, the loss alone, in chunks: all logits together are never in memory.
-            Other arguments as in ``HybridAttnModel.forward``.
+            labels: int64 [B,T]; -100 is ignored.
+            logits_to_keep: number of last tokens whose logits are returned, 0 for all; or a tensor of their positions.
+            skip_logits: return only the loss, computed in chunks, so that memory never holds the logits of all tokens.
+                Requires labels.
+            **kwargs: other arguments of ``HybridAttnModel.forward``, and of the loss: ``num_items_in_batch`` and
+                ``shift_labels`` (see ``next_token_loss``).
 
-        Under ``sequence_parallel`` the loss is that of the whole sequence on every rank, and its gradients are to be
-        added up over the ranks; ``logits_to_keep`` is of a rank's tokens; with labels there is no cache by default.
+        Returns:
+            Logits [B,T,vocab_size] (None with ``skip_logits``), the loss, and the cache.
+
+        Raises:
+            ValueError: an argument has a wrong shape or value, or the arguments exclude each other.
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits: expected False without labels, got True")
         context = current()
         if use_cache is None and labels is not None and context is not None:
-            use_cache = False  # which would gather the keys of all ranks on each
+            use_cache = False  # a cache would gather the keys of all ranks on every rank
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -246,9 +279,9 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
-        if labels is not None:
+        if labels is not None and context is None:
             _check_labels(labels, outputs.last_hidden_state, logits_to_keep)
-        if labels is not None and context is not None:
+        elif labels is not None and context is not None:
             kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), context)
         if skip_logits and labels is not None:
             given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
@@ -268,7 +301,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         )
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs):
-        """As usual; and once the prefix is in the cache, no later step is given it again."""
+        """Remove ``prefix_lengths`` after the first step with a cache, since the cache then contains the prefix."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs.pop("prefix_lengths", None)
@@ -276,11 +309,14 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
 
 
 class HybridAttnForSequenceClassification(GenericForSequenceClassification, HybridAttnPreTrainedModel):
-    """The decoder with a classifier on the last token of every row that is not ``config.pad_token_id``."""
+    """The decoder with a classifier on the last token of every row that differs from ``config.pad_token_id``."""
 
-    @wraps(GenericForSequenceClassification.forward)  # callers read its signature
+    @wraps(GenericForSequenceClassification.forward)  # transformers reads the signature
     def forward(self, *args, **kwargs):
-        refuse("HybridAttnForSequenceClassification: expected no context (one rank has the last token), got a call")
+        refuse(
+            "HybridAttnForSequenceClassification: expected no sequence parallelism (one rank has the last token), "
+            "got a call"
+        )
         return super().forward(*args, **kwargs)
 
 

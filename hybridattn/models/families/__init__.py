@@ -1,6 +1,6 @@
-"""Published families: defaults over the one decoder, and the checkpoint format of flash-linear-attention's GLA.
+"""Model families GLA, BASED and JRT: configurations with published defaults, and their model classes.
 
-Names are loaded when they are first used, as in ``models.decoder``.
+Names are loaded at first use, as in ``models.decoder``.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The families' public names, each loaded when it is first used."""
+"""Public names of the model families, each loaded at first use."""
 
 from .based import HybridAttnBasedConfig as HybridAttnBasedConfig
 from .based import HybridAttnJRTConfig as HybridAttnJRTConfig

@@ -1,4 +1,4 @@
-"""Configurations of BASED and JRT: stacks of convolutions, linear attention and small windows."""
+"""Configurations of the BASED and JRT models: layers of convolutions, linear attention and small sliding windows."""
 
 from collections.abc import Sequence
 from dataclasses import field
@@ -18,13 +18,13 @@ OPTIONS = {
 
 
 def stack(num_layers: int, name: str, linear: Sequence[int] | None = None) -> list[Entry]:
-    """Return linear attention ``name`` in some layers, a window in the layer after each, convolutions elsewhere.
+    """Return the mixers of a stack: linear attention in some layers, a window after each, convolutions elsewhere.
 
     Args:
         num_layers: number of layers.
-        name: ``"taylor"`` or ``"prefix"``.
-        linear: the layers of linear attention; by default every fifth from layer 1 on that has a layer after it, as in
-            the published model of 27 layers.
+        name: mixer of the linear attention layers, ``"taylor"`` or ``"prefix"``.
+        linear: indices of the linear attention layers; by default layers 1, 6, 11, .. except the last layer, as in the
+            published model of 27 layers.
     """
     linear = range(1, num_layers - 1, 5) if linear is None else linear
     return [name if i in linear else "window" if i - 1 in linear else "conv" for i in range(num_layers)]
@@ -35,7 +35,7 @@ class HybridAttnBasedConfig(HybridAttnConfig):
     """``HybridAttnConfig`` with the defaults of BASED's published model of 360 million parameters.
 
     Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (2024), section 4 and
-    appendix; the vocabulary is GPT-2's, up to a multiple of 8.
+    appendix; the vocabulary size is GPT-2's, rounded up to a multiple of 8.
     """
 
     model_type = "based"
@@ -56,7 +56,7 @@ class HybridAttnBasedConfig(HybridAttnConfig):
 
 @strict
 class HybridAttnJRTConfig(HybridAttnBasedConfig):
-    """BASED with linear attention that reads the first ``prefix_lengths`` tokens both ways.
+    """BASED with bidirectional linear attention over a prefix, the first ``prefix_lengths`` tokens of a sequence.
 
     Arora et al., "Just read twice: closing the recall gap for recurrent language models" (JRT-RNN, 2024), section 4.
     """

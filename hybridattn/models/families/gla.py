@@ -1,4 +1,4 @@
-"""The configuration of flash-linear-attention's GLA models, so that their checkpoints open as they are."""
+"""Configuration of GLA models in flash-linear-attention's checkpoint format, which both libraries read and write."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from ..decoder.configuration import HybridAttnConfig
 from ..decoder.mixer_list import LayerMixer, shared_options
 
-# Fields of flash-linear-attention's files that would change the function, and the values that this library supports.
+# Fields of flash-linear-attention's files that change the model's function, and the values that this library supports.
 EXPECTED = {
     "feature_map": (None,),
     "use_gk": (True,),
@@ -18,9 +18,9 @@ EXPECTED = {
     "hidden_act": ("swish", "silu"),
     "attnres_block_size": (None,),
 }
-# Fields that only choose between implementations there.
+# Fields that only select an implementation in flash-linear-attention.
 IGNORED = (*("attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),)
-# Fields of HybridAttnConfig that follow from fields of this class or that its files cannot store; their defaults.
+# Fields of HybridAttnConfig that follow from fields of this class or that its files cannot store, and their defaults.
 DERIVED = {
     "mixers": None,
     "mixer_options": {},
@@ -33,25 +33,29 @@ DERIVED = {
 
 @strict
 class HybridAttnGLAConfig(HybridAttnConfig):
-    """GLA models of flash-linear-attention: its fields in ``config.json``, its names of weights in the files.
+    """Configuration of GLA models with the fields and weight names of flash-linear-attention.
 
-    Either library opens what the other has saved. ``mixers``, ``mixer_options`` and the like follow from these fields.
+    Each library opens checkpoints of the other. ``mixers``, ``mixer_options`` and ``rms_norm_eps`` follow
+    from the fields below.
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024).
 
     Args:
-        num_heads: H of the gated layers.
+        num_heads: number of heads of the GLA layers.
         num_kv_heads: None or num_heads.
-        expand_k, expand_v: key and value dimension of all heads together, over hidden_size.
-        hidden_ratio: where intermediate_size is None, it is 2/3 of hidden_ratio * hidden_size, up to a multiple of 256.
-        use_short_conv, conv_size: short convolutions of q, k and v, with so many taps.
-        clamp_min: least log-decay of a gate, None for no limit.
-        attn: softmax attention instead in some layers: ``{"layers": [..], "num_heads": .., "num_kv_heads": ..,
-            "window_size": .., "rope_theta": ..}``; or a list of these.
-        norm_eps: of every norm.
+        expand_k: key dimension of all heads together, divided by hidden_size.
+        expand_v: value dimension of all heads together, divided by hidden_size.
+        hidden_ratio: if intermediate_size is None, it becomes 2/3 * hidden_ratio * hidden_size, rounded up to a
+            multiple of 256.
+        use_short_conv: apply short convolutions to q, k and v.
+        conv_size: number of taps of the short convolutions.
+        clamp_min: lower limit of the log-decay; None for no limit.
+        attn: layers with softmax attention instead of GLA: ``{"layers": [..], "num_heads": .., "num_kv_heads": ..,
+            "window_size": .., "rope_theta": ..}``, or a list of such objects.
+        norm_eps: epsilon of every norm.
 
     Raises:
-        ValueError: a field that changes the function and that this library has nothing for (see ``EXPECTED``), or a
-            field of HybridAttnConfig that these files cannot keep (see ``DERIVED``).
+        ValueError: a value is not supported (see ``EXPECTED``), or this format cannot store a field of
+            HybridAttnConfig (see ``DERIVED``).
     """
 
     model_type = "gla"
@@ -79,7 +83,7 @@ class HybridAttnGLAConfig(HybridAttnConfig):
                 raise ValueError(f"{name}: expected {expected[0]!r} in a GLA model, got {kwargs[name]!r}")
         for name, default in DERIVED.items():
             if (got := getattr(self, name)) != default:
-                raise ValueError(f"{name}: expected none in a GLA model (HybridAttnConfig has it), got {got!r}")
+                raise ValueError(f"{name}: expected {default!r} in a GLA model, got {got!r}; use HybridAttnConfig")
         if self.num_heads <= 0:
             raise ValueError(f"num_heads: expected a positive integer, got {self.num_heads}")
         if self.num_kv_heads not in (None, self.num_heads):
@@ -112,7 +116,9 @@ class HybridAttnGLAConfig(HybridAttnConfig):
     def _attention_layers(self, attn: dict[str, Any]) -> list[int]:
         known = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta"}
         if set(attn) - known or not {"layers", "num_heads"} <= set(attn) or attn.get("qkv_bias"):
-            raise ValueError(f"attn: expected layers, num_heads and others of {sorted(known)} without bias, got {attn}")
+            raise ValueError(
+                f"attn: expected layers, num_heads and options of {sorted(known)} without bias, got {attn}"
+            )
         layers, last = list(attn["layers"]), (self.num_hidden_layers or 0) - 1
         if not all(isinstance(layer, int) and 0 <= layer <= last for layer in layers):
             raise ValueError(f"attn: expected layers from 0 to {last}, got {layers}")
@@ -128,11 +134,12 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         return LayerMixer("full", options) if window is None else LayerMixer("window", {**options, "window": window})
 
     def to_dict(self) -> dict[str, Any]:
-        """Leave out the fields that follow from those of this class."""
+        """Omit the fields of ``DERIVED``, which the format does not have."""
         return {name: value for name, value in super().to_dict().items() if name not in DERIVED}
 
 
 def _per_head(name: str, size: float, heads: int) -> int:
+    """Divide a dimension by the number of heads; ``name`` is the field in the error."""
     if size <= 0 or size % heads:
-        raise ValueError(f"{name}: expected a dimension that {heads} heads share evenly, got {size:g}")
+        raise ValueError(f"{name}: expected a dimension divisible by {heads} heads, got {size:g}")
     return int(size) // heads

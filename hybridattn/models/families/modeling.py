@@ -1,4 +1,7 @@
-"""The families' model classes: the decoder's, since Auto classes want one for every configuration class."""
+"""Model classes of the GLA, BASED and JRT families, and the weight names of flash-linear-attention.
+
+The classes are empty: they exist because transformers' Auto classes require a model class per configuration class.
+"""
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -10,38 +13,56 @@ from .gla import HybridAttnGLAConfig
 
 
 class HybridAttnGLAModel(HybridAttnModel):
+    """The decoder of a GLA model, without a head."""
+
     config_class = HybridAttnGLAConfig
 
 
 class HybridAttnGLAForCausalLM(HybridAttnForCausalLM):
+    """A GLA model with a language-model head."""
+
     config_class = HybridAttnGLAConfig
 
 
 class HybridAttnGLAForSequenceClassification(HybridAttnForSequenceClassification):
+    """A GLA model with a classifier."""
+
     config_class = HybridAttnGLAConfig
 
 
 class HybridAttnBasedModel(HybridAttnModel):
+    """The decoder of a BASED model, without a head."""
+
     config_class = HybridAttnBasedConfig
 
 
 class HybridAttnBasedForCausalLM(HybridAttnForCausalLM):
+    """A BASED model with a language-model head."""
+
     config_class = HybridAttnBasedConfig
 
 
 class HybridAttnBasedForSequenceClassification(HybridAttnForSequenceClassification):
+    """A BASED model with a classifier."""
+
     config_class = HybridAttnBasedConfig
 
 
 class HybridAttnJRTModel(HybridAttnModel):
+    """The decoder of a JRT model, without a head."""
+
     config_class = HybridAttnJRTConfig
 
 
 class HybridAttnJRTForCausalLM(HybridAttnForCausalLM):
+    """A JRT model with a language-model head."""
+
     config_class = HybridAttnJRTConfig
 
 
 class HybridAttnJRTForSequenceClassification(HybridAttnForSequenceClassification):
+    """A JRT model with a classifier."""
+
     config_class = HybridAttnJRTConfig
 
 
@@ -55,8 +76,8 @@ for config, model, causal, classifier in FAMILIES:
     AutoModelForCausalLM.register(config, causal, exist_ok=True)
     AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
 
-# Names in flash-linear-attention's files -> ours, in this order; transformers turns all of it around when it saves.
-# They are registered for our class names, since its own classes share the model type.
+# Weight names in flash-linear-attention's files -> this package's, applied in order. transformers inverts them to save.
+# They are registered by class name, since flash-linear-attention's classes have the same model type.
 GLA_NAMES = {
     "embeddings": "embed_tokens",
     "attn_norm": "input_layernorm",

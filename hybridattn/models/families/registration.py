@@ -1,7 +1,7 @@
-"""Makes AutoConfig know our configurations, and settles who opens model type ``gla``.
+"""Registration of the configurations with AutoConfig, and of model type ``gla``, shared with flash-linear-attention.
 
-flash-linear-attention has models of that type too. Its own classes open them wherever it is imported, before or
-after this library, since whoever imports it asks for them; checkpoints are the same either way.
+If a program imports flash-linear-attention, before or after this library, AutoModel opens checkpoints of type ``gla``
+with flash-linear-attention's classes. The checkpoint format is the same for both libraries.
 """
 
 import sys
@@ -15,20 +15,20 @@ from ..decoder.configuration import HybridAttnConfig
 from .based import HybridAttnBasedConfig, HybridAttnJRTConfig
 from .gla import HybridAttnGLAConfig
 
-THEIRS = "fla.models.gla"
+FLA_MODULE = "fla.models.gla"
 
 for config in (HybridAttnConfig, HybridAttnBasedConfig, HybridAttnJRTConfig):
     AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
-def _leave_gla(_module: Any) -> None:
+def _warn_of_fla(_module: Any) -> None:
     warnings.warn(
-        "flash-linear-attention is imported: AutoModel opens checkpoints of type 'gla' with its classes, "
-        "HybridAttnGLAForCausalLM with those of hybridattn",
+        "flash-linear-attention is imported: AutoModel opens checkpoints of type 'gla' with the classes of "
+        "flash-linear-attention; HybridAttnGLAForCausalLM.from_pretrained opens them with those of hybridattn",
         stacklevel=2,
     )
 
 
-if THEIRS not in sys.modules:
+if FLA_MODULE not in sys.modules:
     AutoConfig.register(HybridAttnGLAConfig.model_type, HybridAttnGLAConfig, exist_ok=True)
-wrapt.when_imported(THEIRS)(_leave_gla)  # at once where it is imported already
+wrapt.when_imported(FLA_MODULE)(_warn_of_fla)  # at once if it is already imported

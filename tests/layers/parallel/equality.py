@@ -1,4 +1,4 @@
-"""Run by tests/ranks.py: every mixer of test_mixers.py on two and four ranks beside itself on one."""
+"""Compare every mixer of test_mixers.py on two and four ranks with one rank; tests/ranks.py runs this file."""
 
 import runpy
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from hybridattn.layers.parallel import sequence_parallel, shard_sequence, state_
 TOKENS, D = 41, 12
 TABLE = runpy.run_path(str(Path(__file__).parents[1] / "test_mixers.py"))["MIXERS"]
 MIXERS = {name: make for name, make in TABLE.items() if not name.startswith("prefix")}
-# Sequences that end inside of segments, at their borders and further on; the last tokens belong to none.
+# Sequences that end within a segment, at its border and in a later one; the last tokens belong to no sequence.
 PACKED = {"rows": None, "packed": [0, 3, 3, 17, 18, 38]}
 
 
 class Case(NamedTuple):
-    """Segments are as even as can be, or shorter than windows and convolutions, and some without a token."""
+    """One way to cut the tokens: even segments, segments shorter than windows and convolutions, empty segments."""
 
     layout: str
     ranks: int
@@ -39,7 +39,7 @@ CASES = [
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative in L2; what is below 1e-6 counts as nothing (the queries of a window of 1 have no gradient)."""
+    """Return the relative L2 error. The least divisor is 1e-6: queries of a window of 1 have zero gradients."""
     if actual.shape != expected.shape:
         return float("inf")
     return (actual - expected).norm().item() / max(expected.norm().item(), 1e-6)
@@ -56,7 +56,7 @@ class Alone:
         self.o, *self.grads = self.run(mixer, lambda x: x)
 
     def run(self, mixer: torch.nn.Module, part: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Of the tokens that ``part`` takes."""
+        """Return the output and gradients for the tokens that ``part`` selects."""
         leaf = self.x.clone().requires_grad_()
         o = mixer(part(leaf), cu_seqlens=self.offsets)
         loss = (o * part(self.weight * self.real[:, None])).sum()
@@ -77,7 +77,7 @@ def compare(mixer: torch.nn.Module, group: Any, case: Case, alone: Alone) -> dic
 
 @torch.no_grad()
 def compare_caches(mixer: Any, group: Any, case: Case) -> dict[str, float]:
-    """The caches after the sequence, and an output computed from them."""
+    """Return the errors of the caches after the sequence, and of the next token's output."""
     torch.manual_seed(1)
     x, more = torch.randn(2, TOKENS, D).double(), torch.randn(2, 1, D).double()
     expected, cache = Cache(), Cache()
@@ -91,7 +91,7 @@ def compare_caches(mixer: Any, group: Any, case: Case) -> dict[str, float]:
 
 
 def results() -> dict[str, dict[str, float]]:
-    """Relative errors by mixer and case, of this rank."""
+    """Return this rank's relative errors by mixer and case."""
     state_passing.TOKENS_AT_ONCE = 7  # several parts of a segment
     groups, found = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}, {}
     for name, make in MIXERS.items():

@@ -1,4 +1,4 @@
-"""The context: arguments, what is refused, and one rank alone; in a group of one process."""
+"""The sequence_parallel context in a group of one process: arguments, errors and results."""
 
 import contextlib
 from collections.abc import Iterator
@@ -69,14 +69,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"tokens": 4, "layout": "striped"},
         r"layout: expected one of \['contiguous', 'zigzag'\], got 'striped'",
     ),
-    "segments": ({"tokens": [3, 1]}, r"tokens: expected their number, or that of 1 segments each, got \[3, 1\]"),
-    "a fraction": ({"tokens": 4.0}, "tokens: expected their number, or that of 1 segments each, got 4.0"),
-    "half a token": ({"tokens": [2.5]}, r"tokens: expected their number, or that of 1 segments each, got \[2.5\]"),
-    "a negative length": ({"tokens": [5, -1], "layout": "zigzag"}, "tokens: expected their number"),
+    "segments": ({"tokens": [3, 1]}, r"tokens: expected an integer, or the lengths of 1 segments .*, got \[3, 1\]"),
+    "a fraction": ({"tokens": 4.0}, "tokens: expected an integer, or the lengths of 1 segments .*, got 4.0"),
+    "half a token": ({"tokens": [2.5]}, r"tokens: expected an integer, or the lengths of 1 segments .*, got \[2.5\]"),
+    "a negative length": (
+        {"tokens": [5, -1], "layout": "zigzag"},
+        "tokens: expected an integer, or the lengths of 2 segments",
+    ),
 }
 
 
-def test_a_number_of_tokens_may_be_numpys():
+def test_tokens_may_be_an_integer_of_numpy_or_torch():
     for tokens in (np.int64(4), np.array([4]), torch.tensor([4])):
         with sequence_parallel(tokens) as context:
             assert context.own == [(0, 0, 4)]
@@ -106,11 +109,10 @@ def test_a_mesh_of_two_dimensions_is_refused():
         assert context.size == 1
 
 
-def test_recomputed_layers_belong_inside():
+def test_checkpointed_layers_need_the_context_in_the_backward_pass():
     net, ids = decoder(), torch.randint(20, (1, 9))
-    getattr(
-        net, "activation_checkpointing_enable", net.gradient_checkpointing_enable
-    )()  # by its name of today, or 5.17
+    # transformers 5.17 has the second name only.
+    getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)()
     net.train()
     with sequence_parallel(tokens=9):
         loss = net(ids, labels=ids, use_cache=False).loss
@@ -118,7 +120,7 @@ def test_recomputed_layers_belong_inside():
         loss.backward()
 
 
-def test_a_loss_comes_without_a_cache_unless_asked_for():
+def test_with_labels_there_is_no_cache_by_default():
     net, ids, offsets = decoder(), torch.randint(20, (1, 9)), torch.tensor([0, 4, 9])
     with sequence_parallel(tokens=9):
         assert net(ids, labels=ids).past_key_values is None
@@ -128,7 +130,7 @@ def test_a_loss_comes_without_a_cache_unless_asked_for():
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
-def test_given_targets_are_kept(skip_logits: bool):
+def test_shift_labels_replace_the_labels(skip_logits: bool):
     net, ids, targets = decoder(), torch.randint(20, (2, 9)), torch.randint(20, (2, 9))
     targets[:, 3] = -100
     options = {"labels": ids, "shift_labels": targets, "skip_logits": skip_logits}
@@ -139,7 +141,7 @@ def test_given_targets_are_kept(skip_logits: bool):
             net(ids, **{**options, "shift_labels": targets[:, 1:]})
 
 
-def test_what_has_no_context_is_refused():
+def test_sharding_outside_the_context_is_refused():
     for function in (shard_sequence, gather_sequence):
         with pytest.raises(ValueError, match="sequence_parallel: expected an active context, got none"):
             function(torch.zeros(1, 4))
@@ -180,17 +182,17 @@ def check_changed_offsets() -> None:
     assert not torch.allclose(before, after)
 
 
-def test_caches_that_cannot_be_kept_are_refused():
+def test_unsupported_caches_are_refused():
     mixer, x, cache = GatedLinearAttention(8, num_heads=2), torch.randn(1, 4, 8), Cache()
     with sequence_parallel(tokens=4):
-        with pytest.raises(ValueError, match="cache: expected None beside cu_seqlens under sequence_parallel"):
+        with pytest.raises(ValueError, match="cache: expected None with cu_seqlens under sequence_parallel"):
             mixer(x, cu_seqlens=torch.tensor([0, 4]), cache=cache)
         mixer(x, cache=cache)
-        with pytest.raises(ValueError, match=r"cache: expected an empty one, got one .* under sequence_parallel"):
+        with pytest.raises(ValueError, match=r"cache: expected an empty cache, got one .* under sequence_parallel"):
             mixer(x, cache=cache)
 
 
-def test_what_has_no_meaning_is_refused():
+def test_unsupported_calls_are_refused():
     ids = torch.ones(1, 4, dtype=torch.long)
     padding = torch.tensor([[0, 1, 1, 1]])
     classifier = HybridAttnForSequenceClassification(decoder().config)
@@ -204,7 +206,7 @@ def test_what_has_no_meaning_is_refused():
             prefix(torch.randn(1, 4, 8), prefix_lengths=torch.tensor([2]))
         with pytest.raises(ValueError, match=r"attention_mask: expected no padding .* under sequence_parallel"):
             decoder()(ids, attention_mask=padding)
-        with pytest.raises(ValueError, match="HybridAttnForSequenceClassification: expected no context"):
+        with pytest.raises(ValueError, match="HybridAttnForSequenceClassification: expected no sequence parallelism"):
             classifier(ids)
         with pytest.raises(ValueError, match="attn_implementation='hybridattn': expected no context"):
             llama(ids)

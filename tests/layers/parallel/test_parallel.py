@@ -1,4 +1,4 @@
-"""n ranks compute what one would: outputs, gradients and caches of every mixer, for any lengths of segments."""
+"""Outputs, gradients and caches of every mixer on several ranks equal those on one, for any lengths of segments."""
 
 from collections.abc import Callable
 from pathlib import Path

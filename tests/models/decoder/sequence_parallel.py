@@ -1,4 +1,4 @@
-"""Run by tests/ranks.py: a hybrid decoder on two and four ranks, and sharded by FSDP2, beside itself on one."""
+"""Compare a hybrid decoder on two and four ranks, also with FSDP2, with one rank; tests/ranks.py runs this file."""
 
 import weakref
 from typing import Any
@@ -23,7 +23,7 @@ from hybridattn.evals.speed.memory import peak_bytes
 
 TOKENS, VOCAB = 64, 40
 MIXERS = ["conv", "gla", "window", "full", "taylor", "retention", "prefix"]
-# Rows, packed rows with targets left out, and segments of any length.
+# Rows, packed rows with ignored targets, and segments of uneven lengths.
 CASES: dict[str, dict[str, Any]] = {
     "contiguous": {},
     "packed, zigzag": {"layout": "zigzag", "packed": [0, 5, 16, 17, 60]},
@@ -62,9 +62,10 @@ def alibi_config() -> HybridAttnConfig:
     return HybridAttnConfig(vocab_size=VOCAB, hidden_size=16, mixers=["full"], mixer_options=options)
 
 
-# FSDP2 pads to its ranks, so all sizes are multiples of 4. Either layers are the larger part, or embeddings and head.
+# FSDP2 pads to the number of ranks, so all sizes are multiples of 4. The larger part of the parameters is the layers in
+# one case, and the embeddings and head in the other.
 SHARDED = {"layers": 64, "embeddings": 8192}
-FEW = 4  # tokens, so that activations are next to nothing
+FEW = 4  # tokens, so that activations take little memory
 
 
 def sharded_config(vocab_size: int) -> HybridAttnConfig:
@@ -84,9 +85,8 @@ def model() -> HybridAttnForCausalLM:
 
 
 def checkpoint_activations(net: HybridAttnForCausalLM) -> None:
-    getattr(
-        net, "activation_checkpointing_enable", net.gradient_checkpointing_enable
-    )()  # by its name of today, or 5.17
+    # transformers 5.17 has the second name only.
+    getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)()
     net.train()
 
 
@@ -121,7 +121,7 @@ def compare(case: dict[str, Any], group: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def compare_generation() -> dict[str, float]:
-    """A long prompt is read by all ranks; each then goes on alone with the cache that it has."""
+    """All ranks read a prompt together; then each decodes alone with its own cache."""
     net = model().eval()
     torch.manual_seed(3)
     ids, more = torch.randint(VOCAB, (2, TOKENS)), torch.randint(VOCAB, (2, 1))
@@ -135,7 +135,7 @@ def compare_generation() -> dict[str, float]:
 
 
 def compare_loss_under_fsdp2() -> dict[str, float]:
-    """The loss without logits of sharded parameters, every rank with the same whole row, as in one process."""
+    """Compare the loss with skip_logits and sharded parameters with one process; every rank has the same rows."""
     alone, net = model(), model()
     for layer in net.model.layers:
         fully_shard(layer)
@@ -152,12 +152,15 @@ def compare_loss_under_fsdp2() -> dict[str, float]:
 
 
 def compare_fsdp2() -> tuple[dict[str, float], int]:
-    """Two sequences, each over two ranks; parameters over all four. Two steps of Adam, as one process takes
-    them; also the numbers that this rank has of parameters, gradients and moments."""
+    """Take two steps of Adam with two sequences on two ranks each, and parameters sharded over all four.
+
+    Returns:
+        The errors against one process, and this rank's numbers of elements of parameters, gradients and moments.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     torch.manual_seed(2)
     batches = torch.randint(VOCAB, (2, 2, 1, TOKENS))  # step, sequence
-    alone, net = model().double(), model().double()  # in fp32 the steps would magnify rounding
+    alone, net = model().double(), model().double()  # in fp32 Adam would magnify rounding errors
     for layer in net.model.layers:
         fully_shard(layer)
     fully_shard(net)
@@ -169,7 +172,7 @@ def compare_fsdp2() -> tuple[dict[str, float], int]:
         ids = batch[mesh["dp"].get_local_rank()]
         with sequence_parallel(TOKENS, mesh["sp"], "zigzag") as context:
             loss = net(shard_sequence(ids), labels=shard_sequence(ids), skip_logits=True).loss
-            (loss * context.size).backward()  # FSDP takes the mean over all ranks; those of a sequence add up
+            (loss * context.size).backward()  # FSDP averages over all ranks, but the ranks of a sequence must be summed
         errors[f"loss {step}"] = error(loss, expected[mesh["dp"].get_local_rank()])
         pairs = zip(net.parameters(), alone.parameters(), strict=True)
         errors[f"gradients {step}"] = max(error(a.grad.full_tensor(), b.grad) for a, b in pairs)
@@ -188,7 +191,7 @@ def compare_fsdp2() -> tuple[dict[str, float], int]:
 
 
 def count_traffic(ranks: int, group: Any) -> dict[str, list[dict[str, int]]]:
-    """Bytes of a forward pass, and of it with the backward pass, by layout and length."""
+    """Return the bytes sent by a forward pass, and by forward and backward passes, by layout and length."""
     net, counted = model().bfloat16(), {}
     for layout, tokens in TRAFFIC[ranks]:
         ids = torch.randint(VOCAB, (2, tokens))
@@ -201,7 +204,7 @@ def count_traffic(ranks: int, group: Any) -> dict[str, list[dict[str, int]]]:
 
 
 def count_alibi() -> dict[str, list[int]]:
-    """Bytes of a forward and of a backward pass of full attention with slopes, by layout."""
+    """Return the bytes sent by the forward and the backward pass of full attention with ALiBi, by layout."""
     net, counted = HybridAttnForCausalLM(alibi_config()).bfloat16(), {}
     ids = torch.randint(VOCAB, (2, TOKENS))
     for layout in ("contiguous", "zigzag"):
@@ -214,7 +217,7 @@ def count_alibi() -> dict[str, list[int]]:
 
 
 def count_checkpoints() -> int:
-    """Bytes of the layers' inputs that are still there after the forward pass."""
+    """Return the bytes of the layers' inputs that are still in memory after the forward pass."""
     net, inputs = model().bfloat16(), []
     checkpoint_activations(net)
     for layer in net.model.layers:
@@ -228,7 +231,7 @@ def count_checkpoints() -> int:
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Bytes that a rank sends in all-gathers (its part, to all others) and reduce-scatters (all others' parts)."""
+    """Counter of the bytes that a rank sends in all-gathers and reduce-scatters."""
 
     sent = 0
 
@@ -241,7 +244,7 @@ class CollectiveBytes(TorchDispatchMode):
 
 
 def count_sharded(vocab_size: int) -> dict[str, int]:
-    """Bytes that FSDP2 in mixed precision sends in a step, and has at its peak beyond weights and their gradients."""
+    """Return the bytes that FSDP2 in mixed precision sends per step, and its peak beyond weights and gradients."""
     net = HybridAttnForCausalLM(sharded_config(vocab_size))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in net.model.layers:
@@ -250,18 +253,18 @@ def count_sharded(vocab_size: int) -> dict[str, int]:
     ids = torch.randint(VOCAB, (1, FEW))
 
     def step() -> None:
-        net.zero_grad()  # gradients were there before, so they do not count
+        net.zero_grad()  # the first step has allocated gradients, so that they do not count
         net(ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
 
     step()
     with CollectiveBytes() as collectives:
         step()
-    # gloo's threads at times let go of a buffer late, so the least of some steps.
+    # The minimum of several steps, since gloo's threads sometimes free a buffer late.
     return {"sent": collectives.sent, "peak": min(peak_bytes(step, torch.device("cpu")) or 0 for _ in range(5))}
 
 
 def results() -> dict[str, Any]:
-    """Errors by case, and bytes, of this rank."""
+    """Return this rank's errors by case, and its bytes."""
     found: dict[str, Any] = {"errors": {}, "traffic": {}}
     for ranks, group in ((2, dist.new_group([0, 1])), (4, dist.group.WORLD)):
         if dist.get_rank() < ranks:

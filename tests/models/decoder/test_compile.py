@@ -1,4 +1,4 @@
-"""The decoder under torch.compile and with a static cache: no graph breaks, and no step that is compiled twice."""
+"""The decoder under torch.compile and with a static cache: one graph, and one compilation of a decoding step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ STACKS: dict[str, dict[str, Any]] = {
 def build(name: str) -> HybridAttnForCausalLM:
     torch.compiler.reset()
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "initializer": "fan_in"}
-    # In fp64 a layer that is wrong in the least differs by more than rounding.
+    # fp64, so that any error of a layer exceeds rounding errors.
     return HybridAttnForCausalLM(HybridAttnConfig(**sizes, mixer_options=OPTIONS, **STACKS[name])).double().eval()
 
 
@@ -51,7 +51,7 @@ def tokens(length: int = TOKENS, batch: int = 2) -> Tensor:
 
 
 def compiled(model: HybridAttnForCausalLM, counts: list[Any] | None = None) -> Callable[..., Any]:
-    """The model's forward as one graph; every compilation of it is added to ``counts``."""
+    """Return the model's forward compiled as one graph; every compilation appends to ``counts``."""
 
     def backend(graph, inputs):
         if counts is None:
@@ -137,7 +137,7 @@ def test_generate_with_a_static_cache(model: HybridAttnForCausalLM, beams: int, 
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0, "num_beams": beams}
     options |= {"attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
     expected = model.generate(ids, **options)
-    for _ in range(2):  # a second call may use what the first has left
+    for _ in range(2):  # the second call may reuse the first one's compiled step
         static = model.generate(ids, cache_implementation="static", **options)
         assert torch.equal(static.sequences, expected.sequences)
         torch.testing.assert_close(static.logits, expected.logits, rtol=1e-5, atol=1e-6)  # states are fp32

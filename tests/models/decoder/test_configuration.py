@@ -1,4 +1,4 @@
-"""The configuration: options of single layers, what is checked at construction, and numbers of layers."""
+"""The configuration: options of single layers, checks at construction, and numbers of layers."""
 
 import json
 from pathlib import Path
@@ -121,12 +121,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_configurations_are_named_at_construction(name: str):
+def test_construction_names_wrong_fields(name: str):
     changes, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         HybridAttnConfig(**{**SIZES, **changes})
 
 
-def test_integers_stand_for_numbers():
+def test_integers_are_valid_as_floats():
     options = {"gla": {"gate_bias_range": [4, 6], "rope_theta": 10000}}
     assert HybridAttnConfig(**SIZES, mixer_options=options).mixer_options == options

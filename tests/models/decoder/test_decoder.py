@@ -24,7 +24,7 @@ OPTIONS = {
     "linear": {"num_heads": 2, "key_dim": 4},
     "taylor": {"num_heads": 2, "key_dim": 4},
     "prefix": {"num_heads": 2, "key_dim": 4},
-    "retention": {"num_heads": 2, "norm_eps": 0.1},  # fp32's rounding of a q.k near 0 grows in the norm
+    "retention": {"num_heads": 2, "norm_eps": 0.1},  # the norm magnifies the rounding error of q.k near 0 in fp32
     "lightning": {"num_heads": 2},
 }
 STACKS: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def make_config(stack: str, **changes: Any) -> HybridAttnConfig:
 
 
 def build(config: HybridAttnConfig, **changes: Any) -> HybridAttnForCausalLM:
-    """A model of the configuration's class, with some fields of it changed."""
+    """Return a model of the configuration with some fields changed."""
     return AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **changes})).eval()
 
 
@@ -92,7 +92,7 @@ def model(request: pytest.FixtureRequest) -> HybridAttnForCausalLM:
     return build(make_config(request.param))
 
 
-# Families are configurations: where these do not matter, the stacks run the same code. test_contract.py has the rest.
+# Families only have other configurations, so that most tests run without them; test_contract.py tests them all.
 AND_FAMILIES = pytest.mark.parametrize("model", [*STACKS, *FAMILIES], indirect=True)
 
 
@@ -101,12 +101,12 @@ def tokens(batch: int = 3, length: int = TOKENS) -> Tensor:
 
 
 def prefix(model: HybridAttnForCausalLM) -> dict[str, Tensor]:
-    """The argument that uses all of a model that reads a prefix (see test_prefix.py), for 3 rows of TOKENS."""
+    """Return prefix_lengths for 3 rows of TOKENS if the model has a ``prefix`` mixer (see test_prefix.py)."""
     return {"prefix_lengths": torch.tensor([9, 0, TOKENS])} if "prefix" in model.config.mixers else {}
 
 
 def pad(rows: Tensor, side: str, width: int = 29) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Rows cut to LENGTHS among padding: ids, mask and the places of the real tokens."""
+    """Cut rows to LENGTHS and pad them; return ids, mask and the indices of the real tokens."""
     ids, mask, places = torch.full((3, width), PAD), torch.zeros(3, width, dtype=torch.long), []
     for row, length in enumerate(LENGTHS):
         at = {
@@ -159,7 +159,7 @@ def test_padding_changes_no_token(model: HybridAttnForCausalLM, side: str):
 @pytest.mark.parametrize("side", ["left", "inside"])
 def test_padding_changes_no_gradient(model: HybridAttnForCausalLM, side: str):
     ids, mask, _ = pad(tokens(), side)
-    other = torch.where(mask.bool(), ids, 7)  # other tokens as padding: nothing may change
+    other = torch.where(mask.bool(), ids, 7)  # other ids as padding must not change the result
     losses, grads = [], []
     for padded in (ids, other):
         embeds = model.model.embed_tokens(padded).detach().requires_grad_()
@@ -192,7 +192,7 @@ def test_packed_rows_equal_separate_rows(model: HybridAttnForCausalLM):
 def test_generate_left_padded_batch_equals_alone(model: HybridAttnForCausalLM, options: dict[str, Any]):
     rows = tokens()
     ids, mask, _ = pad(rows, "left")
-    if options["do_sample"]:  # the draws differ between batches, so only what greedy search would give can be compared
+    if options["do_sample"]:  # random draws differ between batches, so only the greedy choice can be compared
         options = {**options, "temperature": 1e-4}
     batch = model.generate(ids, attention_mask=mask, max_new_tokens=9, eos_token_id=-1, **options)
     for row, length in enumerate(LENGTHS):
@@ -222,7 +222,7 @@ def test_a_returned_cache_can_be_continued(model: HybridAttnForCausalLM):
 @AND_FAMILIES
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_bytes_are_what_the_formula_says(model: HybridAttnForCausalLM, dtype: torch.dtype):
+def test_cache_bytes_equal_the_formula(model: HybridAttnForCausalLM, dtype: torch.dtype):
     model.to(dtype)
     for batch, length in ((1, 3), (4, 11)):
         cache = model(tokens(batch, length), use_cache=True).past_key_values
@@ -230,7 +230,7 @@ def test_cache_bytes_are_what_the_formula_says(model: HybridAttnForCausalLM, dty
 
 
 def test_state_elements_of_a_known_shape():
-    """GLA keeps K x V per head; a window keeps its keys and values; a full layer those of every token."""
+    """GLA stores K x V elements per head, a window layer its keys and values, a full layer those of all tokens."""
     config = make_config("hybrid", mixers=["gla", "window", "full"], input_conv_size=None)
     specs = cache_spec(config, batch_size=1, tokens=100, dtype=torch.bfloat16)
     assert [cache_elements(spec) for spec in specs] == [2 * 4 * 8, 2 * 5 * 16, 2 * 100 * 2 * 4]
@@ -265,7 +265,7 @@ def test_save_and_load(model: HybridAttnForCausalLM, tied: bool, tmp_path: Path)
 
 
 def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
-    """Loading builds on the meta device: what the file lacks must come from _init_weights, not from memory."""
+    """Loading builds on the meta device, so that _init_weights must initialise parameters missing from the file."""
     config = make_config("hybrid", mixers=["gla"], input_conv_size=4)
     model = HybridAttnForCausalLM(config)
     kept = {k: v for k, v in model.state_dict().items() if "gk_proj" not in k and "conv" not in k}
@@ -279,8 +279,8 @@ def test_parameters_missing_from_a_checkpoint_are_initialised(tmp_path: Path):
     assert 0.1 < loaded.model.layers[0].conv.weight.std() < 1
 
 
-def test_what_mixers_start_from_is_there_after_loading(tmp_path: Path):
-    """Constants, which no file has, and parameters with rules of their own that this file lacks."""
+def test_loading_initialises_constants_and_special_parameters(tmp_path: Path):
+    """Constants, which files never contain, and missing parameters with initialisations of their own."""
     model = HybridAttnForCausalLM(make_config("options", mixers=["lightning", "full", "window", "gla"]))
     own = ("sinks", "A_log", "dt_bias")
     kept = {k: v for k, v in model.state_dict().items() if not k.endswith(own)}
@@ -325,7 +325,7 @@ def test_gradient_checkpointing_changes_nothing(model: HybridAttnForCausalLM):
 
 
 def test_trainer(tmp_path: Path):
-    """transformers' Trainer lowers the loss of a hybrid, saves it, and goes on from what it saved."""
+    """transformers' Trainer lowers the loss of a hybrid, saves a checkpoint and resumes from it."""
     model = HybridAttnForCausalLM(make_config("hybrid"))
     rows = [
         {"input_ids": row, "labels": row} for row in torch.arange(2, 18).repeat(8, 2).unfold(1, 16, 5).flatten(0, 1)
@@ -372,7 +372,7 @@ def test_logits_to_keep_and_hidden_states(model: HybridAttnForCausalLM):
 
 
 @torch.no_grad()
-def test_given_positions_beside_padding():
+def test_position_ids_with_padding():
     model = HybridAttnForCausalLM(make_config("full")).eval()
     rows = tokens()
     ids, mask, places = pad(rows, "inside")
@@ -387,7 +387,7 @@ def test_given_positions_beside_padding():
 
 @torch.no_grad()
 def test_the_input_convolution_is_added():
-    """With weights of zero it changes nothing; with the identity the mixer's input is doubled."""
+    """With zero weights it has no effect; with identity weights it doubles the mixer's input."""
     plain = HybridAttnForCausalLM(make_config("linear")).eval()
     model = HybridAttnForCausalLM(make_config("linear", input_conv_size=3)).eval()
     assert all("conv" in name for name in model.load_state_dict(plain.state_dict(), strict=False).missing_keys)
@@ -429,19 +429,19 @@ BAD_CONFIGS = {
     "vocabulary": ({"vocab_size": -1}, "vocab_size: expected a positive number, got -1"),
     "size": ({"hidden_size": 0}, "hidden_size: expected a positive number, got 0"),
     "inner size": ({"intermediate_size": -4}, "intermediate_size: expected a positive number, got -4"),
-    "padding token": ({"pad_token_id": VOCAB}, "pad_token_id: expected 0 to 39, one of the vocabulary, got 40"),
+    "padding token": ({"pad_token_id": VOCAB}, r"pad_token_id: expected 0 to 39 \(vocab_size - 1\), got 40"),
     "pattern": ({"mixers": "1 full, 2 gla"}, "mixers: expected a pattern like '1 full : 7 gla', got '1 full, 2 gla'"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_bad_configurations_are_named(name: str):
+def test_errors_name_bad_configurations(name: str):
     changes, message = BAD_CONFIGS[name]
     with pytest.raises(ValueError, match=message):
         make_config("hybrid", **changes)
 
 
-def test_bad_calls_are_named():
+def test_errors_name_bad_calls():
     model, ids = HybridAttnForCausalLM(make_config("hybrid")), tokens()
     with pytest.raises(ValueError, match="input_ids: expected either input_ids or inputs_embeds, got both or neither"):
         model()
@@ -453,11 +453,11 @@ def test_bad_calls_are_named():
         model(ids, attention_mask=torch.ones(3, 5))
     with pytest.raises(ValueError, match="attention_mask: expected 1 for real tokens and 0 for padding, got negative"):
         model(ids, attention_mask=torch.full((3, TOKENS), -1e9))
-    with pytest.raises(ValueError, match="position_ids: expected none that start again in a row without cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="position_ids: expected ascending positions without cu_seq_lens_q"):
         model(ids[:1], position_ids=torch.tensor([[*range(10), *range(13)]]))
     with pytest.raises(ValueError, match="cu_seqlens: expected one packed row"):
         HybridAttnForCausalLM(make_config("conv"))(ids, cu_seq_lens_q=torch.tensor([0, TOKENS]))
-    with pytest.raises(ValueError, match="attention_mask: expected no padding beside cu_seq_lens_q, got zeros"):
+    with pytest.raises(ValueError, match="attention_mask: expected no padding with cu_seq_lens_q, got zeros"):
         model(ids[:1], attention_mask=torch.zeros(1, TOKENS), cu_seq_lens_q=torch.tensor([0, TOKENS]))
     with pytest.raises(ValueError, match=r"assisted|stateful"):
         model.generate(ids[:1], assistant_model=model, max_new_tokens=2)

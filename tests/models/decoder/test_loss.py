@@ -1,4 +1,4 @@
-"""The loss without logits: the same numbers, in little memory. test_sequence_parallel.py has it under FSDP2."""
+"""The loss computed in chunks: values and memory. test_sequence_parallel.py tests it under FSDP2."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ OURS = pytest.mark.parametrize("ours", [False, True], ids=["torch", "chunks"])
 
 @pytest.fixture
 def chunks(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 16 tokens; torch's own operator only where it is asked for."""
+    """Set chunks of 16 tokens; with ``ours``, disable torch's operator, so that this package computes them."""
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 16 * 1000)
     if ours:
         monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
@@ -28,7 +28,7 @@ def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @OURS
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("items", [None, 77])
-def test_it_is_the_cross_entropy_of_the_logits(items: int | None):
+def test_the_loss_equals_the_cross_entropy_of_the_logits(items: int | None):
     hidden, weight, labels = operands()
     value = loss.next_token_loss(hidden, weight, labels, items)
     logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
@@ -42,17 +42,17 @@ def test_it_is_the_cross_entropy_of_the_logits(items: int | None):
 
 @OURS
 @pytest.mark.usefixtures("chunks")
-def test_logits_are_never_all_in_memory():
+def test_memory_never_holds_all_logits():
     hidden, weight, labels = operands()
     with profile(profile_memory=True) as measured:
         loss.next_token_loss(hidden, weight, labels).backward()
     largest = max(event.self_cpu_memory_usage for event in measured.events())
-    assert largest < 0.5 * 200 * 1000 * 4  # of fp32 logits
+    assert largest < 0.5 * 200 * 1000 * 4  # bytes, half of all logits in fp32
 
 
 @pytest.mark.parametrize("ours", [True])
 @pytest.mark.usefixtures("chunks")
-def test_under_autocast_it_is_summed_in_fp32():
+def test_under_autocast_the_loss_is_summed_in_fp32():
     hidden, weight, labels = operands()
     with torch.autocast("cpu", torch.bfloat16):
         value = loss.next_token_loss(hidden, weight, labels)
@@ -65,7 +65,7 @@ def model() -> HybridAttnForCausalLM:
     return HybridAttnForCausalLM(HybridAttnConfig(vocab_size=40, hidden_size=16, mixers=["gla", "full"]))
 
 
-def test_a_model_gives_the_same_loss_without_logits():
+def test_skip_logits_gives_the_same_loss():
     net, tokens = model(), torch.randint(40, (2, 9))
     expected, out = net(tokens, labels=tokens), net(tokens, labels=tokens, skip_logits=True)
     torch.testing.assert_close(out.loss, expected.loss)

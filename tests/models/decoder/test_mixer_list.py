@@ -22,12 +22,12 @@ def test_aliases_stand_for_entries():
     assert expand(["local", {"mixer": "gla"}], 2, aliases) == [LOCAL, "gla"]
 
 
-def test_options_of_a_layer_go_over_the_defaults_of_its_name():
+def test_options_of_a_layer_override_the_defaults_of_its_name():
     layers = layer_mixers(["window", LOCAL], {"window": {"window": 8, "num_heads": 2}})
     assert layers == [("window", {"window": 8, "num_heads": 2}), ("window", {"window": 4, "num_heads": 2})]
 
 
-def test_shared_options_are_the_inverse():
+def test_shared_options_is_the_inverse_of_layer_mixers():
     layers = [LayerMixer("window", {"window": 8}), LayerMixer("gla", {"num_heads": 2}), LayerMixer("window", {})]
     mixers, defaults = shared_options([*layers, layers[1]])
     assert mixers == [{"mixer": "window", "window": 8}, "gla", {"mixer": "window"}, "gla"]
@@ -46,6 +46,6 @@ def test_shared_options_are_the_inverse():
         ("1 local", {"aliases": {"local": {"window": 4}}}, r"mixer_aliases\['local'\]: expected a name"),
     ],
 )
-def test_wrong_forms_are_named(mixers: Any, options: Any, named: str):
+def test_errors_name_wrong_entries(mixers: Any, options: Any, named: str):
     with pytest.raises(ValueError, match=named):
         expand(mixers, **options)

@@ -1,4 +1,4 @@
-"""A prefix through the decoder: padding, packing, caches, generation, checkpointing, and models that read none."""
+"""prefix_lengths in the decoder: padding, packing, caches, generation, checkpointing, and models without prefix."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def model() -> HybridAttnForCausalLM:
 
 
 def padded(side: str, width: int = 16) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
-    """Rows [1,n] of LENGTHS, the same among padding, its mask, and the places of the real tokens."""
+    """Return rows [1,n] of LENGTHS, the same rows padded, the mask, and the indices of the real tokens."""
     rows = [torch.randint(2, VOCAB, (1, n)) for n in LENGTHS]
     ids, mask, places = torch.full((3, width), PAD), torch.zeros(3, width, dtype=torch.long), []
     for n, row in enumerate(rows):
@@ -48,7 +48,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
-def test_lengths_count_real_tokens(model: HybridAttnForCausalLM, side: str):
+def test_prefix_lengths_count_real_tokens(model: HybridAttnForCausalLM, side: str):
     rows, ids, mask, places = padded(side)
     logits = model(ids, attention_mask=mask, prefix_lengths=torch.tensor(PREFIXES)).logits
     for n, (row, prefix, at) in enumerate(zip(rows, PREFIXES, places, strict=True)):
@@ -81,7 +81,7 @@ def test_a_cache_is_continued_without_the_prefix(model: HybridAttnForCausalLM):
     "options", [{}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 2, "use_cache": False}], ids=str
 )
 def test_generate_equals_recomputing_every_token(model: HybridAttnForCausalLM, options: dict[str, Any]):
-    """In a left-padded batch; by greedy search written out, or with beams every row alone."""
+    """In a left-padded batch: against greedy search token by token, and with beams against each row alone."""
     rows, ids, mask, _ = padded("left")
     arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, **options}
     batch = model.generate(ids, attention_mask=mask, prefix_lengths=torch.tensor(PREFIXES), **arguments)
@@ -98,9 +98,11 @@ def test_generate_equals_recomputing_every_token(model: HybridAttnForCausalLM, o
     assert not torch.equal(unprefixed, batch)
 
 
-def test_what_cannot_be_is_named(model: HybridAttnForCausalLM):
+def test_errors_name_bad_prefix_lengths(model: HybridAttnForCausalLM):
     ids, mask = torch.randint(2, VOCAB, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match=r"prefix_lengths: expected 0 to the tokens given .*\[3, 5\], got \[4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"prefix_lengths: expected 0 to each sequence's length .*\[3, 5\], got \[4, 5\]"
+    ):
         model(ids, attention_mask=mask, prefix_lengths=torch.tensor([4, 5]))
     other = HybridAttnForCausalLM(HybridAttnConfig(vocab_size=VOCAB, hidden_size=16, mixers=["conv", "taylor"]))
     with pytest.raises(

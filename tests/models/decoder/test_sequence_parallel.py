@@ -1,4 +1,4 @@
-"""A hybrid decoder on several ranks: loss, gradients, caches, FSDP2 beside it, and the bytes that formulas say."""
+"""A hybrid decoder on several ranks, also with FSDP2: loss, gradients, caches, and bytes sent against formulas."""
 
 import runpy
 from collections import Counter
@@ -32,7 +32,7 @@ def check_errors(ranks: list[dict[str, Any]]) -> None:
 
 
 def check_traffic(ranks: list[dict[str, Any]]) -> None:
-    """The busiest rank sends what the formula says: constant for states and windows, linear for full attention."""
+    """The most bytes of any rank equal the formula: constant for states and windows, linear for full attention."""
     counted = {case: [results["traffic"][case] for results in ranks if case in results["traffic"]] for case in
                ranks[0]["traffic"]}  # fmt: skip
     assert len(counted) == sum(map(len, WORKER["TRAFFIC"].values()))
@@ -67,7 +67,7 @@ def check_memory(ranks: list[dict[str, Any]]) -> None:
 
 
 def check_sharded(ranks: list[dict[str, Any]]) -> None:
-    """FSDP2 sends what the formula says, and has whole at its peak what ``gathered`` says, within a tenth."""
+    """FSDP2 sends the formula's bytes; its peak is within 10 % of ``Memory.gathered``."""
     for name, vocab_size in WORKER["SHARDED"].items():
         config = WORKER["sharded_config"](vocab_size)
         assert [results["sharded"][name]["sent"] for results in ranks] == [sharded_traffic(config, gpus=4)] * 4

@@ -1,4 +1,4 @@
-"""GLA in the format of flash-linear-attention: its own files open as they are, and ours open there."""
+"""GLA in the format of flash-linear-attention: each library opens the other's checkpoints."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,8 +25,8 @@ SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads
 
 @pytest.fixture(scope="module")
 def checkpoints(run_python: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written by flash-linear-attention, in a process that knows nothing of this library."""
-    if find_spec("fla") is None:  # not imported here: model type gla would be its from then on
+    """Return checkpoints that flash-linear-attention wrote in a process without this library."""
+    if find_spec("fla") is None:  # importing it here would give it model type gla
         pytest.skip("flash-linear-attention is not installed")
     folder = tmp_path_factory.mktemp("fla")
     run_python(f"""
@@ -43,7 +43,7 @@ for name, options in {VARIANTS}.items():
 
 
 def logits(weights: dict[str, Tensor], options: dict, ids: Tensor) -> Tensor:
-    """The published formulas (section 4.4 and appendix), a token at a time in fp64, on the names of the file."""
+    """Compute the published formulas (section 4.4 and appendix) token by token in fp64, from the file's names."""
     w = {name: x.double() for name, x in weights.items()}
     heads, embed = SIZES["num_heads"], w["model.embeddings.weight"]
 
@@ -88,7 +88,7 @@ def logits(weights: dict[str, Tensor], options: dict, ids: Tensor) -> Tensor:
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
-def test_their_files_open_as_they_are(name: str, checkpoints: Path):
+def test_checkpoints_of_flash_linear_attention_open_unchanged(name: str, checkpoints: Path):
     from safetensors.torch import load_file
 
     model = HybridAttnGLAForCausalLM.from_pretrained(checkpoints / name).double()
@@ -103,7 +103,7 @@ def test_their_files_open_as_they_are(name: str, checkpoints: Path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("imports", ["import hybridattn, fla.models", "import fla.models, hybridattn"])
 def test_both_libraries(imports: str, checkpoints: Path, run_python: Callable[..., str], tmp_path: Path):
-    """Imported in either order: theirs opens model type gla, ours by its class; each opens what the other saved."""
+    """With imports in either order, AutoModel uses its classes for type gla, and each opens the other's checkpoints."""
     run_python(f"""
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -130,7 +130,7 @@ for name in {list(VARIANTS)}:
 
 
 @pytest.mark.slow
-def test_ours_alone_needs_no_other(checkpoints: Path, run_python: Callable[..., str]):
+def test_checkpoints_open_without_flash_linear_attention(checkpoints: Path, run_python: Callable[..., str]):
     run_python(
         f"""
 import hybridattn
@@ -169,18 +169,18 @@ def test_softmax_layers_of_two_kinds():
         ({"hidden_act": "powlu"}, "hidden_act: expected 'swish'"),
         ({"attnres_block_size": 2}, "attnres_block_size: expected None"),
         ({"num_heads": 0}, "num_heads: expected a positive integer, got 0"),
-        ({"mixers": "1 full : 1 gla"}, "mixers: expected none in a GLA model .*, got '1 full : 1 gla'"),
-        ({"mixer_options": {"gla": {"gate_rank": 4}}}, "mixer_options: expected none"),
-        ({"input_conv_size": 4}, "input_conv_size: expected none in a GLA model"),
-        ({"mlp": "none"}, "mlp: expected none in a GLA model"),
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps: expected none in a GLA model"),
+        ({"mixers": "1 full : 1 gla"}, "mixers: expected None in a GLA model, got '1 full : 1 gla'"),
+        ({"mixer_options": {"gla": {"gate_rank": 4}}}, "mixer_options: expected {} in a GLA model"),
+        ({"input_conv_size": 4}, "input_conv_size: expected None in a GLA model"),
+        ({"mlp": "none"}, "mlp: expected 'swiglu' in a GLA model"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps: expected 1e-06 in a GLA model"),
         ({"num_kv_heads": 1}, "num_kv_heads: expected None or num_heads 2"),
-        ({"expand_k": 0.3}, "expand_k: expected a dimension that 2 heads share"),
+        ({"expand_k": 0.3}, "expand_k: expected a dimension divisible by 2 heads"),
         ({"attn": {"layers": [0], "num_heads": 2, "qkv_bias": True}}, "attn: expected layers, num_heads"),
         ({"attn": {"layers": [0]}}, "attn: expected layers, num_heads"),
         ({"attn": {"layers": [2], "num_heads": 2}}, "attn: expected layers from 0 to 1"),
     ],
 )
-def test_what_would_change_the_function_is_refused(options: dict, named: str):
+def test_unsupported_fields_are_refused(options: dict, named: str):
     with pytest.raises(ValueError, match=named):
         HybridAttnGLAConfig(**{**SIZES, **options})

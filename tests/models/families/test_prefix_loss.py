@@ -1,4 +1,4 @@
-"""The loss of models that read a prefix both ways."""
+"""The training loss of JRT models."""
 
 import math
 
@@ -25,7 +25,7 @@ def make() -> HybridAttnForCausalLM:
     return HybridAttnForCausalLM(config)
 
 
-def test_it_is_next_tokens_outside_and_masked_tokens_inside():
+def test_the_loss_is_that_of_next_tokens_outside_and_masked_tokens_inside():
     model, ids, lengths = make(), torch.randint(2, VOCAB, (3, 40)), torch.tensor([20, 0, 40])
     loss = prefix_loss(model, ids, lengths, mask_token_id=MASK, generator=torch.Generator().manual_seed(3))
     chosen = torch.rand(3, 40, generator=torch.Generator().manual_seed(3)) < 0.15
@@ -48,7 +48,7 @@ def test_every_parameter_of_the_prefix_learns():
 
 @pytest.mark.slow
 def test_masked_tokens_are_learnt_from_both_sides():
-    """Rows that are each one token over and over: a masked one is known from its neighbours."""
+    """Each row repeats one token, so that a masked token is predictable from its neighbours."""
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(120):
@@ -60,7 +60,7 @@ def test_masked_tokens_are_learnt_from_both_sides():
     assert loss.item() < 0.5 * 0.25 * math.log(VOCAB)
 
 
-def test_prefixes_that_cannot_be():
+def test_bad_prefix_lengths_are_refused():
     for lengths in (torch.tensor([1]), torch.tensor([3, 31]), torch.tensor([-1, 2])):
         with pytest.raises(ValueError, match="prefix_lengths: expected 2 numbers from 0 to 30"):
             prefix_loss(make(), torch.randint(2, VOCAB, (2, 30)), lengths, mask_token_id=MASK)
