@@ -16,6 +16,8 @@ from .kernels.linear_attention import (
     SegmentState as SegmentState,
 )
 from .kernels.linear_attention import (
+    gated_delta_rule as gated_delta_rule,
+    gated_delta_rule_step as gated_delta_rule_step,
     gated_linear_attention as gated_linear_attention,
 )
 from .kernels.linear_attention import (
@@ -49,7 +51,10 @@ from .layers import (
     Cache as Cache,
 )
 from .layers import (
+    DeltaNet as DeltaNet,
+    GatedDeltaNet as GatedDeltaNet,
     GatedLinearAttention as GatedLinearAttention,
+    KimiDeltaAttention as KimiDeltaAttention,
 )
 from .layers import (
     LightningAttention as LightningAttention,

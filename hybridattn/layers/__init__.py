@@ -4,6 +4,7 @@ A mixer is called as ``mixer(hidden_states, cu_seqlens=None, position_ids=None, 
 """
 
 from .base_conv import BaseConv
+from .delta_net import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from .gated_linear_attention import GatedLinearAttention
 from .lightning_attention import LightningAttention
 from .linear_attention import LinearAttention
@@ -18,7 +19,10 @@ from .taylor_linear_attention import TaylorLinearAttention
 __all__ = [
     "BaseConv",
     "Cache",
+    "DeltaNet",
+    "GatedDeltaNet",
     "GatedLinearAttention",
+    "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
     "PrefixLinearAttention",

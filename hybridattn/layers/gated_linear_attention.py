@@ -1,16 +1,15 @@
 """Gated linear attention (GLA), with a decay gate per key channel or per head."""
 
-import math
 from collections.abc import Sequence
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.runtime.backend import compute_dtype
-from .decayed_linear_attention import DecayedLinearAttention
+from .decays import HeadDecay
 from .mixer import head_size, positive
+from .projected_recurrent import ProjectedRecurrentMixer
 
 
 class UniformBiasLinear(nn.Linear):
@@ -26,34 +25,7 @@ class UniformBiasLinear(nn.Linear):
         nn.init.uniform_(self.bias, low, high)
 
 
-class HeadDecay(nn.Module):
-    """Compute Mamba-2's log-decay per token and head: ``-exp(A_log) * softplus(W x + dt_bias)``.
-
-    It maps [B,T,D] to [B,T,H], in fp32 or fp64. Dao and Gu, "Transformers are SSMs" (2024), section 7. As in their
-    code, the initial exp(A_log) is uniform in 1 to 16 and the initial softplus(dt_bias) log-uniform in 0.001 to 0.1.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.dt_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        with torch.no_grad():
-            for parameter, value in self.initial_values():
-                parameter.copy_(value)
-
-    def initial_values(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (parameter, initial value) for ``dt_bias`` and ``A_log``."""
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        return [(self.dt_bias, dt.expm1().log()), (self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        dt = self.dt_proj(hidden_states)
-        dtype = compute_dtype(dt)
-        return -self.A_log.to(dtype).exp() * F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
-
-
-class GatedLinearAttention(DecayedLinearAttention):
+class GatedLinearAttention(ProjectedRecurrentMixer):
     """Linear attention with a decay computed from each token, an output gate and a norm per head.
 
     Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), section 4.4.
@@ -107,6 +79,7 @@ class GatedLinearAttention(DecayedLinearAttention):
         if gate_per == "head":
             self.gk_proj = HeadDecay(hidden_size, num_heads)
         else:
+            self.decays = key_dim
             self.gk_proj = nn.Sequential()
             self.gk_proj.down = nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False)
             self.gk_proj.up = UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0))

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decayed_linear_attention import DecayedLinearAttention
 from .mixer import head_size
+from .projected_recurrent import ProjectedRecurrentMixer
 from .slopes import Slopes, decay_slopes
 
 
-class LightningAttention(DecayedLinearAttention):
+class LightningAttention(ProjectedRecurrentMixer):
     """Linear attention with a constant decay per head and layer, an output norm and a sigmoid gate.
 
     Qin et al., "TransNormerLLM" (2023), section 3. Activations and gate are those of Lightning Attention in

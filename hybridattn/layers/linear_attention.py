@@ -52,7 +52,7 @@ class LinearAttention(RecurrentMixer):
         self.num_heads, self.normalize, self.backend = positive("num_heads", num_heads), normalize, backend
         self.key_dim = head_size(hidden_size, num_heads) if key_dim is None else positive("key_dim", key_dim)
         self.value_dim = head_size(hidden_size, num_heads) if value_dim is None else positive("value_dim", value_dim)
-        self.state_dim = self.key_dim
+        self.state_heads, self.state_dim = num_heads, self.key_dim
         self.feature_map = feature_map
         self.q_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_attention import NormalizedState
+from ..kernels.linear_attention.operands import match_heads
 from .mixer import Cache, CacheSpec, TokenMixer, check_rows, is_step, keep_state, kept_state
 from .parallel import Shards, local_shards
 from .parallel.state_passing import initial_states
@@ -24,14 +25,18 @@ class RecurrentMixer(TokenMixer):
         attend: the operator, ``attend(q, k, v, .., initial_state=, output_final_state=, cu_seqlens=, **options)``.
         step: the operator for new tokens, which updates the state in place: ``step(q, k, v, .., state, **options)``.
         normalize: whether the operator's state is a ``NormalizedState``.
-        num_heads, state_dim, value_dim: the state has shape [N,num_heads,state_dim,value_dim].
+        state_heads, state_dim, value_dim: the state has shape [N,state_heads,state_dim,value_dim].
+        decays: numbers per head in the decay that a segment puts on an earlier state.
+        state_products: products of a vector and the state per token: one update and one read, or one more.
         backend: backend of the operator.
     """
 
     attend: Callable[..., Any]
     step: Callable[..., Tensor]
     normalize = False
-    num_heads: int
+    decays = 1
+    state_products = 2
+    state_heads: int
     state_dim: int
     value_dim: int
     backend: str | None
@@ -42,7 +47,7 @@ class RecurrentMixer(TokenMixer):
         return {"backend": self.backend}
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
-        keys = (batch_size, self.num_heads, self.state_dim)
+        keys = (batch_size, self.state_heads, self.state_dim)
         kept = self.state_dtype or torch.float32
         spec: CacheSpec = {"state": ((*keys, self.value_dim), kept)}
         return {**spec, "k_sum": (keys, kept)} if self.normalize else spec
@@ -54,7 +59,7 @@ class RecurrentMixer(TokenMixer):
 
     def recur(
         self,
-        inputs: tuple[Tensor, ...],
+        inputs: tuple[Tensor | None, ...],
         hidden_states: Tensor,
         cu_seqlens: Tensor | None,
         cache: Cache | None,
@@ -63,7 +68,7 @@ class RecurrentMixer(TokenMixer):
         """Run the operator on the tokens of this call, from the cached state, and store the state after them.
 
         Args:
-            inputs: q, k, v and further inputs of the operator: [B,T,..], or a constant per head [H].
+            inputs: q, k, v and further inputs of the operator: [B,T,..], a constant per head [H], or None.
             hidden_states, cu_seqlens, cache: the layer's own arguments.
             attend: operator in place of ``self.attend``.
 
@@ -74,8 +79,8 @@ class RecurrentMixer(TokenMixer):
         state = self._cached_state(cache)
         shards = local_shards(hidden_states, cu_seqlens, cache)
         if shards is not None:
-            initial, state = self.shard_states(shards, *inputs)
-            packed = (x if x.dim() == 1 else shards.pack(x) for x in inputs)
+            initial, state = self.shard_states(shards, *inputs[1:])
+            packed = (x if x is None or x.dim() == 1 else shards.pack(x) for x in inputs)
             o = shards.unpack(attend(*packed, initial_state=initial, cu_seqlens=shards.offsets, **options)[0])
         elif state is not None and is_step(hidden_states, cu_seqlens):
             o = self.step(*inputs, state, **options)
@@ -94,14 +99,18 @@ class RecurrentMixer(TokenMixer):
         return k
 
     def shard_states(
-        self, shards: Shards, _q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None
+        self, shards: Shards, k: Tensor, v: Tensor, g: Tensor | None = None, beta: Tensor | None = None
     ) -> tuple[State, State]:
         """Return the states before this rank's pieces, and the state after the last token of the whole sequence."""
+
+        def keys(k: Tensor) -> Tensor:
+            return match_heads(self.state_keys(k), self.state_heads, 2)
+
         if not self.normalize:
-            return initial_states(shards, k, v, g, self.state_keys)
+            return initial_states(shards, k, v, g, keys, beta)
         # The sum of keys equals the state of an additional value column of ones.
         columns = torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1)
-        before, after = initial_states(shards, k, columns, g, self.state_keys)
+        before, after = initial_states(shards, k, columns, g, keys)
         return NormalizedState(before[..., :-1], before[..., -1]), NormalizedState(after[..., :-1], after[..., -1])
 
     def _cached_state(self, cache: Cache | None) -> State | None:

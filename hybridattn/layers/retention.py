@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .decayed_linear_attention import DecayedLinearAttention
 from .mixer import head_size
+from .projected_recurrent import ProjectedRecurrentMixer
 from .slopes import Slopes, decay_slopes
 
 
-class Retention(DecayedLinearAttention):
+class Retention(ProjectedRecurrentMixer):
     """Multi-scale retention: a constant decay per head, rotary positions, group norm and swish gate.
 
     Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models" (2023), sections 2.1 and 2.2.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..layers import GatedLinearAttention, ShortConvolution, SoftmaxAttention
+from ..layers import ShortConvolution, SoftmaxAttention
 from ..layers.parallel.state_passing import TOKENS_AT_ONCE
 from ..layers.recurrent import RecurrentMixer
 from .decoder import HybridAttnConfig
@@ -69,9 +69,8 @@ def state_of(module: nn.Module) -> State | None:
     """Return the size of a linear attention layer's state, or None for other modules."""
     if not isinstance(module, RecurrentMixer):
         return None
-    per_channel = isinstance(module, GatedLinearAttention) and module.gate_per == "channel"
     values = module.value_dim + module.normalize  # a normaliser is one more value
-    return State(module.num_heads, module.state_dim, values, module.state_dim if per_channel else 1)
+    return State(module.state_heads, module.state_dim, values, module.decays)
 
 
 def traffic(

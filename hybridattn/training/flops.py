@@ -68,7 +68,7 @@ def count(model: nn.Module) -> Flops:
         elif isinstance(module, ShortConvolution):
             cost, trained = 2 * module.kernel_size * module.hidden_size, module.weight.requires_grad
         elif isinstance(module, RecurrentMixer):
-            cost = 4 * module.num_heads * module.state_dim * module.value_dim
+            cost = 2 * module.state_products * module.state_heads * module.state_dim * module.value_dim
         elif isinstance(module, SoftmaxAttention):
             attention.append((4 * module.num_heads * module.head_dim, module.window))
             continue

@@ -17,6 +17,7 @@ from torch import Tensor
 from hybridattn.kernels.flash_attention import BlockMask, flash_attention
 from hybridattn.kernels.linear_attention import (
     features,
+    gated_delta_rule,
     gated_linear_attention,
     linear_attention,
     taylor_linear_attention,
@@ -39,6 +40,7 @@ class Operator(NamedTuple):
     gate_shape: Callable[[int], tuple[int, ...]] | None = None
     query_heads: int = HEADS
     value_heads: int = HEADS
+    delta: bool = False  # the last input is beta
     positive_keys: bool = False  # a normaliser near zero would amplify every error
     has_state: bool = True
     state_dim: int = KEY  # dim of the keys, or number of features, in the state
@@ -57,6 +59,16 @@ def every_other_block(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor
     blocks = -(-q.shape[1] // 16)
     live = (torch.arange(blocks) % 2 == 0) | torch.eye(blocks, dtype=torch.bool)
     return flash_attention(q, k, v, block_mask=BlockMask.from_dense(live, 16), **options)
+
+
+def delta(gate_shape: Callable[[int], tuple[int, ...]] | None = None, **options: Any) -> Operator:
+    """The delta rule with keys of norm 1, without which states would grow without bound."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, **options: Any) -> Any:
+        *g, beta = rest
+        return gated_delta_rule(q, k, v, g[0] if g else None, beta, normalize_qk=True, **options)
+
+    return Operator(call, gate_shape, delta=True, **options)
 
 
 OPERATORS = {
@@ -92,6 +104,11 @@ OPERATORS = {
         lambda *x, **options: taylor_linear_attention(*x, normalize=False, scale=0.4, **options),
         state_dim=features.count(KEY),
     ),
+    "delta": delta(),
+    "delta, gated per channel": delta(lambda t: (BATCH, t, HEADS, KEY)),
+    "delta, gated per head": delta(lambda t: (BATCH, t, HEADS)),
+    "delta, gated per channel, grouped queries": delta(lambda t: (BATCH, t, HEADS, KEY), query_heads=2 * HEADS),
+    "delta, gated per value head": delta(lambda t: (BATCH, t, 2 * HEADS), value_heads=2 * HEADS),
     "softmax": softmax(),
     "softmax, grouped heads": softmax(2 * HEADS),
     "softmax, window 1": softmax(window=1),
@@ -119,7 +136,8 @@ def make_inputs(op: Operator, tokens: int, gates: str = "strong") -> list[Tensor
     v = torch.randn(BATCH, tokens, op.value_heads, VALUE).double()
     if op.positive_keys:
         q, k = q.exp(), k.exp()
-    return [q, k, v, *([] if op.gate_shape is None else [GATES[gates](op.gate_shape(tokens))])]
+    g = [] if op.gate_shape is None else [GATES[gates](op.gate_shape(tokens))]
+    return [q, k, v, *g, *([2 * torch.rand(BATCH, tokens, op.value_heads).double()] if op.delta else [])]
 
 
 def make_state(op: Operator) -> Any:

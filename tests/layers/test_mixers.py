@@ -9,8 +9,11 @@ from torch import Tensor
 
 from hybridattn.layers import (
     BaseConv,
+    DeltaNet,
+    GatedDeltaNet,
     Cache,
     GatedLinearAttention,
+    KimiDeltaAttention,
     LightningAttention,
     LinearAttention,
     PrefixLinearAttention,
@@ -20,7 +23,7 @@ from hybridattn.layers import (
     TaylorLinearAttention,
     TokenMixer,
 )
-from hybridattn.layers.gated_linear_attention import HeadDecay
+from hybridattn.layers.decays import HeadDecay
 from hybridattn.layers.kv_cache import GROWTH
 
 D, TOKENS = 12, 41
@@ -53,6 +56,12 @@ MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "gla, short convolutions": lambda: GatedLinearAttention(D, num_heads=2, conv_size=3, gate_min=-0.02),
     "gla, rotary positions": lambda: GatedLinearAttention(D, num_heads=3, key_dim=4, rope_theta=100.0),
     "gla, a gate per head": lambda: GatedLinearAttention(D, num_heads=2, gate_per="head"),
+    "delta": lambda: DeltaNet(D, num_heads=2, conv_size=None, allow_neg_eigval=True),
+    "gated delta, grouped values": lambda: GatedDeltaNet(D, num_heads=2, key_dim=4, num_value_heads=4, conv_size=3),
+    "kda": lambda: KimiDeltaAttention(D, num_heads=2, key_dim=4, value_dim=3),
+    "kda, lower bound, grouped values": lambda: KimiDeltaAttention(
+        D, num_heads=2, key_dim=4, num_value_heads=4, lower_bound=-5.0
+    ),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
     "taylor": lambda: TaylorLinearAttention(D, num_heads=2, key_dim=4),

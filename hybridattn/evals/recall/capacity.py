@@ -14,8 +14,8 @@ from torch import Tensor
 from hybridattn.kernels.flash_attention import flash_attention
 from hybridattn.kernels.linear_attention import NormalizedState, gated_linear_attention
 from hybridattn.layers import LinearAttention, SoftmaxAttention, TokenMixer
-from hybridattn.layers.decayed_linear_attention import DecayedLinearAttention
 from hybridattn.layers.linear_attention import FEATURE_MAPS
+from hybridattn.layers.projected_recurrent import ProjectedRecurrentMixer
 from hybridattn.models.decoder.mixers import build_mixer
 from hybridattn.models.decoder.sizes import cache_elements
 
@@ -42,7 +42,7 @@ def capacity(
     """
     torch.manual_seed(seed)
     layer = build_mixer(mixer, hidden_size, {"num_heads": 1, **options}) if mixer != "conv" else None
-    if not isinstance(layer, LinearAttention | DecayedLinearAttention | SoftmaxAttention):
+    if not isinstance(layer, LinearAttention | ProjectedRecurrentMixer | SoftmaxAttention):
         raise ValueError(f"mixer: expected one with a state of keys and values, got {mixer!r}")
     keys = torch.randn(trials, pairs, 1, layer.head_dim if isinstance(layer, SoftmaxAttention) else layer.key_dim)
     values = torch.randn(trials, pairs, 1, keys.shape[-1] if isinstance(layer, SoftmaxAttention) else layer.value_dim)
@@ -60,7 +60,7 @@ def _read(layer: TokenMixer, keys: Tensor, values: Tensor) -> Tensor:
     if isinstance(layer, SoftmaxAttention):
         kept = min(layer.window or keys.shape[1], keys.shape[1])
         return flash_attention(keys, keys[:, -kept:], values[:, -kept:], causal=False)
-    if isinstance(layer, DecayedLinearAttention):
+    if isinstance(layer, ProjectedRecurrentMixer):
         gates = layer.log_decay(torch.randn(*keys.shape[:2], layer.q_proj.in_features))
         _, state = gated_linear_attention(keys, keys, values, gates, output_final_state=True)
         assert state is not None

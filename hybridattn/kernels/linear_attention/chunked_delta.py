@@ -1,19 +1,19 @@
 """The torch backend of the gated delta rule: in a chunk it is gated linear attention with other values.
 
-With the notation of ``chunked``, beta the writing strength, L[t,s] = (k_t exp b_t) . (k_s exp -b_s) for s < t the scores
-of the keys as queries, and S the state before the chunk:
+Notation as in ``chunked``, with beta the strength of writing, S the state before the chunk, and the scores of the keys
+as queries, L[t,s] = (k_t exp b_t) . (k_s exp -b_s) for s < t:
 
     u = (I + diag(beta) L)^-1 diag(beta) (v - (k exp b) S)
 
-Then o and the next state are those of gated linear attention on (q, k, u). (Yang et al., "Gated Delta Networks" (2025),
-section 3.3; Kimi Team, "Kimi Linear" (2025), section 3.) The keys take part as one more query head that sees earlier
-tokens only, so scores, gates and gradients are those of ``chunked``. With w = (I + diag(beta) L)^-T du, backwards:
+Then o and the next state are those of gated linear attention on (q, k, u). (Yang et al., "Gated Delta Networks"
+(2025), section 3.3; Kimi Team, "Kimi Linear" (2025), section 3.) The keys are one more query head that sees earlier
+tokens only, so scores, gates and gradients are those of ``chunked``. Backward, with w = (I + diag(beta) L)^-T du:
 
     -diag(beta) w is the gradient of the output of the keys as queries
     dv = diag(beta) w, and dbeta = w . (v - (k exp b) S - L u)
 
-The state between chunks follows S <- D S + (k exp(b_C - b))^T u with u = W - Y S, and likewise backwards: two products a
-chunk that depend on the chunk before. All other products are batched over the chunks of a segment.
+Between chunks, u = W - Y S and S <- D S + (k exp(b_C - b))^T u: two products per chunk that depend on the chunk before
+it. Backward is alike. All other products are batched over the chunks of a segment.
 """
 
 import torch

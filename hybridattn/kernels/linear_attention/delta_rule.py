@@ -9,10 +9,9 @@ from torch import Tensor
 from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
 from ..runtime.checks import check_inference, check_layout, check_shape, check_tensors
 from . import chunked_delta, reference
-from .operands import check_gates, check_operands, check_scale, match_heads
+from .operands import check_gates, check_operands, check_scale, l2_normalize, match_heads
 from .segment_state import check_strength
 
-NORM_EPS = 1e-6  # added to the squared norm of q and k, as published code does
 NO_TRITON = "the gated delta rule is not supported"
 
 
@@ -33,10 +32,10 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute linear attention whose state is corrected towards each new value, with decay.
 
-    ``S' = Diag(exp g_t) S_{t-1}``, ``S_t = S' + beta_t k_t^T (v_t - k_t S')``, ``o_t = scale * q_t S_t``. Without g this
-    is DeltaNet: Yang et al., "Parallelizing Linear Transformers with the Delta Rule" (2024), section 2.2. With gates per
-    head it is Gated DeltaNet: Yang et al., "Gated Delta Networks" (2025), section 3.1. With gates per channel it is Kimi
-    Delta Attention: Kimi Team, "Kimi Linear" (2025), section 3.
+    ``S' = Diag(exp g_t) S_{t-1}``, ``S_t = S' + beta_t k_t^T (v_t - k_t S')``, ``o_t = scale * q_t S_t``. Without g
+    this is DeltaNet: Yang et al., "Parallelizing Linear Transformers with the Delta Rule" (2024), section 2.2. With
+    gates per head it is Gated DeltaNet: Yang et al., "Gated Delta Networks" (2025), section 3.1. With gates per channel
+    it is Kimi Delta Attention: Kimi Team, "Kimi Linear" (2025), section 3.
 
     The state stays bounded where ``beta |k|^2 <= 2``: keys have a norm of 1 in these models (``normalize_qk``).
 
@@ -117,7 +116,7 @@ def gated_delta_rule_step(
     heads, dtype = state.shape[1], state.dtype
     qt, kt, vt = (x[:, 0].to(dtype) for x in (q, k, v))
     if normalize_qk:
-        qt, kt = _normalized(qt), _normalized(kt)
+        qt, kt = l2_normalize(qt), l2_normalize(kt)
     if g is not None:
         state.mul_(match_heads(g[:, 0, :, :, None].to(dtype).exp(), heads, 1))
     # One product reads the state for the key and for the query heads that share it.
@@ -140,14 +139,10 @@ def _attend(sizes, q, k, v, g, beta, scale, normalize, state, cu_seqlens, backen
     state = state.to(dtype)
     with no_autocast(q):
         if normalize:
-            q, k = _normalized(q.to(dtype)), _normalized(k.to(dtype))
+            q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
         attend = _repeated if backend == "reference" else _grouped
         o, state = attend(q, k, v, g, beta, scale, state, cu_seqlens)
     return o.to(v.dtype), state
-
-
-def _normalized(x: Tensor) -> Tensor:
-    return x * (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt()
 
 
 def _repeated(q, k, v, g, beta, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:

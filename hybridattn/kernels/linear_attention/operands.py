@@ -88,3 +88,8 @@ def check_scale(scale: float | None, sizes: dict[str, int]) -> float:
 def match_heads(x: Tensor, heads: int, dim: int) -> Tensor:
     """Repeat the heads of x along ``dim`` until there are ``heads``; neighbours share a head of x."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Divide the vectors x [..,K] by ``sqrt(sum of squares + 1e-6)``, as published code of the delta rule does."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -14,7 +14,12 @@ TOKENS_AT_ONCE = 4096  # per call that sums a state; larger parts gain little sp
 
 
 def initial_states(
-    shards: Shards, k: Tensor, v: Tensor, g: Tensor | None = None, keys: Callable[[Tensor], Tensor] | None = None
+    shards: Shards,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    keys: Callable[[Tensor], Tensor] | None = None,
+    beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the initial states of this rank's pieces, and the state after the whole sequence.
 
@@ -27,18 +32,18 @@ def initial_states(
         v: [B,T,H,V], of this rank.
         g: natural-log decay, [B,T,H,K], [B,T,H] or [H]; None for no decay.
         keys: function from k to the keys of the state, such as a feature map; None for k itself.
+        beta: strength of writing of the delta rule, [B,T,H]; None for linear attention.
 
     Returns:
         The initial states [N,H,K,V] and the final state [B,H,K,V], in fp32 or fp64.
     """
     context = shards.context
-    sent, shape = [], torch.Size()
+    sent, shape, decays = [], torch.Size(), torch.Size()
     for segment, at in context.places(context.rank):
         part = slice(at + shards.state_start(segment) - segment.start, at + segment.stop - segment.start)
-        gates = g if g is None or g.dim() == 1 else g[:, part]
-        state, decay = _state(k[:, part], v[:, part], gates, keys)
-        shape = state.shape[-2:]
-        sent.append(torch.cat((state.flatten(2), decay * (not shards.has_start(segment))), -1))
+        state, decay = _state(*(_part(x, part) for x in (k, v, g, beta)), keys)
+        shape, decays = state.shape[-2:], decay.shape[2:]
+        sent.append(torch.cat((state.flatten(2), decay.flatten(2) * (not shards.has_start(segment))), -1))
     gathered = AllGather.apply(torch.stack(sent), context, "states")
     owners = [segment.owner for segment in context.segments]
     arrived = sorted(range(len(owners)), key=owners.__getitem__)  # the gathered rows are sorted by rank
@@ -46,7 +51,7 @@ def initial_states(
     running, before = None, []
     for number in range(len(owners)):
         state, decay = parts[number].tensor_split([shape.numel()], -1)
-        part = SegmentState(state.unflatten(-1, shape), decay)
+        part = SegmentState(state.unflatten(-1, shape), decay.unflatten(-1, decays))
         before.append(torch.zeros_like(part.state) if running is None else running.state)
         running = part if running is None else merge_states(running, part)
     # One tensor of all states: so every rank's result depends on the all-gather, and all ranks join its backward pass.
@@ -55,18 +60,24 @@ def initial_states(
     return shards.to_pieces(torch.stack(before)[own]), running.state
 
 
-def _state(k: Tensor, v: Tensor, g: Tensor | None, keys: Callable[[Tensor], Tensor] | None) -> SegmentState:
+def _part(x: Tensor | None, part: slice) -> Tensor | None:
+    """Return some tokens of x [B,T,..]; None and constants per head [H] as they are."""
+    return x if x is None or x.dim() == 1 else x[:, part]
+
+
+def _state(
+    k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, keys: Callable[[Tensor], Tensor] | None
+) -> SegmentState:
     """Compute ``linear_attention_state`` in parts, which the backward pass recomputes to save memory."""
 
-    def of_part(k: Tensor, v: Tensor, g: Tensor | None) -> SegmentState:
-        return linear_attention_state(k if keys is None else keys(k), v, g)
+    def of_part(k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> SegmentState:
+        return linear_attention_state(k if keys is None else keys(k), v, g, beta=beta)
 
     total = None
     for at in range(0, max(k.shape[1], 1), TOKENS_AT_ONCE):
         part = slice(at, at + TOKENS_AT_ONCE)
-        gates = g if g is None or g.dim() == 1 else g[:, part]
         state: SegmentState = checkpoint(  # pyright: ignore[reportAssignmentType]
-            of_part, k[:, part], v[:, part], gates, use_reentrant=False, preserve_rng_state=False
+            of_part, *(_part(x, part) for x in (k, v, g, beta)), use_reentrant=False, preserve_rng_state=False
         )
         total = state if total is None else merge_states(total, state)
     assert total is not None

@@ -11,7 +11,10 @@ from huggingface_hub.dataclasses import type_validator
 
 from ...layers import (
     BaseConv,
+    DeltaNet,
+    GatedDeltaNet,
     GatedLinearAttention,
+    KimiDeltaAttention,
     LightningAttention,
     LinearAttention,
     PrefixLinearAttention,
@@ -51,6 +54,9 @@ MIXERS = {
     "taylor": Mixer(TaylorLinearAttention, {}, columns=_QKV),
     "prefix": Mixer(PrefixLinearAttention, {}, columns=(*_QKV, "k_prefix_proj", "v_prefix_proj")),
     "gla": Mixer(GatedLinearAttention, {}, columns=(*_QKV, "g_proj", "gk_proj.up")),
+    "delta": Mixer(DeltaNet, {}),
+    "gated_delta": Mixer(GatedDeltaNet, {}),
+    "kda": Mixer(KimiDeltaAttention, {}),
     "retention": Mixer(Retention, {}),
     "lightning": Mixer(LightningAttention, {}, from_model=("backend", "layer_idx", "num_layers")),
     "conv": Mixer(BaseConv, {}, from_model=()),

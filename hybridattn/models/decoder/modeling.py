@@ -20,7 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...kernels.runtime.checks import reads_values
 from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
-from ...layers.gated_linear_attention import HeadDecay, UniformBiasLinear
+from ...layers.decays import SoftplusDecay
+from ...layers.gated_linear_attention import UniformBiasLinear
 from ...layers.parallel import current
 from ...layers.parallel.context import refuse
 from ...layers.parallel.exchange import Sum
@@ -66,7 +67,7 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UniformBiasLinear):
             low, high = module.bias_range
             init.uniform_(module.bias, low, high)
-        elif isinstance(module, HeadDecay):
+        elif isinstance(module, SoftplusDecay):
             for parameter, value in module.initial_values():
                 init.copy_(parameter, value)
         elif isinstance(module, Slopes):

@@ -26,6 +26,9 @@ OPTIONS = {
     "prefix": {"num_heads": 2, "key_dim": 4},
     "retention": {"num_heads": 2, "norm_eps": 0.1},  # the norm magnifies the rounding error of q.k near 0 in fp32
     "lightning": {"num_heads": 2},
+    "delta": {"num_heads": 2},
+    "gated_delta": {"num_heads": 2, "key_dim": 4, "num_value_heads": 4},
+    "kda": {"num_heads": 2},
 }
 STACKS: dict[str, dict[str, Any]] = {
     **{name: {"mixers": [name, name]} for name in MIXERS},
