@@ -17,7 +17,11 @@ from .kernels.linear_attention import (
 )
 from .kernels.linear_attention import (
     gated_delta_rule as gated_delta_rule,
+)
+from .kernels.linear_attention import (
     gated_delta_rule_step as gated_delta_rule_step,
+)
+from .kernels.linear_attention import (
     gated_linear_attention as gated_linear_attention,
 )
 from .kernels.linear_attention import (
@@ -52,8 +56,14 @@ from .layers import (
 )
 from .layers import (
     DeltaNet as DeltaNet,
+)
+from .layers import (
     GatedDeltaNet as GatedDeltaNet,
+)
+from .layers import (
     GatedLinearAttention as GatedLinearAttention,
+)
+from .layers import (
     KimiDeltaAttention as KimiDeltaAttention,
 )
 from .layers import (

@@ -29,7 +29,9 @@ def projections(layer: DeltaNet, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if layer.q_conv is None:
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
     else:
-        q, k, v = (causal_conv(c, y) for c, y in zip((layer.q_conv, layer.k_conv, layer.v_conv), (q, k, v), strict=True))
+        q, k, v = (
+            causal_conv(c, y) for c, y in zip((layer.q_conv, layer.k_conv, layer.v_conv), (q, k, v), strict=True)
+        )
     q, k = (unit(y.unflatten(-1, (layer.num_heads, -1))) for y in (q, k))
     group = layer.state_heads // layer.num_heads
     return q.repeat_interleave(group, 1), k.repeat_interleave(group, 1), v.unflatten(-1, (layer.state_heads, -1))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hybridattn.layers import (
     BaseConv,
+    Cache,
     DeltaNet,
     GatedDeltaNet,
-    Cache,
     GatedLinearAttention,
     KimiDeltaAttention,
     LightningAttention,

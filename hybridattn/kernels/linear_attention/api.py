@@ -384,28 +384,15 @@ def _repeated(q, k, v, g, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(q, k, v, g, scale, taylor, state, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """Run the chunked backend without repeating keys.
-
-    Value heads that share a key head and its gates become columns of one head. If their gates differ, they are
-    computed in separate calls.
-    """
+    """Run the chunked backend; value heads that share a key head and its gates become columns of one head."""
     keys, values = k.shape[2], v.shape[2]
-    if values == keys:
+    if values == keys or (g is not None and g.shape[2] == values):
         return chunked.attend(q, k, v, g, scale, taylor, state, cu_seqlens)
     group = values // keys
     v, state = v.unflatten(2, (keys, group)), state.unflatten(1, (keys, group))
-    if g is None or g.shape[2] == keys:
-        columns = state.transpose(2, 3).flatten(3)
-        o, after = chunked.attend(q, k, v.flatten(3), g, scale, taylor, columns, cu_seqlens)
-        return o.view(*o.shape[:2], values, v.shape[-1]), after.unflatten(3, (group, -1)).transpose(2, 3).flatten(1, 2)
-    g = g.unflatten(2, (keys, group))
-    q, k = q.to(state.dtype), k.to(state.dtype)  # so that gradients are summed over the group before they are rounded
-    parts = [
-        chunked.attend(q, k, v[:, :, :, j], g[:, :, :, j], scale, taylor, state[:, :, j], cu_seqlens)
-        for j in range(group)
-    ]
-    o, after = (torch.stack(x, 3 - n) for n, x in enumerate(zip(*parts, strict=True)))
-    return o.flatten(2, 3), after.flatten(1, 2)
+    columns = state.transpose(2, 3).flatten(3)
+    o, after = chunked.attend(q, k, v.flatten(3), g, scale, taylor, columns, cu_seqlens)
+    return o.view(*o.shape[:2], values, v.shape[-1]), after.unflatten(3, (group, -1)).transpose(2, 3).flatten(1, 2)
 
 
 def _normalized(sizes, q, k, v, scale, state, output_final_state, cu_seqlens, backend, taylor=None):

@@ -48,8 +48,8 @@ class Rows:
     """Operands, decays and scores of one segment, which forward and backward share.
 
     A row is a chunk of a key head. The J query heads that share the key head are concatenated, [R,J*C,K], so that one
-    product computes all of them. With ``keys_too`` the keys are one more query head, the last one, which sees earlier
-    tokens only.
+    product computes all of them. Where ``share`` value heads share a key head, each has a row with the key head's q and
+    k. With ``keys_too`` the keys are one more query head, the last one, which sees earlier tokens only.
     """
 
     v: Tensor  # [R,C,V]
@@ -57,9 +57,12 @@ class Rows:
     before: Tensor  # states before each chunk, [R,K,V]
     state: Tensor  # states after the segment, [N,H,K,V]
 
-    def __init__(self, q, k, g, taylor, layout: Layout, dtype: torch.dtype, keys_too: bool = False):
-        self.group, self.keys_too = q.shape[2] // k.shape[2] + keys_too, keys_too
-        self.decay = decay = None if g is None else Decay.of(layout.split(g, dtype))
+    def __init__(self, q, k, g, taylor, layout: Layout, dtype: torch.dtype, share: int = 1, keys_too: bool = False):
+        self.group, self.share, self.keys_too = q.shape[2] // k.shape[2] + keys_too, share, keys_too
+        self.shares_gates = g is not None and g.shape[2] == k.shape[2]
+        self.decay = decay = None
+        if g is not None:
+            self.decay = decay = Decay.of(layout.split(g, dtype, share=share if self.shares_gates else 1))
         self.total = None if decay is None else decay.total
         self.hot = None if decay is None else decay.hot
         self.raw = None
@@ -69,11 +72,11 @@ class Rows:
             self.q, self.k = stack(features.taylor(self.raw[0]), self.group), features.taylor(self.raw[1])
         else:
             self.q = self._queries(q, k, layout, dtype, decay)
-            self.k = layout.split(k, dtype, 1.0 if decay is None else decay.key)
+            self.k = layout.split(k, dtype, 1.0 if decay is None else decay.key, share)
         self.scores = torch.bmm(self.q, self.k.mT)
         if self.hot is not None:
             self.hot_q = each(self._queries(q, k, layout, dtype, None)[self.hot.rows], self.group)
-            self.hot_k = layout.split(k, dtype)[self.hot.rows]
+            self.hot_k = layout.split(k, dtype, share=share)[self.hot.rows]
             hot = hot_scores(self.hot_q.flatten(0, 1), *self._hot_keys(self.hot))
             self.scores[self.hot.rows] = hot.view(len(self.hot.rows), self.group * hot.shape[1], hot.shape[2])
         self.causal(self.scores)
@@ -81,10 +84,10 @@ class Rows:
     def _queries(self, q: Tensor, k: Tensor, layout: Layout, dtype: torch.dtype, decay: Decay | None) -> Tensor:
         """Return the rows [R,J*C,K] of all query heads, times the queries' decays if they are given."""
         heads = self.group - self.keys_too
-        rows = stack(layout.split(q, dtype, 1.0 if decay is None else decay.query_heads(heads)), heads)
+        rows = stack(layout.split(q, dtype, 1.0 if decay is None else decay.query_heads(heads), self.share), heads)
         if not self.keys_too:
             return rows
-        return torch.cat((rows, layout.split(k, dtype, 1.0 if decay is None else decay.query)), 1)
+        return torch.cat((rows, layout.split(k, dtype, 1.0 if decay is None else decay.query, self.share)), 1)
 
     def write(self, v: Tensor, state: Tensor, counts: list[int]) -> None:
         """Compute the states before each chunk and after the segment, from the values [R,C,V]."""
@@ -100,6 +103,13 @@ class Rows:
             heads[:, -1].tril_(-1)
             heads = heads[:, :-1]
         heads.tril_()
+
+    def fold(self, dq: Tensor, dk: Tensor, dg: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sum the gradients of q, k and, if they are shared, g over the value heads that share a key head."""
+        if self.share == 1:
+            return dq, dk, dg
+        dq, dk = (x.unflatten(0, (-1, self.share)).sum(1) for x in (dq, dk))
+        return dq, dk, dg.unflatten(0, (-1, self.share)).sum(1) if dg is not None and self.shares_gates else dg
 
     def entering(self) -> Tensor:
         """Return the states before each chunk, decayed to the reference token."""
@@ -127,6 +137,11 @@ def each(rows: Tensor, group: int) -> Tensor:
     return rows.view(rows.shape[0], group, rows.shape[1] // group, rows.shape[2])
 
 
+def new_outputs(q: Tensor, v: Tensor) -> Tensor:
+    """Return an uninitialised output [B,T,max(Hq, Hv),V] in v's dtype."""
+    return v.new_empty(*q.shape[:2], max(q.shape[2], v.shape[2]), v.shape[3])
+
+
 @opaque_op("hybridattn::linear_attention_chunked")
 def forward(
     q: Tensor,
@@ -143,26 +158,26 @@ def forward(
     Args:
         q: [B,T,J*H,K].
         k: [B,T,H,K].
-        v: [B,T,H,V].
-        g: [B,T,H,K], [B,T,H,1] or None.
+        v: [B,T,Hv,V]; Hv is H or, with J = 1, a multiple of it.
+        g: [B,T,Hv,K], [B,T,Hv,1], the same with H heads, or None.
         scale: factor of the outputs.
         taylor: if given, the scores are 1 + z + z^2 / 2 with z = taylor * q.k; g is None, and the states have P rows,
             one per packed feature, instead of K.
-        state: [N,H,K,V].
+        state: [N,Hv,K,V].
         cu_seqlens: [N+1] or None.
 
     Returns:
-        o [B,T,J*H,V] in v's dtype, final states [N,H,K,V], and the states before every segment [S,N,H,K,V].
+        o [B,T,max(J*H, Hv),V] in v's dtype, final states, and the states before every segment [S,N,Hv,K,V].
     """
     dtype = compute_dtype(q, k, v, g)
     starts = state.new_empty(len(time_spans(q, v, cu_seqlens)), *state.shape)
-    o, state = v.new_empty(*q.shape[:3], v.shape[3]), state.clone()
+    o, state = new_outputs(q, v), state.clone()
     if not len(starts):
         o.zero_()
     for n, (t, layout) in enumerate(time_segments(q, v, cu_seqlens)):
         starts[n] = state
         gt = None if g is None else g[:, t]
-        r = Rows(q[:, t], k[:, t], gt, taylor, layout, dtype)
+        r = Rows(q[:, t], k[:, t], gt, taylor, layout, dtype, v.shape[2] // max(k.shape[2], 1))
         r.write(layout.split(v[:, t], dtype), layout.sort(state), layout.counts)
         layout.join(torch.bmm(r.scores, r.v).baddbmm_(r.q, r.entering()), o[:, t], scale)
         state = layout.unsort(r.state)
@@ -172,7 +187,7 @@ def forward(
 @forward.register_fake
 def _(q, k, v, g, scale, taylor, state, cu_seqlens):
     starts = state.new_empty(len(time_spans(q, v, cu_seqlens)), *state.shape)
-    return v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(state), starts
+    return new_outputs(q, v), torch.empty_like(state), starts
 
 
 @opaque_op("hybridattn::linear_attention_chunked_backward")
@@ -202,7 +217,7 @@ def backward(
     with no_autocast(q):
         for (t, layout), start in reversed(list(zip(time_segments(q, v, cu_seqlens), starts, strict=True))):
             gt = None if g is None else g[:, t]
-            r = Rows(q[:, t], k[:, t], gt, taylor, layout, dtype)
+            r = Rows(q[:, t], k[:, t], gt, taylor, layout, dtype, v.shape[2] // max(k.shape[2], 1))
             r.write(layout.split(v[:, t], dtype), layout.sort(start), layout.counts)
             do_rows = stack(layout.split(do[:, t], dtype, scale), r.group)
             dq, dk, dv, dg, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
@@ -211,6 +226,7 @@ def backward(
                 dq, dk = (
                     features.taylor_backward(x, dx.view(*x.shape[:2], dx.shape[-1])).mul_(r.root) for x, dx in pairs
                 )
+            dq, dk, dg = r.fold(dq, dk, dg)
             for grad, rows in zip(grads, (dq, dk, dv, dg), strict=True):
                 if rows is not None:
                     layout.join(rows, grad[:, t])
@@ -304,7 +320,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, do, dstate, _dstarts):
     q, k, v, g, starts, cu_seqlens = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do
+    do = torch.zeros_like(new_outputs(q, v)) if do is None else do
     dstate = starts.new_zeros(starts.shape[1:]) if dstate is None else dstate
     dq, dk, dv, dg, dstate = backward(q, k, v, g, ctx.scale, ctx.taylor, starts, cu_seqlens, do, dstate)
     return dq, dk, dv, None if g is None else dg, None, None, dstate, None
@@ -323,7 +339,7 @@ def attend(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute outputs [B,T,J*H,V] in v's dtype and final states [N,H,K,V]; differentiable once.
+    """Compute outputs [B,T,max(J*H, Hv),V] in v's dtype and final states [N,Hv,K,V]; differentiable once.
 
     The arguments are those of ``forward``.
     """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..runtime.backend import compute_dtype, no_autocast
 from ..runtime.opaque_ops import opaque_op
-from .chunked import Rows, gradients_of_scores, stack
+from .chunked import Rows, gradients_of_scores, new_outputs, stack
 from .chunks import Layout, time_segments, time_spans
 
 
@@ -29,7 +29,7 @@ class DeltaRows(Rows):
     """A segment of the gated delta rule: rows of gated linear attention whose values are u."""
 
     def __init__(self, q, k, v, g, beta, state, layout: Layout, dtype: torch.dtype):
-        super().__init__(q, k, g, None, layout, dtype, keys_too=True)
+        super().__init__(q, k, g, None, layout, dtype, v.shape[2] // max(k.shape[2], 1), keys_too=True)
         chunk = self.k.shape[1]
         self.beta, self.given = layout.split(beta[..., None], dtype), layout.split(v, dtype)
         self.key_queries, self.key_scores = self.q[:, -chunk:], self.scores[:, -chunk:]
@@ -101,19 +101,19 @@ def forward(
     Args:
         q: [B,T,J*H,K].
         k: [B,T,H,K].
-        v: [B,T,H,V].
-        g: [B,T,H,K], [B,T,H,1] or None.
-        beta: [B,T,H].
+        v: [B,T,Hv,V]; Hv is H or, with J = 1, a multiple of it.
+        g: [B,T,Hv,K], [B,T,Hv,1], the same with H heads, or None.
+        beta: [B,T,Hv].
         scale: factor of the outputs.
-        state: [N,H,K,V].
+        state: [N,Hv,K,V].
         cu_seqlens: [N+1] or None.
 
     Returns:
-        o [B,T,J*H,V] in v's dtype, final states [N,H,K,V], and the states before every segment [S,N,H,K,V].
+        o [B,T,max(J*H, Hv),V] in v's dtype, final states, and the states before every segment [S,N,Hv,K,V].
     """
     dtype = compute_dtype(q, k, v, g, beta)
     starts = state.new_empty(len(time_spans(q, v, cu_seqlens)), *state.shape)
-    o, state = v.new_empty(*q.shape[:3], v.shape[3]), state.clone()
+    o, state = new_outputs(q, v), state.clone()
     if not len(starts):
         o.zero_()
     for n, (t, layout) in enumerate(time_segments(q, v, cu_seqlens)):
@@ -129,7 +129,7 @@ def forward(
 @forward.register_fake
 def _(q, k, v, g, beta, scale, state, cu_seqlens):
     starts = state.new_empty(len(time_spans(q, v, cu_seqlens)), *state.shape)
-    return v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(state), starts
+    return new_outputs(q, v), torch.empty_like(state), starts
 
 
 @opaque_op("hybridattn::gated_delta_rule_chunked_backward")
@@ -192,9 +192,10 @@ def _backward_rows(r: DeltaRows, do: Tensor, dstate: Tensor, counts: list[int]) 
     dentry -= torch.bmm(r.key_queries.mT, dv) * entry
     dq, dk, dg = gradients_of_scores(r, torch.cat((do, -dv), 1), dentry, after, leaving)
     dk += dq[:, -chunk:]
+    dq, dk, dg = r.fold(dq[:, :-chunk], dk, dg)
     written = r.given - torch.bmm(r.key_scores, r.v).baddbmm_(r.key_queries, r.entering())
     dbeta = (w * written).sum(-1, keepdim=True)
-    return [dq[:, :-chunk].contiguous(), dk, dv, dg, dbeta, dstate]
+    return [dq.contiguous(), dk, dv, dg, dbeta, dstate]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -204,7 +205,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, do, dstate, _dstarts):
     q, k, v, g, beta, starts, cu_seqlens = ctx.saved_tensors
-    do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do
+    do = torch.zeros_like(new_outputs(q, v)) if do is None else do
     dstate = starts.new_zeros(starts.shape[1:]) if dstate is None else dstate
     dq, dk, dv, dg, dbeta, dstate = backward(q, k, v, g, beta, ctx.scale, starts, cu_seqlens, do, dstate)
     return dq, dk, dv, None if g is None else dg, dbeta, None, dstate, None
@@ -223,7 +224,7 @@ def attend(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute outputs [B,T,J*H,V] in v's dtype and final states [N,H,K,V]; differentiable once.
+    """Compute outputs [B,T,max(J*H, Hv),V] in v's dtype and final states [N,Hv,K,V]; differentiable once.
 
     The arguments are those of ``forward``.
     """

@@ -59,22 +59,28 @@ class Layout:
             index.append(torch.where(place < lengths[:count, None], starts[:count, None] + place, tokens))
         return Layout(chunk, counts, order.to(cu_seqlens.device), torch.cat(index).to(cu_seqlens.device))
 
-    def split(self, x: Tensor, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
-        """Convert x [B,T,H,D] to rows [R,C,D], times ``factor`` (a number, or rows); zeros where there is no token."""
+    def split(self, x: Tensor, dtype: torch.dtype, factor: Tensor | float = 1.0, share: int = 1) -> Tensor:
+        """Convert x [B,T,H,D] to rows [R,C,D], times ``factor`` (a number, or rows); zeros where there is no token.
+
+        With ``share`` each head becomes so many rows, for the value heads that share it.
+        """
         if self.index is not None:
             padded = F.pad(x[0].to(dtype), (0, 0, 0, 0, 0, 1))
-            return padded[self.index].transpose(1, 2).reshape(-1, self.chunk, x.shape[-1]) * factor
-        if x.shape[1] % self.chunk:
-            x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
-        chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+            chunks = padded[self.index].transpose(1, 2)
+        else:
+            if x.shape[1] % self.chunk:
+                x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.chunk))
+            chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+        if share > 1:
+            chunks = chunks.unsqueeze(-3).expand(*chunks.shape[:-2], share, *chunks.shape[-2:])
         rows = torch.empty(chunks.shape, dtype=dtype, device=x.device)
         if isinstance(factor, Tensor):  # in one pass; a number as factor would compute the product in 16 bits
-            torch.mul(chunks, factor.view(*chunks.shape[:-1], -1), out=rows)
+            torch.mul(chunks, factor.unflatten(0, chunks.shape[:-2]), out=rows)
         else:
             rows.copy_(chunks)
             if factor != 1:
                 rows.mul_(factor)
-        return rows.view(-1, self.chunk, x.shape[-1])
+        return rows.flatten(0, -3)
 
     def join(self, rows: Tensor, out: Tensor, factor: float = 1.0) -> None:
         """Write rows [R,C,D] or [R,J*C,D], times ``factor``, to out [B,T,H,D]; zeros to tokens without a row."""
@@ -105,12 +111,12 @@ def _chunk_size(tokens: int) -> int:
 
 def time_spans(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[slice]:
     """Return time slices that fit the CPU caches, from shapes alone: one for packed sequences, none for no elements."""
-    batch, tokens, heads, dim = q.shape
+    batch, tokens, dim = q.shape[0], q.shape[1], q.shape[3]
     if q.numel() == 0 or v.numel() == 0:
         return []
     if cu_seqlens is not None:
         return [slice(0, tokens)]
-    row = batch * heads * max(dim, v.shape[-1]) * CHUNK
+    row = batch * max(q.shape[2], v.shape[2]) * max(dim, v.shape[-1]) * CHUNK
     step = CHUNK * max(1, SEGMENT // row)
     return [slice(a, min(a + step, tokens)) for a in range(0, tokens, step)]
 

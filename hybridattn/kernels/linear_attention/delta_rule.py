@@ -140,7 +140,7 @@ def _attend(sizes, q, k, v, g, beta, scale, normalize, state, cu_seqlens, backen
     with no_autocast(q):
         if normalize:
             q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
-        attend = _repeated if backend == "reference" else _grouped
+        attend = _repeated if backend == "reference" else chunked_delta.attend
         o, state = attend(q, k, v, g, beta, scale, state, cu_seqlens)
     return o.to(v.dtype), state
 
@@ -152,20 +152,3 @@ def _repeated(q, k, v, g, beta, scale, state, cu_seqlens) -> tuple[Tensor, Tenso
     g = None if g is None else match_heads(g, heads, 2)
     o, after = reference.attend(q, k, v, g, scale, match_heads(state, heads, 1), cu_seqlens, beta)
     return o, after if heads == states else after[:, :: heads // states]
-
-
-def _grouped(q, k, v, g, beta, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """Run the chunked backend; value heads that share a key head are computed in separate calls."""
-    keys, values = k.shape[2], v.shape[2]
-    if keys == values:
-        return chunked_delta.attend(q, k, v, g, beta, scale, state, cu_seqlens)
-    group = values // keys
-    v, beta, state = v.unflatten(2, (keys, group)), beta.unflatten(2, (keys, group)), state.unflatten(1, (keys, group))
-    gates = [g] * group if g is None or g.shape[2] == keys else g.unflatten(2, (keys, group)).unbind(3)
-    q, k = q.to(state.dtype), k.to(state.dtype)  # so that gradients are summed over the group before they are rounded
-    parts = [
-        chunked_delta.attend(q, k, v[:, :, :, j], gates[j], beta[:, :, :, j], scale, state[:, :, j], cu_seqlens)
-        for j in range(group)
-    ]
-    o, after = (torch.stack(x, 3 - n) for n, x in enumerate(zip(*parts, strict=True)))
-    return o.flatten(2, 3), after.flatten(1, 2)
