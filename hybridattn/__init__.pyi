@@ -73,6 +73,9 @@ from .layers import (
     LinearAttention as LinearAttention,
 )
 from .layers import (
+    Mamba2 as Mamba2,
+)
+from .layers import (
     PrefixLinearAttention as PrefixLinearAttention,
 )
 from .layers import (

@@ -8,6 +8,7 @@ from .delta_net import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from .gated_linear_attention import GatedLinearAttention
 from .lightning_attention import LightningAttention
 from .linear_attention import LinearAttention
+from .mamba2 import Mamba2
 from .mixer import Cache, TokenMixer
 from .prefix_linear_attention import PrefixLinearAttention
 from .retention import Retention
@@ -25,6 +26,7 @@ __all__ = [
     "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
+    "Mamba2",
     "PrefixLinearAttention",
     "Retention",
     "ShortConvolution",

@@ -16,6 +16,7 @@ from hybridattn.layers import (
     KimiDeltaAttention,
     LightningAttention,
     LinearAttention,
+    Mamba2,
     PrefixLinearAttention,
     Retention,
     ShortConvolution,
@@ -62,6 +63,7 @@ MIXERS: dict[str, Callable[[], TokenMixer]] = {
     "kda, lower bound, grouped values": lambda: KimiDeltaAttention(
         D, num_heads=2, key_dim=4, num_value_heads=4, lower_bound=-5.0
     ),
+    "mamba2": lambda: Mamba2(D, head_dim=6, state_size=5, num_groups=2, dt_limit=(0.01, 0.5)),
     "linear": lambda: LinearAttention(D, num_heads=2, key_dim=4),
     "linear, not normalized": lambda: LinearAttention(D, num_heads=3, feature_map="identity", normalize=False),
     "taylor": lambda: TaylorLinearAttention(D, num_heads=2, key_dim=4),

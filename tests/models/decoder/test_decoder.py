@@ -29,6 +29,7 @@ OPTIONS = {
     "delta": {"num_heads": 2},
     "gated_delta": {"num_heads": 2, "key_dim": 4, "num_value_heads": 4},
     "kda": {"num_heads": 2},
+    "mamba2": {"head_dim": 8, "state_size": 4},
 }
 STACKS: dict[str, dict[str, Any]] = {
     **{name: {"mixers": [name, name]} for name in MIXERS},
