@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
 from . import parallel
-from .mixer import Cache, CacheSpec, normalize, positive, store
+from .mixer import Cache, CacheSpec, apply_norm, check_positive, store
 from .recurrent import RecurrentMixer
 from .rotary import apply_rotary, token_positions
 from .short_convolution import ShortConvolution
@@ -50,8 +50,8 @@ class DecayedLinearAttention(RecurrentMixer):
         conv_size: int | None = None,
     ):
         super().__init__(hidden_size)
-        self.num_heads, self.backend, self.rope_theta = positive("num_heads", num_heads), backend, rope_theta
-        self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
+        self.num_heads, self.backend, self.rope_theta = check_positive("num_heads", num_heads), backend, rope_theta
+        self.key_dim, self.value_dim = check_positive("key_dim", key_dim), check_positive("value_dim", value_dim)
         self.state_dim = key_dim
         if rope_theta is not None and key_dim % 2:
             raise ValueError(f"key_dim: expected an even number for rotary positions, got {key_dim}")
@@ -87,7 +87,7 @@ class DecayedLinearAttention(RecurrentMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        self.check_inputs(hidden_states, cu_seqlens, cache)
+        self.check_call(hidden_states, cu_seqlens, position_ids, cache)
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         convolutions = (self.q_conv, self.k_conv, self.v_conv)
         q, k, v = (
@@ -105,7 +105,7 @@ class DecayedLinearAttention(RecurrentMixer):
         o = self.recur((q, k, v, g), hidden_states, cu_seqlens, cache)
         if cache is not None and self.rope_theta is not None:
             _count_tokens(cache, hidden_states, cu_seqlens)
-        o = rearrange(normalize(self.g_norm, o), "b t h d -> b t (h d)")
+        o = rearrange(apply_norm(self.g_norm, o), "b t h d -> b t (h d)")
         return self.o_proj(o * self.gate(self.g_proj(hidden_states)))
 
 

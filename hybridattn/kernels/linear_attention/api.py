@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
-from ..runtime.checks import check_inference, check_layout, check_log_decay, check_shape, check_tensors, reads_values
+from ..runtime.checks import (
+    check_flags,
+    check_inference,
+    check_layout,
+    check_log_decay,
+    check_shape,
+    check_tensors,
+    reads_values,
+)
 from ..runtime.sequences import check_cu_seqlens
 from . import chunked, features, reference
 from .segment_state import GATE_SHAPES, linear_attention_state
@@ -65,6 +73,7 @@ def linear_attention(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
+    check_flags(normalize=normalize, output_final_state=output_final_state)
     sizes = _check(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     q, k, v = autocast(q, k, v)
@@ -112,6 +121,7 @@ def gated_linear_attention(
     Raises:
         ValueError: a shape, dtype, device, option or gate is not as above.
     """
+    check_flags(output_final_state=output_final_state)
     sizes = _check(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     g = _check_gates(sizes, q, g, check_values)
@@ -154,6 +164,7 @@ def taylor_linear_attention(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
+    check_flags(normalize=normalize, output_final_state=output_final_state)
     sizes = _check(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     taylor = _taylor_scale(scale, sizes)
