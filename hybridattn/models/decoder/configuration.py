@@ -228,8 +228,9 @@ class HybridAttnConfig(PreTrainedConfig):
         """
         names = {each.name for each in fields(cls)} - {"dtype"}  # pyright: ignore[reportArgumentType]
         given = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-        if not kwargs.get("return_unused_kwargs") and (typos := cls.unknown_fields(kwargs)):
-            raise ValueError(f"{typos[0]}: expected a field of {cls.__name__}, got an unknown name")
+        for name in cls.unknown_fields(kwargs):  # transformers passes options of its own, which resemble no field
+            if close := get_close_matches(name, names, n=1, cutoff=0.8):
+                raise ValueError(f"{name}: expected a field of {cls.__name__}, got an unknown name; {close[0]!r}?")
         unknown = {name: config_dict[name] for name in cls.unknown_fields(config_dict)}
         unknown = {name: value for name, value in unknown.items() if name not in generation_fields()}
         if unknown:

@@ -81,7 +81,7 @@ def test_a_saved_configuration_agrees_with_itself(tmp_path: Path):
         HybridAttnConfig.from_pretrained(tmp_path, num_hidden_layers=5)
     again = HybridAttnConfig.from_pretrained(tmp_path, mixers="1 full", num_hidden_layers=5, backend="torch")
     assert (again.mixers, again.num_hidden_layers, again.backend) == (["full"] * 5, 5, "torch")
-    with pytest.raises(ValueError, match="mixer_optons: expected a field of HybridAttnConfig, got an unknown name"):
+    with pytest.raises(ValueError, match=r"mixer_optons: expected a field .* 'mixer_options'"):
         HybridAttnConfig.from_pretrained(tmp_path, mixer_optons={})
     config.num_hidden_layers = 5
     with pytest.raises(ValueError, match=r"num_hidden_layers: expected 3 \(one per mixer\), got 5"):
