@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hybridattn.evals.pareto.suite import Suite
     from hybridattn.layers.mixer import CacheSpec
     from hybridattn.models.decoder import HybridAttnConfig
-    from hybridattn.models.decoder.mixer_list import Entry
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -222,7 +221,11 @@ def train(
     context: typer.Context,
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="A file, or a configuration of the package.")],
 ) -> None:
-    """Pretrain or fine-tune with CONFIG.yaml; --field value overrides a field. Repeat the command to resume."""
+    """Pretrain or fine-tune with CONFIG.yaml; --field value overrides a field. Repeat the command to resume.
+
+    Frequent fields: --model or --preset, --data, --tokenizer, --length, --rows_per_step, --max_steps, --learning_rate,
+    --output_dir. docs/training.md lists all, and the configurations of the package.
+    """
     from hybridattn.training.train import main
 
     raise typer.Exit(main([config, *context.args]))
@@ -236,7 +239,8 @@ def linearize(
     pattern: Annotated[
         str,
         typer.Option(
-            "--pattern", help="Mixers, such as '1 full : 3 gla' or full,gla,..; full keeps the layer's attention."
+            "--pattern",
+            help="Mixers: '1 full : 3 gla', full,gla,.. or a JSON list; full keeps the layer's attention.",
         ),
     ],
     mixer_options: Annotated[
@@ -294,6 +298,7 @@ def info(
     from rich.table import Table
 
     from hybridattn.models.decoder.configuration import without_models
+    from hybridattn.models.decoder.mixer_list import describe
     from hybridattn.models.decoder.sizes import cache_spec, parameters_of
     from hybridattn.models.presets import PUBLISHED
 
@@ -305,7 +310,7 @@ def info(
         for tokens in CONTEXT_LENGTHS.values()
     ]
     rows = [
-        (_described(entry), f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs))
+        (describe(entry), f"{parameters[i]:,}", *(_state([spec[i]]) for spec in specs))
         for i, entry in enumerate(config.mixers or ())
     ]
 
@@ -325,13 +330,6 @@ def info(
     Console().print(table)
 
 
-def _described(entry: "Entry") -> str:
-    """A mixer's name, and below it the options of its own."""
-    if isinstance(entry, str):
-        return entry
-    return "\n".join([entry["mixer"], *(f"{name}={value}" for name, value in entry.items() if name != "mixer")])
-
-
 def _state(layers: "list[CacheSpec]") -> str:
     from hybridattn.models.decoder.sizes import cache_elements
 
@@ -345,12 +343,16 @@ def _load_config(model: str) -> "HybridAttnConfig":
 
     if model in PRESETS:
         return PRESETS[model]()
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not Path(model, "config.json").is_file():
         presets = sorted(PRESETS)
         raise ValueError(f"model: expected a folder with config.json or one of the presets {presets}, got {model!r}")
-    config = AutoConfig.from_pretrained(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, StrictDataclassError) as error:
+        raise ValueError(f"model: expected a configuration in {model!r}, got an error: {error}") from error
     if not isinstance(config, HybridAttnConfig):
         raise ValueError(f"model: expected a hybridattn model, got model_type {config.model_type!r} in {model!r}")
     return config

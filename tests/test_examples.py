@@ -24,7 +24,7 @@ def test_an_example_is_short_and_listed(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES.keys() - NOTEBOOKS)
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - NOTEBOOKS))
 def test_program_runs(name: str, tmp_path: Path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, EXAMPLES[name]], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def test_program_runs(name: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS))
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the kernel's process
     notebook = jupytext.read(EXAMPLES[name])

@@ -13,6 +13,16 @@ Q, X = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 16)
 IDS = torch.arange(16).view(2, 8)
 
 
+MASK = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])
+
+
+def used(layer: ha.TokenMixer) -> ha.Cache:
+    """Return a cache of ``layer`` that holds tokens."""
+    cache = ha.Cache()
+    layer(X, cache=cache)
+    return cache
+
+
 def model() -> ha.HybridAttnForCausalLM:
     return ha.HybridAttnForCausalLM(ha.HybridAttnConfig(vocab_size=32, hidden_size=16))
 
@@ -39,7 +49,44 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "channels of a short convolution": (lambda: ha.ShortConvolution(32)(X), "hidden_states: expected shape"),
     "a mapping for a cache": (
         lambda: ha.GatedLinearAttention(16, num_heads=2)(X, cache={}),  # pyright: ignore
-        "cache: expected a hybridattn.layers.Cache or None, got dict",
+        "cache: expected a hybridattn.Cache or None, got dict",
+    ),
+    "a cache of a layer with another window": (
+        lambda: ha.SoftmaxAttention(16, window=9)(X, cache=used(ha.SoftmaxAttention(16, window=4))),
+        r"cache: expected keys of shape \[2, 9, 4, 4\], of this layer, got \[2, 4, 4, 4\]",
+    ),
+    "a cache of another operator": (
+        lambda: ha.LinearAttention(16, num_heads=2)(X, cache=used(ha.GatedLinearAttention(16, num_heads=2))),
+        r"cache: expected one of this layer, with \['k_sum', 'state'\], got one with \['state'\]",
+    ),
+    "a cache of another kind of layer": (
+        lambda: ha.GatedLinearAttention(16, num_heads=2)(X, cache=used(ha.SoftmaxAttention(16))),
+        r"cache: expected one of this layer, with \['state'\], got one with \['keys', 'lengths', 'values'\]",
+    ),
+    "offsets in a list": (
+        lambda: ha.GatedLinearAttention(16, num_heads=2)(X[:1], cu_seqlens=[0, 8]),  # pyright: ignore
+        "cu_seqlens: expected a tensor of integer offsets",
+    ),
+    "positions of another length": (
+        lambda: ha.SoftmaxAttention(16)(X, position_ids=torch.arange(5)[None]),
+        r"position_ids: expected shape \[B=1, T=8\], got \[1, 5\]",
+    ),
+    "a layer's name for packing": (
+        lambda: model()(IDS[:1], cu_seqlens=torch.tensor([0, 8])),
+        "cu_seqlens: expected the name cu_seq_lens_q",
+    ),
+    "offsets that end early": (
+        lambda: model()(IDS[:1], cu_seq_lens_q=torch.tensor([0, 5])),
+        r"cu_seq_lens_q: expected offsets that end with 8 tokens, got \[0, 5\]",
+    ),
+    "positions that start again in a padded row": (
+        lambda: model()(IDS[:1], attention_mask=MASK, position_ids=torch.tensor([[0, 0, 1, 2, 0, 1, 2, 3]])),
+        "position_ids: expected ascending positions",
+    ),
+    "labels of another dtype": (lambda: model()(IDS, labels=IDS.int()), "labels: expected int64, got torch.int32"),
+    "a flag that is no flag": (
+        lambda: ha.flash_attention(Q, Q, Q, causal="no"),  # pyright: ignore
+        "causal: expected True or False, got 'no'",
     ),
     "short labels": (lambda: model()(IDS, labels=IDS[:, :5]), r"labels: expected shape \[2, 8\], got \[2, 5\]"),
     "labels with some logits": (
@@ -74,6 +121,11 @@ def test_errors_name_the_wrong_argument(name: str):
     call, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_offloaded_cache_is_refused():
+    with pytest.raises(ValueError, match="past_key_values: expected a cache on the model's device, got an offloaded"):
+        model().generate(IDS, max_new_tokens=2, cache_implementation="offloaded")
 
 
 def test_heads_before_time_cause_one_warning():

@@ -22,6 +22,7 @@ from hybridattn.measure.output_folder import RESULTS
 from hybridattn.measure.provenance import installed_version, provenance
 from hybridattn.models.convert import COPIED_FILES
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
+from hybridattn.models.decoder.mixer_list import Entry, describe
 from hybridattn.models.linearize import SHARED, from_softmax, replaced_layers, swap
 from hybridattn.training import checkpoints
 from hybridattn.training.arguments import DataArguments, ModelArguments, RunArguments, parse
@@ -37,6 +38,20 @@ OURS = (
     *("model", "config", "preset", "tokenizer", "lora", "freeze"),
     *("max_steps", "learning_rate", "output_dir", "resume_from_checkpoint"),
 )
+
+
+def read_entries(pattern: str) -> str | list[Entry]:
+    """Return a pattern unchanged, and a list of entries for JSON or comma-separated names.
+
+    Raises:
+        ValueError: the text begins with a bracket and is not JSON.
+    """
+    if not pattern.lstrip().startswith("["):
+        return [name.strip() for name in pattern.split(",")] if "," in pattern else pattern
+    try:
+        return json.loads(pattern)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"pattern: expected JSON after a bracket, got {pattern!r}: {error}") from error
 
 
 def linearize(
@@ -64,8 +79,8 @@ def linearize(
         model: folder of a Llama, Mistral or Qwen3.
         out: a new folder, or the folder of an interrupted run with the same arguments.
         flags: ``--field value`` of ``hybridattn train``, over ``configs/linearize.yaml``.
-        pattern: ``mixers`` of ``HybridAttnConfig``, or comma-separated mixers of all layers; ``full`` keeps the layer's
-            softmax attention.
+        pattern: ``mixers`` of ``HybridAttnConfig``: a pattern, or the entries of all layers, comma-separated or as
+            JSON; ``full`` keeps the layer's softmax attention.
         mixer_options: by mixer name, options of its layers.
         transfer_tokens, lora_tokens: token budget of each stage, rounded down to whole optimiser steps.
         transfer_learning_rate, lora_learning_rate: peak learning rate of each stage.
@@ -95,10 +110,11 @@ def linearize(
         raise ValueError(f"processes: expected one, since stages write files between them, got {args.world_size}")
     if not 0 <= distill <= 1:
         raise ValueError(f"distill: expected a share from 0 to 1, got {distill}")
+    entries = read_entries(pattern)
     if rows is None:
-        raise ValueError("eval_data: expected held-out texts to measure losses on, got none")
+        raise ValueError("eval_data: expected held-out texts to measure losses on, got None")
     set_seed(args.seed)  # a resumed run must initialise the same weights
-    student = swap(teacher, pattern.split(",") if "," in pattern else pattern, mixer_options)
+    student = swap(teacher, entries, mixer_options)
     if not (replaced := replaced_layers(student, teacher)):
         raise ValueError(f"pattern: expected one that replaces a layer, got {pattern!r}, which keeps all")
     _claim(out, settings)
@@ -142,7 +158,7 @@ def linearize(
     results = {
         "provenance": source,
         "command": command(out, settings),
-        "mixers": [mixer.name for mixer in student.config.layer_mixers],
+        "mixers": [describe(entry) for entry in student.config.mixers],
         "parameters": student.num_parameters(),
         "losses": losses,
         "recovery": recovery(losses),

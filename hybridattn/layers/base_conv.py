@@ -41,7 +41,7 @@ class BaseConv(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        self.check_hidden_states(hidden_states)
+        self.check_call(hidden_states, cu_seqlens, position_ids, cache)
         projected = self.in_proj(hidden_states)
         if self.out_proj is None:
             return self.conv(hidden_states, cu_seqlens=cu_seqlens, cache=cache) * projected + hidden_states

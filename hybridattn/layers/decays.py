@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.runtime.backend import compute_dtype
-from .mixer import positive
+from .mixer import check_positive
 
 
 class SoftplusDecay(nn.Module):
@@ -75,7 +75,7 @@ class ChannelDecay(SoftplusDecay):
             raise ValueError(f"lower_bound: expected a negative number or None, got {lower_bound!r}")
         super().__init__(num_heads, num_heads * key_dim, (1.0, 16.0) if lower_bound is None else (1.0, 1.0))
         self.key_dim, self.lower_bound = key_dim, lower_bound
-        self.down = nn.Linear(hidden_size, positive("rank", rank), bias=False)
+        self.down = nn.Linear(hidden_size, check_positive("rank", rank), bias=False)
         self.up = nn.Linear(rank, num_heads * key_dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..kernels.runtime.backend import compute_dtype
 from .decays import HeadDecay
-from .mixer import head_size, positive
+from .mixer import check_positive, head_size
 from .projected_recurrent import ProjectedRecurrentMixer
 
 
@@ -70,6 +70,8 @@ class GatedLinearAttention(ProjectedRecurrentMixer):
             raise ValueError(f"gate_per: expected 'channel' or 'head', got {gate_per!r}")
         if not gate_normalizer > 0:
             raise ValueError(f"gate_normalizer: expected a positive number, got {gate_normalizer!r}")
+        if gate_bias_range is not None and (len(gate_bias_range) != 2 or not gate_bias_range[0] <= gate_bias_range[1]):
+            raise ValueError(f"gate_bias_range: expected two numbers (low, high) or None, got {gate_bias_range!r}")
         if gate_min is not None and not gate_min <= 0:
             raise ValueError(f"gate_min: expected a number of at most 0 or None, got {gate_min!r}")
         key_dim = head_size(hidden_size, num_heads, 2) if key_dim is None else key_dim
@@ -81,7 +83,7 @@ class GatedLinearAttention(ProjectedRecurrentMixer):
         else:
             self.decays = key_dim
             self.gk_proj = nn.Sequential()
-            self.gk_proj.down = nn.Linear(hidden_size, positive("gate_rank", gate_rank), bias=False)
+            self.gk_proj.down = nn.Linear(hidden_size, check_positive("gate_rank", gate_rank), bias=False)
             self.gk_proj.up = UniformBiasLinear(gate_rank, num_heads * key_dim, gate_bias_range or (0.0, 0.0))
         self.g_norm = nn.RMSNorm(value_dim, eps=norm_eps)
 

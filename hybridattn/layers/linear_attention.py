@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear_attention import linear_attention, linear_attention_step
-from .mixer import Cache, head_size, positive
+from .mixer import Cache, check_positive, head_size
 from .recurrent import RecurrentMixer
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
@@ -49,9 +49,11 @@ class LinearAttention(RecurrentMixer):
         super().__init__(hidden_size)
         if feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map: expected one of {sorted(FEATURE_MAPS)}, got {feature_map!r}")
-        self.num_heads, self.normalize, self.backend = positive("num_heads", num_heads), normalize, backend
-        self.key_dim = head_size(hidden_size, num_heads) if key_dim is None else positive("key_dim", key_dim)
-        self.value_dim = head_size(hidden_size, num_heads) if value_dim is None else positive("value_dim", value_dim)
+        self.num_heads, self.normalize, self.backend = check_positive("num_heads", num_heads), normalize, backend
+        self.key_dim = head_size(hidden_size, num_heads) if key_dim is None else check_positive("key_dim", key_dim)
+        self.value_dim = (
+            head_size(hidden_size, num_heads) if value_dim is None else check_positive("value_dim", value_dim)
+        )
         self.state_heads, self.state_dim = num_heads, self.key_dim
         self.feature_map = feature_map
         self.q_proj = nn.Linear(hidden_size, num_heads * self.key_dim, bias=False)
@@ -80,7 +82,7 @@ class LinearAttention(RecurrentMixer):
         attend: Callable[..., Any] | None = None,
     ) -> Tensor:
         """Run the layer, with ``attend`` instead of the class's operator if it is given."""
-        self.check_inputs(hidden_states, cu_seqlens, cache)
+        self.check_call(hidden_states, cu_seqlens, cache=cache)
         phi = FEATURE_MAPS[self.feature_map]
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (rearrange(phi(x), "b t (h d) -> b t h d", d=self.key_dim) for x in (q, k))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..kernels.runtime.backend import compute_dtype
 from .decays import SoftplusDecay
-from .mixer import Cache, CacheSpec, positive
+from .mixer import Cache, CacheSpec, check_positive
 from .recurrent import RecurrentMixer
 from .short_convolution import ShortConvolution
 
@@ -56,11 +56,11 @@ class Mamba2(RecurrentMixer):
         backend: str | None = None,
     ):
         super().__init__(hidden_size)
-        self.value_dim, self.state_dim = positive("head_dim", head_dim), positive("state_size", state_size)
+        self.value_dim, self.state_dim = check_positive("head_dim", head_dim), check_positive("state_size", state_size)
         if num_heads is None and 2 * hidden_size % head_dim:
             raise ValueError(f"head_dim: expected a divisor of 2 hidden_size = {2 * hidden_size}, got {head_dim}")
-        self.state_heads = 2 * hidden_size // head_dim if num_heads is None else positive("num_heads", num_heads)
-        self.num_groups, self.backend = positive("num_groups", num_groups), backend
+        self.state_heads = 2 * hidden_size // head_dim if num_heads is None else check_positive("num_heads", num_heads)
+        self.num_groups, self.backend = check_positive("num_groups", num_groups), backend
         if self.state_heads % num_groups:
             raise ValueError(f"num_groups: expected a divisor of num_heads {self.state_heads}, got {num_groups}")
         if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
@@ -90,7 +90,7 @@ class Mamba2(RecurrentMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        self.check_inputs(hidden_states, cu_seqlens, cache)
+        self.check_call(hidden_states, cu_seqlens, position_ids, cache)
         z, xbc, dt = self.in_proj(hidden_states).split(self.sizes, -1)
         shared = self.num_groups * self.state_dim
         x, k, q = self.conv(xbc, cu_seqlens=cu_seqlens, cache=cache).split([self.sizes[0], shared, shared], -1)

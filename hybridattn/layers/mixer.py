@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.runtime.checks import check_shape
-from .parallel.context import refuse
+from ..kernels.runtime.checks import check_shape, check_tensors
+from ..kernels.runtime.sequences import check_offsets
+from .parallel.context import refuse_if_sharded
 
+INPUT_CONV = "input_conv"  # name of a decoder block's own convolution in the cache of its mixer
 CacheSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
 
 
 class Cache(dict[str, Tensor]):
     """State of one layer after the tokens so far: tensors by name, one row per sequence. A new cache is empty.
 
-    A cache belongs to one layer. Another layer of the same kind would accept it and compute wrong results.
+    A cache belongs to one layer. Another layer of the same class and sizes would accept it and compute wrong results.
 
     Attributes:
         capacity: fixed number of tokens per sequence for keys and values, allocated at once. If None,
@@ -23,7 +25,7 @@ class Cache(dict[str, Tensor]):
 
     def __init__(self, capacity: int | None = None):
         super().__init__()
-        self.capacity = capacity
+        self.capacity = capacity if capacity is None else check_positive("capacity", capacity)
         self.tokens = 0
 
 
@@ -32,22 +34,62 @@ class TokenMixer(nn.Module):
 
     Attributes:
         hidden_size: model dimension.
-        state_dtype: dtype of recurrent states in the cache; None for fp32, the dtype of the computation.
+        state_dtype: dtype of recurrent states in the cache; None for that of the computation, fp32, or fp64 for fp64
+            inputs.
+        growing: names of cache tensors whose second dimension depends on the number of tokens.
+        shares_cache: whether another layer stores its tensors in the same cache.
     """
 
     state_dtype: torch.dtype | None = None
+    growing: tuple[str, ...] = ()
+    shares_cache = False
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.hidden_size = positive("hidden_size", hidden_size)
+        self.hidden_size = check_positive("hidden_size", hidden_size)
 
-    def check_hidden_states(self, hidden_states: Tensor) -> None:
-        """Check the shape of a layer's input.
+    def check_call(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        """Check the arguments of ``forward``.
 
         Raises:
-            ValueError: it is not [B,T,hidden_size].
+            ValueError: a wrong type, shape or dtype, or a cache of other sequences or of another layer.
         """
         check_shape({"hidden_size": self.hidden_size}, "hidden_states", hidden_states, "B T hidden_size")
+        check_tensors("hidden_states", hidden_states=hidden_states)
+        batch, tokens = hidden_states.shape[:2]
+        if cu_seqlens is not None:
+            check_offsets("cu_seqlens", cu_seqlens, batch)
+        if position_ids is not None:
+            rows = 1 if isinstance(position_ids, Tensor) and position_ids.shape[:1] == (1,) else batch
+            check_shape({"B": rows, "T": tokens}, "position_ids", position_ids, "B T")
+            if position_ids.is_floating_point():
+                raise ValueError(f"position_ids: expected integers, got {position_ids.dtype}")
+        if cache is not None:
+            self.check_cache(cache, batch if cu_seqlens is None else cu_seqlens.numel() - 1, hidden_states.dtype)
+
+    def check_cache(self, cache: Cache, rows: int, dtype: torch.dtype) -> None:
+        """Check that a cache is empty, or holds the tensors of this layer for ``rows`` sequences."""
+        if not isinstance(cache, Cache):
+            raise ValueError(f"cache: expected a hybridattn.Cache or None, got {type(cache).__name__}")
+        spec = self.cache_spec(rows, 1, dtype)
+        if not (cache.keys() & spec.keys() if self.shares_cache else cache.keys() - {INPUT_CONV}):
+            return
+        refuse_if_sharded("cache: expected an empty cache, got one that holds tokens")
+        if not spec.keys() <= cache.keys():
+            raise ValueError(f"cache: expected one of this layer, with {sorted(spec)}, got one with {sorted(cache)}")
+        for name, (shape, _) in spec.items():
+            held = cache[name].shape
+            if held[0] != rows:
+                raise ValueError(f"cache: expected a cache of {rows} sequences, got {held[0]}")
+            first = 2 if name in self.growing else 1
+            if held[first:] != shape[first:]:
+                raise ValueError(f"cache: expected {name} of shape {list(shape)}, of this layer, got {list(held)}")
 
     def cache_spec(self, batch_size: int, tokens: int, dtype: torch.dtype) -> CacheSpec:
         """Return the shape and dtype of each cache tensor after a prompt, by the tensor's name.
@@ -96,23 +138,13 @@ def store(cache: Cache, name: str, value: Tensor) -> None:
         cache[name] = value.clone()  # a view would keep the larger tensor behind it in memory
 
 
-def check_rows(cache: Cache | None, name: str, rows: int) -> None:
-    """Check that a cache with tensor ``name`` has ``rows`` sequences; under sequence_parallel, that it is empty."""
-    if cache is not None and not isinstance(cache, Cache):
-        raise ValueError(f"cache: expected a hybridattn.layers.Cache or None, got {type(cache).__name__}")
-    if cache is not None and name in cache:
-        refuse("cache: expected an empty cache, got one that holds tokens")
-    if cache is not None and name in cache and cache[name].shape[0] != rows:
-        raise ValueError(f"cache: expected a cache of {rows} sequences, got {cache[name].shape[0]}")
-
-
-def kept_state(cache: Cache, name: str) -> Tensor:
+def read_state(cache: Cache, name: str) -> Tensor:
     """Return the cached recurrent state: the tensor itself if it is fp32 or fp64, else a copy in fp32."""
     state = cache[name]
     return state if state.dtype in (torch.float32, torch.float64) else state.float()
 
 
-def keep_state(cache: Cache, name: str, state: Tensor, dtype: torch.dtype | None) -> None:
+def write_state(cache: Cache, name: str, state: Tensor, dtype: torch.dtype | None) -> None:
     """Store a recurrent state in the cache, in ``dtype`` if given."""
     if state is not cache.get(name):  # a step updates the cached tensor in place
         store(cache, name, state if dtype is None else state.to(dtype))
@@ -123,7 +155,7 @@ def is_step(hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
     return hidden_states.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
 
 
-def normalize(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+def apply_norm(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
     """Return norm(x), computed in the dtype of the norm's weights.
 
     Under autocast x has another dtype than the weights, and torch's norms of mixed dtypes are slow.
@@ -131,7 +163,7 @@ def normalize(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
     return norm(x if norm.weight is None else x.to(norm.weight.dtype))
 
 
-def positive(name: str, value: int) -> int:
+def check_positive(name: str, value: int) -> int:
     """Return ``value``, or raise a ValueError that names the option if it is not a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
@@ -140,7 +172,7 @@ def positive(name: str, value: int) -> int:
 
 def head_size(hidden_size: int, num_heads: int, fraction: int = 1) -> int:
     """Return the head dimension: ``hidden_size / fraction``, divided evenly among ``num_heads`` heads."""
-    if positive("hidden_size", hidden_size) % (fraction * positive("num_heads", num_heads)):
+    if check_positive("hidden_size", hidden_size) % (fraction * check_positive("num_heads", num_heads)):
         shared = (
             f"hidden_size {hidden_size}" if fraction == 1 else f"hidden_size / {fraction} = {hidden_size / fraction:g}"
         )

@@ -10,7 +10,7 @@ from ..kernels.linear_attention import prefix_linear_attention
 from ..kernels.runtime.checks import check_shape, reads_values
 from ..kernels.runtime.sequences import check_cu_seqlens
 from .mixer import Cache
-from .parallel.context import refuse
+from .parallel.context import refuse_if_sharded
 from .taylor_linear_attention import TaylorLinearAttention
 
 
@@ -67,8 +67,8 @@ class PrefixLinearAttention(TaylorLinearAttention):
         """
         if prefix_lengths is None:
             return self._mix(hidden_states, cu_seqlens, cache)
-        self.check_hidden_states(hidden_states)
-        refuse("prefix_lengths: expected None (attention in a prefix is bidirectional), got lengths")
+        self.check_call(hidden_states, cu_seqlens, position_ids, cache)
+        refuse_if_sharded("prefix_lengths: expected None (attention in a prefix is bidirectional), got lengths")
         if cache is not None and "state" in cache:
             raise ValueError("prefix_lengths: expected None after the first call with a cache, got lengths")
         prefix = _prefix(hidden_states, cu_seqlens, prefix_lengths)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..kernels.linear_attention import gated_linear_attention, gated_linear_attention_step
 from . import parallel
-from .mixer import Cache, CacheSpec, normalize, positive, store
+from .mixer import Cache, CacheSpec, apply_norm, check_positive, store
 from .recurrent import RecurrentMixer
 from .rotary import apply_rotary, token_positions
 from .short_convolution import ShortConvolution
@@ -54,10 +54,10 @@ class ProjectedRecurrentMixer(RecurrentMixer):
         num_value_heads: int | None = None,
     ):
         super().__init__(hidden_size)
-        self.num_heads, self.backend, self.rope_theta = positive("num_heads", num_heads), backend, rope_theta
-        self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
+        self.num_heads, self.backend, self.rope_theta = check_positive("num_heads", num_heads), backend, rope_theta
+        self.key_dim, self.value_dim = check_positive("key_dim", key_dim), check_positive("value_dim", value_dim)
         self.state_dim = key_dim
-        self.state_heads = num_heads if num_value_heads is None else positive("num_value_heads", num_value_heads)
+        self.state_heads = num_heads if num_value_heads is None else check_positive("num_value_heads", num_value_heads)
         if self.state_heads % num_heads:
             raise ValueError(f"num_value_heads: expected a multiple of num_heads {num_heads}, got {num_value_heads}")
         if rope_theta is not None and key_dim % 2:
@@ -98,7 +98,7 @@ class ProjectedRecurrentMixer(RecurrentMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        self.check_inputs(hidden_states, cu_seqlens, cache)
+        self.check_call(hidden_states, cu_seqlens, position_ids, cache)
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         convolutions = (self.q_conv, self.k_conv, self.v_conv)
         q, k, v = (
@@ -115,7 +115,7 @@ class ProjectedRecurrentMixer(RecurrentMixer):
         o = self.recur((q, k, v, *self.gates(hidden_states)), hidden_states, cu_seqlens, cache)
         if cache is not None and self.rope_theta is not None:
             _count_tokens(cache, hidden_states, cu_seqlens)
-        o = rearrange(normalize(self.g_norm, o), "b t h d -> b t (h d)")
+        o = rearrange(apply_norm(self.g_norm, o), "b t h d -> b t (h d)")
         return self.o_proj(o if self.g_proj is None else o * self.gate(self.g_proj(hidden_states)))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.linear_attention import NormalizedState
 from ..kernels.linear_attention.operands import match_heads
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, is_step, keep_state, kept_state
+from .mixer import Cache, CacheSpec, TokenMixer, is_step, read_state, write_state
 from .parallel import Shards, local_shards
 from .parallel.state_passing import initial_states
 
@@ -52,11 +52,6 @@ class RecurrentMixer(TokenMixer):
         spec: CacheSpec = {"state": ((*keys, self.value_dim), kept)}
         return {**spec, "k_sum": (keys, kept)} if self.normalize else spec
 
-    def check_inputs(self, hidden_states: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
-        """Check the input's shape, and that the cache has one row per sequence of this call."""
-        self.check_hidden_states(hidden_states)
-        check_rows(cache, "state", len(hidden_states) if cu_seqlens is None else cu_seqlens.numel() - 1)
-
     def recur(
         self,
         inputs: tuple[Tensor | None, ...],
@@ -91,7 +86,7 @@ class RecurrentMixer(TokenMixer):
         if cache is not None and state is not None:
             parts = state if isinstance(state, NormalizedState) else (state,)
             for name, value in zip(("state", "k_sum"), parts, strict=False):
-                keep_state(cache, name, value, self.state_dtype)
+                write_state(cache, name, value, self.state_dtype)
         return o
 
     def state_keys(self, k: Tensor) -> Tensor:
@@ -116,5 +111,5 @@ class RecurrentMixer(TokenMixer):
     def _cached_state(self, cache: Cache | None) -> State | None:
         if cache is None or "state" not in cache:
             return None
-        state = kept_state(cache, "state")
-        return NormalizedState(state, kept_state(cache, "k_sum")) if self.normalize else state
+        state = read_state(cache, "state")
+        return NormalizedState(state, read_state(cache, "k_sum")) if self.normalize else state

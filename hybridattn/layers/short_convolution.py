@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.runtime.sequences import check_cu_seqlens, sequence_ids
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, positive, store
+from .mixer import Cache, CacheSpec, TokenMixer, check_positive, store
 from .parallel import local_shards
 from .parallel.halo import convolution_tails
 
@@ -25,6 +25,8 @@ class ShortConvolution(TokenMixer):
     The weight [D,1,kernel_size] is laid out as in ``nn.Conv1d``. The cache holds the last ``kernel_size - 1`` inputs.
     """
 
+    shares_cache = True
+
     def __init__(
         self,
         hidden_size: int,
@@ -36,7 +38,7 @@ class ShortConvolution(TokenMixer):
         super().__init__(hidden_size)
         if activation not in (None, "silu"):
             raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
-        self.kernel_size = positive("kernel_size", kernel_size)
+        self.kernel_size = check_positive("kernel_size", kernel_size)
         self.activation, self.cache_name = activation, cache_name
         self.weight = nn.Parameter(torch.empty(hidden_size, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
@@ -58,12 +60,11 @@ class ShortConvolution(TokenMixer):
         cache: Cache | None = None,
     ) -> Tensor:
         past = self.kernel_size - 1
-        self.check_hidden_states(hidden_states)
+        self.check_call(hidden_states, cu_seqlens, position_ids, cache)
         shards = local_shards(hidden_states, cu_seqlens, cache)
         if cu_seqlens is not None and shards is None:
             check_cu_seqlens("cu_seqlens", cu_seqlens, hidden_states.shape[0], hidden_states.shape[1], False)
         rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        check_rows(cache, self.cache_name, rows)
         tail = cache.get(self.cache_name) if cache is not None else None
         if tail is None:
             tail = hidden_states.new_zeros(rows, past, self.hidden_size)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .mixer import positive
+from .mixer import check_positive
 
 CONVENTIONS = ("alibi", "retnet", "transnormer")
 
@@ -31,8 +31,8 @@ def decay_slopes(convention: str, num_heads: int, layer_idx: int = 0, num_layers
     Raises:
         ValueError: the convention is unknown, num_heads is not positive, or layer_idx is not below num_layers.
     """
-    heads = range(1, positive("num_heads", num_heads) + 1)
-    if not 0 <= layer_idx < positive("num_layers", num_layers):
+    heads = range(1, check_positive("num_heads", num_heads) + 1)
+    if not 0 <= layer_idx < check_positive("num_layers", num_layers):
         raise ValueError(f"layer_idx: expected 0 to {num_layers - 1}, one of {num_layers} layers, got {layer_idx!r}")
     if convention == "retnet":
         return [-math.log1p(-(2.0 ** (-4 - h))) for h in heads]

@@ -10,7 +10,7 @@ from ..kernels.flash_attention import MOST_NEW_TOKENS, flash_attention, flash_de
 from ..kernels.flash_attention.options import check_number
 from ..kernels.runtime.sequences import sequence_slices
 from . import kv_cache
-from .mixer import Cache, CacheSpec, TokenMixer, check_rows, head_size, normalize, positive
+from .mixer import Cache, CacheSpec, TokenMixer, apply_norm, check_positive, head_size
 from .parallel import Shards, local_shards
 from .parallel.halo import attend_with_halo
 from .parallel.ring import ring_attention
@@ -63,10 +63,12 @@ class SoftmaxAttention(TokenMixer):
         backend: str | None = None,
     ):
         super().__init__(hidden_size)
-        kv_heads = num_heads if num_key_value_heads is None else positive("num_key_value_heads", num_key_value_heads)
-        if positive("num_heads", num_heads) % kv_heads:
+        kv_heads = (
+            num_heads if num_key_value_heads is None else check_positive("num_key_value_heads", num_key_value_heads)
+        )
+        if check_positive("num_heads", num_heads) % kv_heads:
             raise ValueError(f"num_key_value_heads: expected a divisor of num_heads {num_heads}, got {kv_heads}")
-        self.head_dim = head_size(hidden_size, num_heads) if head_dim is None else positive("head_dim", head_dim)
+        self.head_dim = head_size(hidden_size, num_heads) if head_dim is None else check_positive("head_dim", head_dim)
         if rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")
         if rope_scaling is not None:
@@ -74,7 +76,8 @@ class SoftmaxAttention(TokenMixer):
                 raise ValueError("rope_scaling: expected None without rope_theta, got a scaling")
             rotary_frequencies(self.head_dim, rope_theta, rope_scaling)  # checks the options
         check_number("softcap", softcap, positive=True)
-        self.window = window if window is None else positive("window", window)
+        self.growing = ("keys", "values") if window is None else ()
+        self.window = window if window is None else check_positive("window", window)
         self.num_heads, self.num_key_value_heads = num_heads, kv_heads
         self.rope_theta, self.rope_scaling, self.softcap, self.backend = rope_theta, rope_scaling, softcap, backend
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
@@ -100,12 +103,11 @@ class SoftmaxAttention(TokenMixer):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        self.check_hidden_states(hidden_states)
+        self.check_call(hidden_states, cu_seqlens, position_ids, cache)
         q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=self.head_dim) for x in (q, k, v))
-        check_rows(cache, "keys", len(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
         if self.qk_norm:
-            q, k = normalize(self.q_norm, q).to(q.dtype), normalize(self.k_norm, k).to(k.dtype)
+            q, k = apply_norm(self.q_norm, q).to(q.dtype), apply_norm(self.k_norm, k).to(k.dtype)
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = token_positions(hidden_states, cu_seqlens, cache)

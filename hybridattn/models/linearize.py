@@ -126,6 +126,8 @@ def swap(
             attention with biases where a new mixer has none.
     """
     old, options = teacher.config, options or {}
+    if bad := [name for name, given in options.items() if not isinstance(given, dict)]:
+        raise ValueError(f"mixer_options[{bad[0]!r}]: expected options by name, got {options[bad[0]]!r}")
     entries = expand(mixers, len(old.layer_mixers) if isinstance(mixers, str) else None)
     if len(entries) != len(old.layer_mixers):
         raise ValueError(f"mixers: expected one for each of the {len(old.layer_mixers)} layers, got {len(entries)}")
@@ -158,7 +160,7 @@ def starting_options(mixer: str, own: LayerMixer) -> dict[str, Any]:
     same = {**heads, "key_dim": attention["head_dim"], "value_dim": attention["head_dim"]}
     few = {**same, "key_dim": min(attention["head_dim"], MOST_TAYLOR_KEYS)}
     return {
-        "gla": {**same, **theta, "gate_bias_range": (4.0, 6.0)},
+        "gla": {**same, **theta, "gate_bias_range": [4.0, 6.0]},
         "linear": same,
         "taylor": few,
         "prefix": few,

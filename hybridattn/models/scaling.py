@@ -32,10 +32,10 @@ class Memory(NamedTuple):
 
     Attributes:
         weights: a GPU's shard of parameters, gradients and Adam's two moments, fp32.
-        gathered: unsharded tensors of FSDP2, the larger of two moments. After the backward pass of a layer, in
-            ``dtype``: its parameters and gradients, and parameters of the next layer, the embeddings and the head; in
-            fp32, gradients of the previous layer, being scattered. At the end: embeddings and head in ``dtype``, their
-            gradients in both types.
+        gathered: unsharded tensors of FSDP2, the larger of two sums. The first, after the backward pass of a layer:
+            in ``dtype`` its parameters and gradients, the parameters of the next layer, the embeddings and the head;
+            in fp32 the gradients of the previous layer, which FSDP2 is scattering. The second, at the end: embeddings
+            and head in ``dtype``, and their gradients in ``dtype`` and in fp32.
         checkpoints: the input of every layer.
         layer: activations of a recomputed layer, the maximum over layers: four times the outputs of its linear maps.
         exchange: buffers of a mixer's exchange, the maximum over mixers. Linear attention: the states of all segments,

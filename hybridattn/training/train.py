@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from . import checkpoints
@@ -18,6 +18,8 @@ from .packed_rows import PackedBatches, Place
 from .sources import open_documents
 from .trainer import StreamTrainer
 
+# Fields of a configuration that saving and loading change.
+UNRELATED_FIELDS = ("transformers_version", "dtype", "architectures", "auto_map", "_name_or_path", "use_cache")
 TERMINATED = 143  # a shell's exit code for SIGTERM: 128 + 15
 
 
@@ -72,6 +74,7 @@ def train(
     settings = {**data_args.stream(), "rows_per_step": run_args.rows_per_step, "seed": run_args.seed}
     settings["data_seed"] = run_args.data_seed
     settings["parameters"] = model.num_parameters()
+    settings["model"] = described_model(config, model_args)
     settings["tokenizer"] = fingerprint(tokenizer)
     if start is not None:
         batches.place = start
@@ -89,6 +92,13 @@ def train(
     trainer.check_finite()
     save(trainer, folder)
     return 0
+
+
+def described_model(config: PreTrainedConfig, arguments: ModelArguments) -> str:
+    """Return a hash of everything that determines which model is trained, by which a resumed run detects another."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in UNRELATED_FIELDS}
+    described = [fields, list(arguments.freeze), arguments.lora]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -65,7 +65,7 @@ class StreamTrainer(Trainer):
         if checkpoint is not None:
             kept = json.loads((checkpoint / STREAM).read_text())
             for name, value in self.settings.items():
-                if kept["settings"].get(name) != value:
+                if kept["settings"].get(name, value) != value:  # an older checkpoint may lack a setting
                     raise ValueError(
                         f"{name}: expected {kept['settings'].get(name)!r} as in {checkpoint}, got {value!r}; "
                         "use another output_dir for a new run"

@@ -103,7 +103,10 @@ def compile(
     ] = False,
     may_rise: Annotated[bool, typer.Option(help="With --record, also raise ceilings.")] = False,
 ) -> None:
-    """Compile every launch row for every architecture, without a GPU, and compare with the recorded ceilings."""
+    """Compile every launch row for every architecture, without a GPU, and compare with the recorded ceilings.
+
+    Ceilings are the most registers, spills and bytes of shared memory that a row may use.
+    """
     from hybridattn.workshop.compile import check_compilation
 
     if not check_compilation(arch or (), kernel or (), record=record, may_rise=may_rise):

@@ -185,7 +185,7 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(made: Path
         (("--pattern", "1 gla", "--max_steps", "3"), "max_steps: expected no such flag"),
         (("--pattern", "1 gla", "--learning-rate=3"), "learning_rate: expected no such flag"),
         (("--pattern", "1 gla", "--mixer_options", "{"), "mixer_options: expected JSON"),
-        (("--pattern", "1 gla", "--mixer_options", '{"gla": {"gates": 1}}'), "mixer_options['gla']"),
+        (("--pattern", "1 gla", "--mixer_options", '{"gla": {"gates": 1}}'), "('gla'): gates: expected one of"),
         (("--pattern", "1 gla", "--dance", "3"), "--dance"),
     ],
 )

@@ -334,7 +334,7 @@ def test_a_cache_of_another_batch_is_refused(mixer: TokenMixer):
 
 
 def test_a_plain_dict_as_cache_is_refused(mixer: TokenMixer):
-    with pytest.raises(ValueError, match=r"cache: expected a hybridattn.layers.Cache or None, got dict"):
+    with pytest.raises(ValueError, match=r"cache: expected a hybridattn.Cache or None, got dict"):
         mixer(torch.randn(2, 5, D).double(), cache={})
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of version 0.1.0, from before layers had options of their own, load and give the same logits."""
+"""Checkpoints saved by commit db413cf, before layers had options of their own, load and give the same logits."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ import hybridattn  # noqa: F401  (registers the Auto classes)
 SAVED = Path(__file__).parent / "saved"
 
 
-@pytest.mark.parametrize("folder", [file.parent.name for file in sorted(SAVED.glob("*/model.safetensors"))])
+@pytest.mark.parametrize("folder", ["hybrid", "windows", "gla", "based"])
 def test_checkpoints_give_the_stored_logits(folder: str):
     model = AutoModelForCausalLM.from_pretrained(SAVED / folder)
     with torch.no_grad():
@@ -20,7 +20,7 @@ def test_checkpoints_give_the_stored_logits(folder: str):
     torch.testing.assert_close(logits, torch.tensor(json.loads((SAVED / folder / "logits.json").read_text())))
 
 
-@pytest.mark.parametrize("folder", [folder.name for folder in sorted(SAVED.iterdir())])
+@pytest.mark.parametrize("folder", ["hybrid", "windows", "gla", "based", "based_360m", "jrt_360m"])
 def test_configurations_are_saved_unchanged(folder: str, tmp_path: Path):
     AutoConfig.from_pretrained(SAVED / folder).save_pretrained(tmp_path)
     before, after = (json.loads((path / "config.json").read_text()) for path in (SAVED / folder, tmp_path))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hybridattn.models.decoder import HybridAttnForCausalLM
 from hybridattn.training import checkpoints
@@ -134,6 +134,14 @@ def test_other_data_in_the_same_folder_is_refused(train, whole, capsys):
     ):
         assert train("whole", f"--{name}", value) == 2
         assert f"{name}: expected {kept} as in" in capsys.readouterr().err
+
+
+def test_another_model_in_the_same_folder_is_refused(train, whole, capsys):
+    config = AutoConfig.from_pretrained(whole).to_dict()
+    options = {"gla": {"num_heads": 2, "gate_min": -0.5}, "window": {"num_heads": 2, "window": 16}}
+    shape = {name: config[name] for name in ("vocab_size", "hidden_size", "mixers")}
+    assert train("whole", "--config", json.dumps({**shape, "mixer_options": options})) == 2
+    assert "model: expected" in capsys.readouterr().err
 
 
 def test_errors_of_evaluation_data_name_eval_data(train, tmp_path, capsys):

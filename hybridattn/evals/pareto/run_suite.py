@@ -29,6 +29,7 @@ from hybridattn.layers import SoftmaxAttention
 from hybridattn.measure.cpu_probe import probe_seconds
 from hybridattn.measure.provenance import cpu_name
 from hybridattn.models.decoder import HybridAttnConfig
+from hybridattn.models.decoder.mixer_list import describe
 
 Planned = tuple[str, dict[str, Any], Callable[[PreTrainedModel], dict[str, Any]]]
 """A measurement's kind and configuration, and the function that measures a model."""
@@ -252,7 +253,7 @@ def facts(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config
     return {
         "type": config.model_type,
-        "mixers": [mixer.name for mixer in config.layer_mixers] if isinstance(config, HybridAttnConfig) else None,
+        "mixers": [describe(entry) for entry in config.mixers or ()] if isinstance(config, HybridAttnConfig) else None,
         "reach": _reach(model) if isinstance(config, HybridAttnConfig) else None,
         "attn_implementation": config._attn_implementation,
         "attention_operators": latency.attention_operators(model),

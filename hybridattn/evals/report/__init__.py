@@ -1,1 +1,1 @@
-"""Reports: what was measured, where, with what, and one picture of it."""
+"""Reports of measurements: tables, plots, Pareto fronts and comparisons, in Markdown and as a page."""

@@ -139,7 +139,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
 
 
 def _recall(measurements: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Summarise recall at the rate with the best median; runs with another ``looks`` than the newest are ignored."""
+    """Summarise recall at the rate with the best median; ignore runs with another interval of tests than the newest."""
     if not measurements:
         return {"recall": {}, "learnability": None, "curves": []}
     looks = measurements[-1]["config"].get("looks")

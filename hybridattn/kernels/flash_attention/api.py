@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend
-from ..runtime.checks import check_layout, check_shape, check_tensors, reads_values
+from ..runtime.checks import check_flags, check_layout, check_shape, check_tensors, reads_values
 from ..runtime.sequences import check_cu_seqlens
 from . import blocked, reference
 from .options import BlockMask, Options, check_block_mask, check_number, check_window
@@ -110,12 +110,13 @@ def flash_attention(
     Returns:
         o [B,Tq,Hq,V] in v's dtype; with ``return_lse`` the pair (o, lse). lse [B,Tq,Hq], fp32 (fp64 if an input is
         fp64), is the natural log of the softmax denominator of o, sink included; -inf for no keys and no sink. Both are
-        differentiable once. Results for two parts of the keys combine to ``lse = logaddexp(lse_1, lse_2)``,
-        ``o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2``, if only one call is given the sinks.
+        differentiable once. Two calls on parts of the keys combine: ``lse = logaddexp(lse_1, lse_2)``,
+        ``o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2``. Pass the sinks to one call only.
 
     Raises:
         ValueError: a shape, dtype, device, head ratio or option is not as above.
     """
+    check_flags(causal=causal, return_lse=return_lse)
     sizes = _check(q, k, v, "B Tk H D")
     check_layout(q, k, v, cu_seqlens_q)
     _check_per_head(sizes, q, alibi_slopes, sinks)

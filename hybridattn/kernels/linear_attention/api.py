@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.backend import autocast, choose_backend, compute_dtype, no_autocast
-from ..runtime.checks import check_inference, check_layout, check_shape, check_tensors, reads_values
+from ..runtime.checks import check_flags, check_inference, check_layout, check_shape, check_tensors, reads_values
 from . import chunked, features, reference
 from .operands import (
     NormalizedState,
@@ -60,6 +60,7 @@ def linear_attention(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
+    check_flags(normalize=normalize, output_final_state=output_final_state)
     sizes = check_operands(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     q, k, v = autocast(q, k, v)
@@ -109,6 +110,7 @@ def gated_linear_attention(
     Raises:
         ValueError: a shape, dtype, device, option or gate is not as above.
     """
+    check_flags(output_final_state=output_final_state)
     sizes = check_operands(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     g = check_gates(sizes, q, g, check_values)
@@ -151,6 +153,7 @@ def taylor_linear_attention(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
+    check_flags(normalize=normalize, output_final_state=output_final_state)
     sizes = check_operands(q, k, v, cu_seqlens, check_values)
     check_layout(q, k, v, cu_seqlens)
     taylor = taylor_scale(scale, sizes)

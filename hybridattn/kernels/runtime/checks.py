@@ -41,6 +41,13 @@ def check_tensors(first: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {device} (that of {first}), got {x.device}")
 
 
+def check_flags(**flags: bool) -> None:
+    """Check that options are True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
 def reads_values(x: Tensor, check_values: bool) -> bool:
     """Return whether to check values: on a CPU always, on a GPU with ``check_values``, while tracing a graph never."""
     return (check_values or x.device.type == "cpu") and not torch.compiler.is_compiling()

@@ -20,6 +20,15 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, che
     Raises:
         ValueError: the offsets or the batch size do not fit a packed row.
     """
+    check_offsets(name, cu_seqlens, batch)
+    if reads_values(cu_seqlens, check_values):
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] > tokens or offsets != sorted(offsets):
+            raise ValueError(f"{name}: expected ascending offsets from 0 to at most {tokens} tokens, got {offsets}")
+
+
+def check_offsets(name: str, cu_seqlens: Tensor, batch: int) -> None:
+    """Check type and shape of the offsets of one packed row, not their values."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"{name}: expected a tensor of integer offsets [N+1], got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
@@ -28,10 +37,6 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, tokens: int, che
         )
     if batch != 1:
         raise ValueError(f"{name}: expected one packed row (batch size 1), got batch size {batch}")
-    if reads_values(cu_seqlens, check_values):
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] > tokens or offsets != sorted(offsets):
-            raise ValueError(f"{name}: expected ascending offsets from 0 to at most {tokens} tokens, got {offsets}")
 
 
 def sequence_slices(cu_seqlens: Tensor) -> list[slice]:

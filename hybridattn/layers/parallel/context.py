@@ -139,7 +139,7 @@ def sequence_parallel(
         _current = outer
 
 
-def refuse(message: str) -> None:
+def refuse_if_sharded(message: str) -> None:
     """Raise a ValueError with ``message`` if a sequence_parallel context is active."""
     if _current is not None:
         raise ValueError(f"{message} under sequence_parallel")

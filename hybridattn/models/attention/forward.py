@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ...kernels.flash_attention import MOST_NEW_TOKENS, blocked, flash_attention, flash_decode
 from ...kernels.flash_attention.options import Options
-from ...layers.parallel.context import refuse
+from ...layers.parallel.context import refuse_if_sharded
 from .masks import Layout
 
 # Arguments for biases of the scores, paged caches, keys selected by an indexer, and sinks per token
@@ -52,7 +52,9 @@ def attention_forward(
         ValueError: dropout, a bias of the scores, a paged cache, a mask that is not from ``create_mask``, a mask with a
             window that the layer does not pass, or an active ``sequence_parallel`` context.
     """
-    refuse("attn_implementation='hybridattn': expected no context (only this package's models support one), got a call")
+    refuse_if_sharded(
+        "attn_implementation='hybridattn': expected no context (only this package's models support one), got a call"
+    )
     if dropout:
         raise ValueError(f"dropout: expected 0 with attn_implementation='hybridattn', got {dropout}")
     for name in UNSUPPORTED:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ...layers import PrefixLinearAttention, ShortConvolution
-from ...layers.mixer import CacheSpec
+from ...layers.mixer import INPUT_CONV, CacheSpec
 from ..unpadding import Packing
 from .cache import mixer_caches
 from .configuration import HybridAttnConfig
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.conv = None
         if config.input_conv_size is not None:
-            self.conv = ShortConvolution(config.hidden_size, config.input_conv_size, cache_name="input_conv")
+            self.conv = ShortConvolution(config.hidden_size, config.input_conv_size, cache_name=INPUT_CONV)
         self.mixer = build_mixer(
             layers[layer_idx].name,
             config.hidden_size,

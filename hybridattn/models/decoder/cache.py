@@ -121,12 +121,14 @@ def check_cache(cache: Cache, layers: int) -> None:
     """Check that the cache was constructed from the configuration of a model with ``layers`` layers.
 
     Raises:
-        ValueError: it has another number or another type of layers.
+        ValueError: it has another number or another type of layers, or it is an offloaded cache.
     """
     if len(cache.layers) != layers or not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers):
         raise ValueError(
             f"past_key_values: expected DynamicCache(config=model.config) with {layers} layers, got {cache!r}"
         )
+    if getattr(cache, "offloading", False):
+        raise ValueError("past_key_values: expected a cache on the model's device, got an offloaded cache")
 
 
 def allocated_bytes(cache: Cache) -> int:

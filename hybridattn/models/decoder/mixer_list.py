@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 Entry = str | dict[str, Any]  # a mixer's name, or {"mixer": name, **options for this layer}
@@ -38,7 +39,8 @@ def expand(
         _check_entry(f"mixer_aliases[{alias!r}]", entry)
     for layer, entry in enumerate(mixers):
         _check_entry(f"mixers[{layer}]", entry)
-    return [_shortest(aliases.get(entry, entry) if isinstance(entry, str) else entry) for entry in mixers]
+    entries = [aliases.get(entry, entry) if isinstance(entry, str) else entry for entry in mixers]
+    return [_shortest(deepcopy(entry)) for entry in entries]  # an alias may name several layers
 
 
 def expand_pattern(pattern: str, num_layers: int | None = None) -> list[str]:
@@ -51,7 +53,7 @@ def expand_pattern(pattern: str, num_layers: int | None = None) -> list[str]:
     """
     period: list[str] = []
     for part in pattern.split(":"):
-        match = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", part)
+        match = re.fullmatch(r"\s*([1-9]\d*)\s+([\w-]+)\s*", part)
         if match is None:
             raise ValueError(f"mixers: expected a pattern like '1 full : 7 gla', got {pattern!r}")
         period += [match[2]] * int(match[1])
@@ -80,6 +82,14 @@ def shared_options(layers: Iterable[LayerMixer]) -> tuple[list[Entry], dict[str,
         if all(other.options == options for other in layers if other.name == name)
     }
     return [name if name in defaults else {"mixer": name, **options} for name, options in layers], defaults
+
+
+def describe(entry: Entry) -> str:
+    """Return an entry as text, such as ``window (window=512)``."""
+    if isinstance(entry, str):
+        return entry
+    options = ", ".join(f"{name}={value}" for name, value in entry.items() if name != "mixer")
+    return f"{entry['mixer']} ({options})" if options else entry["mixer"]
 
 
 def _check_entry(argument: str, entry: Any) -> None:

@@ -44,6 +44,7 @@ class Mixer(NamedTuple):
     columns: tuple[str, ...] = ()
 
 
+BACKENDS = ("reference", "torch", "triton", None)
 _QKV = ("q_proj", "k_proj", "v_proj")
 # Options that add parameters or constants per head, which tensor parallelism does not split.
 _UNSPLIT = {"alibi", "sinks", "gate_per", "conv_size"}
@@ -113,6 +114,10 @@ def build_mixer(
             raise ValueError(f"{option}: expected one of {known}, got an unknown option")
         if not _has_type(value, hints[option]):
             raise ValueError(f"{option}: expected {getattr(hints[option], '__name__', hints[option])}, got {value!r}")
+        if option == "backend" and value not in BACKENDS:
+            raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {value!r}")
+        if option.endswith("eps") and not value > 0:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(f"{option}: expected a positive number, got {value!r}")
     return mixer.layer(hidden_size, **merged)
 
 

@@ -23,7 +23,7 @@ from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
 from ...layers.decays import SoftplusDecay
 from ...layers.gated_linear_attention import UniformBiasLinear
 from ...layers.parallel import current
-from ...layers.parallel.context import refuse
+from ...layers.parallel.context import refuse_if_sharded
 from ...layers.parallel.exchange import Sum
 from ...layers.slopes import Slopes
 from ..unpadding import Packing
@@ -124,8 +124,11 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         """
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("output_attentions: expected False (no mixer forms its attention weights), got True")
+        if "cu_seqlens" in kwargs:
+            raise ValueError("cu_seqlens: expected the name cu_seq_lens_q, as in transformers, got cu_seqlens")
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids: expected either input_ids or inputs_embeds, got {got}")
         hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -141,14 +144,16 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
                 raise ValueError("attention_mask: expected 1 for real tokens and 0 for padding, got negative values")
             real = attention_mask[:, length - tokens :].bool()
             if torch.compiler.is_compiling() or not bool(real.all()):
-                refuse("attention_mask: expected no padding (pack the rows, cu_seq_lens_q), got zeros")
+                refuse_if_sharded("attention_mask: expected no padding (pack the rows, cu_seq_lens_q), got zeros")
                 packing = Packing.of(real)
         if packing is not None and cu_seq_lens_q is not None:
             raise ValueError("attention_mask: expected no padding with cu_seq_lens_q, got zeros")
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != tokens):
+        if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
             raise ValueError(f"position_ids: expected shape [{batch}, {tokens}], got {list(position_ids.shape)}")
-        if position_ids is not None and packing is None and cu_seq_lens_q is None:
-            _check_positions(position_ids)
+        if position_ids is not None and cu_seq_lens_q is None:
+            _check_positions(position_ids, None if packing is None else real)
+        if cu_seq_lens_q is not None and current() is None:
+            _check_covered(cu_seq_lens_q, tokens)
         if packing is not None and position_ids is not None:
             position_ids = packing.pack(position_ids.expand(batch, tokens))
         reads_prefix = any(isinstance(layer.mixer, PrefixLinearAttention) for layer in self.layers)
@@ -174,29 +179,31 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def _check_positions(position_ids: Tensor) -> None:
-    """Check that no position is less than the one before it.
-
-    The function reads no single positions, as in decoding: that would synchronise the GPU.
-
-    Raises:
-        ValueError: positions start again within a row.
-    """
+def _check_positions(position_ids: Tensor, real: Tensor | None) -> None:
+    """Check that the positions of a row's real tokens do not start again; skipped for single tokens and in graphs."""
     if position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
         return
-    if bool((position_ids.diff(dim=-1) < 0).any()):
+    seen = position_ids if real is None else position_ids.expand_as(real).masked_fill(~real, -1)
+    again = seen < seen.cummax(-1).values
+    if bool((again if real is None else again & real).any()):
         raise ValueError(
             "position_ids: expected ascending positions without cu_seq_lens_q, got a row that starts again"
         )
 
 
+def _check_covered(cu_seqlens: Tensor, tokens: int) -> None:
+    """Check that every token belongs to a sequence: others would have no output, and labels all the same."""
+    if cu_seqlens.numel() and reads_values(cu_seqlens, False) and int(cu_seqlens[-1]) != tokens:
+        raise ValueError(f"cu_seq_lens_q: expected offsets that end with {tokens} tokens, got {cu_seqlens.tolist()}")
+
+
 def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int | Tensor) -> None:
     if labels.shape != hidden_states.shape[:2]:
         raise ValueError(f"labels: expected shape {list(hidden_states.shape[:2])}, got {list(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected int64, got {labels.dtype}")
     if not isinstance(logits_to_keep, int) or logits_to_keep:
-        raise ValueError(
-            "logits_to_keep: expected 0 with labels (the loss needs the logits of all tokens), got another value"
-        )
+        raise ValueError(f"logits_to_keep: expected 0 with labels (the loss needs all logits), got {logits_to_keep}")
 
 
 class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
@@ -249,7 +256,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
         """Compute the logits and, with labels, the next-token loss.
 
         Under ``sequence_parallel`` every rank returns the loss of the whole sequence, and the caller sums the gradients
-        over the ranks. ``logits_to_keep`` counts the rank's tokens. With labels, there is no cache by default.
+        over the ranks. ``logits_to_keep`` counts the rank's tokens. A call with labels returns no cache by default.
 
         Args:
             labels: int64 [B,T]; -100 is ignored.
@@ -314,7 +321,7 @@ class HybridAttnForSequenceClassification(GenericForSequenceClassification, Hybr
 
     @wraps(GenericForSequenceClassification.forward)  # transformers reads the signature
     def forward(self, *args, **kwargs):
-        refuse(
+        refuse_if_sharded(
             "HybridAttnForSequenceClassification: expected no sequence parallelism (one rank has the last token), "
             "got a call"
         )

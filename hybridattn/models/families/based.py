@@ -35,7 +35,8 @@ class HybridAttnBasedConfig(HybridAttnConfig):
     """``HybridAttnConfig`` with the defaults of BASED's published model of 360 million parameters.
 
     Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (2024), section 4 and
-    appendix; the vocabulary size is GPT-2's, rounded up to a multiple of 8.
+    appendix; the vocabulary size is GPT-2's, rounded up to a multiple of 8. Given ``mixer_options`` replace the default
+    options of all mixers.
     """
 
     model_type = "based"

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 
 from ..decoder.configuration import HybridAttnConfig
-from ..decoder.mixer_list import LayerMixer, shared_options
+from ..decoder.mixer_list import Entry, LayerMixer, shared_options
 
 # Fields of flash-linear-attention's files that change the model's function, and the values that this library supports.
 EXPECTED = {
@@ -91,13 +91,32 @@ class HybridAttnGLAConfig(HybridAttnConfig):
         if self.intermediate_size is None:
             inner = int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3)
             self.intermediate_size = -(-inner // 256) * 256
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = type(self).num_hidden_layers
         self.rms_norm_eps = self.norm_eps
+        self.mixers, self.mixer_options = self._mixers()
+        super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        derived = (*self._mixers(), self.norm_eps)
+        for name, expected in zip(("mixers", "mixer_options", "rms_norm_eps"), derived, strict=True):
+            if (got := getattr(self, name)) != expected:
+                raise ValueError(
+                    f"{name}: expected {expected}, which follows from the fields of a GLA model, got {got}"
+                )
+        super().check()
+
+    def _mixers(self) -> tuple[list[Entry], dict[str, dict[str, Any]]]:
+        """Return ``mixers`` and ``mixer_options`` of these fields."""
         layers = [LayerMixer("gla", self._gated())] * (self.num_hidden_layers or 0)
+        softmax: set[int] = set()
         for attn in self.attn if isinstance(self.attn, list) else [self.attn] if self.attn else []:
             for layer in self._attention_layers(attn):
+                if layer in softmax:
+                    raise ValueError(f"attn: expected each layer once, got layer {layer} again")
+                softmax.add(layer)
                 layers[layer] = self._softmax(attn)
-        self.mixers, self.mixer_options = shared_options(layers)
-        super().__post_init__(**kwargs)
+        return shared_options(layers)
 
     @classmethod
     def unknown_fields(cls, names: Iterable[str]) -> list[str]:
@@ -115,14 +134,21 @@ class HybridAttnGLAConfig(HybridAttnConfig):
 
     def _attention_layers(self, attn: dict[str, Any]) -> list[int]:
         known = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta"}
-        if set(attn) - known or not {"layers", "num_heads"} <= set(attn) or attn.get("qkv_bias"):
+        if (
+            not isinstance(attn, dict)
+            or set(attn) - known
+            or not {"layers", "num_heads"} <= set(attn)
+            or attn.get("qkv_bias")
+        ):
             raise ValueError(
                 f"attn: expected layers, num_heads and options of {sorted(known)} without bias, got {attn}"
             )
-        layers, last = list(attn["layers"]), (self.num_hidden_layers or 0) - 1
-        if not all(isinstance(layer, int) and 0 <= layer <= last for layer in layers):
+        layers, last = attn["layers"], (self.num_hidden_layers or 0) - 1
+        if not isinstance(layers, list | tuple) or not all(
+            type(layer) is int and 0 <= layer <= last for layer in layers
+        ):
             raise ValueError(f"attn: expected layers from 0 to {last}, got {layers}")
-        return layers
+        return list(layers)
 
     def _softmax(self, attn: dict[str, Any]) -> LayerMixer:
         options = {

@@ -52,6 +52,12 @@ def test_two_windows_train_generate_and_count_their_bytes(tmp_path: Path):
     without_cache = loaded.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(tokens, without_cache)
 
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), ids), 1)
+    mask = (torch.arange(17) >= 3).long().expand(2, 17)
+    for form in ({}, {"cache_implementation": "static"}):
+        more = loaded.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False, **form)
+        assert torch.equal(more[:, 3:], tokens)
+
     cache = loaded(ids, use_cache=True).past_key_values
     kept = sum(x.nbytes for layer in cache.layers for x in layer.tensors.values())
     assert kept == cache_bytes(config, batch_size=2, tokens=14, dtype=torch.float32)
@@ -75,6 +81,8 @@ def test_a_saved_configuration_agrees_with_itself(tmp_path: Path):
         HybridAttnConfig.from_pretrained(tmp_path, num_hidden_layers=5)
     again = HybridAttnConfig.from_pretrained(tmp_path, mixers="1 full", num_hidden_layers=5, backend="torch")
     assert (again.mixers, again.num_hidden_layers, again.backend) == (["full"] * 5, 5, "torch")
+    with pytest.raises(ValueError, match=r"mixer_optons: expected a field .* 'mixer_options'"):
+        HybridAttnConfig.from_pretrained(tmp_path, mixer_optons={})
     config.num_hidden_layers = 5
     with pytest.raises(ValueError, match=r"num_hidden_layers: expected 3 \(one per mixer\), got 5"):
         config.save_pretrained(tmp_path)
@@ -95,7 +103,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "mixer: expected a field .* unknown name; did you mean 'mixers'",
     ),
     "field of others": ({"rope_theta": 5e5}, "rope_theta: expected a field of HybridAttnConfig, got an unknown name$"),
-    "mixer": ({"mixers": ["gla", "mamba3"]}, r"mixers\[1\] \('mamba3'\): mixer: expected one of \["),
+    "mixer": ({"mixers": ["gla", "mamba3"]}, r"mixers\[1\]: expected one of \['conv', .*got 'mamba3'"),
     "defaults of no mixer": ({"mixer_options": {"x": {}}}, r"mixer_options\['x'\]: mixer: expected one of \["),
     "option": (
         {"mixers": ["gla", {"mixer": "window", "windows": 3}]},
@@ -114,6 +122,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"mixer_options": {"gla": {"num_heads": 3}}},
         r"mixers\[0\] \('gla'\): num_heads: expected a divisor of hidden_size / 2 = 8, got 3",
     ),
+    "range": (
+        {"mixers": [{"mixer": "gla", "gate_bias_range": [6.0, 4.0]}]},
+        "gate_bias_range: expected two numbers",
+    ),
+    "backend of a mixer": ({"mixers": [{"mixer": "gla", "backend": "cuda"}]}, "backend: expected one of"),
+    "epsilon of a mixer": ({"mixers": [{"mixer": "gla", "norm_eps": -1.0}]}, "norm_eps: expected a positive number"),
+    "epsilon": ({"rms_norm_eps": -1.0}, "rms_norm_eps: expected a positive number, got -1.0"),
+    "alias that no layer has": (
+        {"mixer_aliases": {"far": {"mixer": "window", "windows": 3}}},
+        r"mixer_aliases\['far'\]: windows: expected one of",
+    ),
+    "alias": (
+        {"mixers": ["fra"], "mixer_aliases": {"far": {"mixer": "window", "window": 3}}},
+        r"mixers\[0\]: expected one of \[.*'far'\], got 'fra'",
+    ),
+    "field of generation": ({"temperature": 4.0}, "temperature: .* set it in model.generation_config"),
     "shadowed": ({"mixer_aliases": {"gla": "full"}}, r"mixer_aliases: expected names .* got \['gla'\]"),
     "layers": ({"num_hidden_layers": 0}, "num_hidden_layers: expected a positive number, got 0"),
     "convolution": ({"input_conv_size": 0}, "input_conv_size: expected a positive number or None, got 0"),

@@ -160,6 +160,14 @@ def test_softmax_layers_of_two_kinds():
     assert [layer.mixer.window for layer in HybridAttnGLAForCausalLM(config).model.layers] == [4, 5]
 
 
+def test_a_changed_configuration_is_not_saved_as_another_model(tmp_path: Path):
+    for name, value in {"norm_eps": 1e-2, "clamp_min": -0.1, "mixers": ["full", "gla"], "num_hidden_layers": 3}.items():
+        config = HybridAttnGLAConfig(**SIZES)
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match="which follows from the fields of a GLA model"):
+            config.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -177,6 +185,8 @@ def test_softmax_layers_of_two_kinds():
         ({"num_kv_heads": 1}, "num_kv_heads: expected None or num_heads 2"),
         ({"expand_k": 0.3}, "expand_k: expected a dimension divisible by 2 heads"),
         ({"attn": {"layers": [0], "num_heads": 2, "qkv_bias": True}}, "attn: expected layers, num_heads"),
+        ({"attn": {"layers": 1, "num_heads": 2}}, "attn: expected layers from 0 to 1, got 1"),
+        ({"attn": [{"layers": [0], "num_heads": 2}] * 2}, "attn: expected each layer once, got layer 0 again"),
         ({"attn": {"layers": [0]}}, "attn: expected layers, num_heads"),
         ({"attn": {"layers": [2], "num_heads": 2}}, "attn: expected layers from 0 to 1"),
     ],
