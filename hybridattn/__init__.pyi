@@ -130,6 +130,30 @@ from .models.families import (
     HybridAttnBasedModel as HybridAttnBasedModel,
 )
 from .models.families import (
+    HybridAttnDeltaNetConfig as HybridAttnDeltaNetConfig,
+)
+from .models.families import (
+    HybridAttnDeltaNetForCausalLM as HybridAttnDeltaNetForCausalLM,
+)
+from .models.families import (
+    HybridAttnDeltaNetForSequenceClassification as HybridAttnDeltaNetForSequenceClassification,
+)
+from .models.families import (
+    HybridAttnDeltaNetModel as HybridAttnDeltaNetModel,
+)
+from .models.families import (
+    HybridAttnGatedDeltaNetConfig as HybridAttnGatedDeltaNetConfig,
+)
+from .models.families import (
+    HybridAttnGatedDeltaNetForCausalLM as HybridAttnGatedDeltaNetForCausalLM,
+)
+from .models.families import (
+    HybridAttnGatedDeltaNetForSequenceClassification as HybridAttnGatedDeltaNetForSequenceClassification,
+)
+from .models.families import (
+    HybridAttnGatedDeltaNetModel as HybridAttnGatedDeltaNetModel,
+)
+from .models.families import (
     HybridAttnGLAConfig as HybridAttnGLAConfig,
 )
 from .models.families import (
@@ -152,6 +176,18 @@ from .models.families import (
 )
 from .models.families import (
     HybridAttnJRTModel as HybridAttnJRTModel,
+)
+from .models.families import (
+    HybridAttnKDAConfig as HybridAttnKDAConfig,
+)
+from .models.families import (
+    HybridAttnKDAForCausalLM as HybridAttnKDAForCausalLM,
+)
+from .models.families import (
+    HybridAttnKDAForSequenceClassification as HybridAttnKDAForSequenceClassification,
+)
+from .models.families import (
+    HybridAttnKDAModel as HybridAttnKDAModel,
 )
 from .models.presets import PRESETS as PRESETS
 

@@ -1,5 +1,6 @@
 """Delta-rule layers: DeltaNet, Gated DeltaNet and Kimi Delta Attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from ..kernels.runtime.backend import compute_dtype
 from .decays import ChannelDecay, HeadDecay
 from .mixer import head_size
 from .projected_recurrent import ProjectedRecurrentMixer
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu": lambda x: F.elu(x) + 1,
+    "identity": lambda x: x,
+}
 
 
 class DeltaNet(ProjectedRecurrentMixer):
@@ -28,9 +36,13 @@ class DeltaNet(ProjectedRecurrentMixer):
         output_gate: multiply the normed output by ``silu(W_g x)``.
         allow_neg_eigval: strength of writing 0 to 2 instead of 0 to 1, so that the state can change its sign. Grazzi
             et al., "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (2024), section 4.
-        conv_size: taps of short convolutions of q, k and v, each followed by silu; None for silu alone.
+        conv_size: taps of short convolutions of q, k and v, each followed by its activation; None for the activations
+            alone.
         norm_eps: epsilon of the output norm.
         backend: backend of the operator.
+        num_value_heads: H, heads of v and of the state, a multiple of num_heads; num_heads by default.
+        qk_activation: activation of q and k before their L2 norms: ``"silu"``, ``"relu"``, ``"elu"`` (elu + 1) or
+            ``"identity"``. The activation of v is silu.
 
     The cache holds the state [N,H,K,V] and the last inputs of the convolutions.
     """
@@ -51,11 +63,17 @@ class DeltaNet(ProjectedRecurrentMixer):
         norm_eps: float = 1e-5,
         backend: str | None = None,
         num_value_heads: int | None = None,
+        qk_activation: str = "silu",
     ):
+        if qk_activation not in ACTIVATIONS:
+            raise ValueError(f"qk_activation: expected one of {sorted(ACTIVATIONS)}, got {qk_activation!r}")
         key_dim = head_size(hidden_size, num_heads) if key_dim is None else key_dim
         value_dim = head_size(hidden_size, num_heads) if value_dim is None else value_dim
         super().__init__(hidden_size, num_heads, key_dim, value_dim, None, backend, conv_size, num_value_heads)
-        self.allow_neg_eigval, self.decays = allow_neg_eigval, key_dim * key_dim
+        self.allow_neg_eigval, self.decays, self.qk_activation = allow_neg_eigval, key_dim * key_dim, qk_activation
+        for conv in (self.q_conv, self.k_conv):
+            if conv is not None and qk_activation != "silu":
+                conv.activation = None
         self.b_proj = nn.Linear(hidden_size, self.state_heads, bias=False)
         if not output_gate:
             self.g_proj = None
@@ -66,8 +84,10 @@ class DeltaNet(ProjectedRecurrentMixer):
         return {"normalize_qk": True, "backend": self.backend}
 
     def activation(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply silu where no convolution has applied it."""
-        return (q, k, v) if self.q_conv is not None else (F.silu(q), F.silu(k), F.silu(v))
+        """Apply the activations that no convolution has applied."""
+        if self.q_conv is None or self.qk_activation != "silu":
+            q, k = (ACTIVATIONS[self.qk_activation](x) for x in (q, k))
+        return q, k, F.silu(v) if self.v_conv is None else v
 
     def log_decay(self, hidden_states: Tensor) -> Tensor | None:
         return None
@@ -92,9 +112,9 @@ class GatedDeltaNet(DeltaNet):
         num_heads: heads of q and k.
         key_dim: K, per head; 3/4 hidden_size / num_heads by default.
         value_dim: V, per head; 2 key_dim by default.
-        output_gate: multiply the normed output by ``silu(W_g x)``.
-        allow_neg_eigval, conv_size, norm_eps, backend: as in ``DeltaNet``.
-        num_value_heads: H, heads of v and of the state, a multiple of num_heads; num_heads by default.
+        output_gate: multiply the normed output by an activation of ``W_g x``.
+        allow_neg_eigval, conv_size, norm_eps, backend, num_value_heads: as in ``DeltaNet``.
+        gate_activation: activation of the output gate, ``"silu"`` or ``"sigmoid"``.
 
     The cache holds the state [N,H,K,V] and the last inputs of the convolutions.
     """
@@ -111,7 +131,10 @@ class GatedDeltaNet(DeltaNet):
         norm_eps: float = 1e-5,
         backend: str | None = None,
         num_value_heads: int | None = None,
+        gate_activation: str = "silu",
     ):
+        if gate_activation not in ("silu", "sigmoid"):
+            raise ValueError(f"gate_activation: expected 'silu' or 'sigmoid', got {gate_activation!r}")
         key_dim = 3 * head_size(hidden_size, num_heads, 4) if key_dim is None else key_dim
         super().__init__(
             hidden_size,
@@ -125,6 +148,7 @@ class GatedDeltaNet(DeltaNet):
             backend,
             num_value_heads,
         )
+        self.gate = F.silu if gate_activation == "silu" else torch.sigmoid
         self.gk_proj = HeadDecay(hidden_size, self.state_heads, (0.0, 16.0))
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
@@ -142,8 +166,7 @@ class KimiDeltaAttention(DeltaNet):
         key_dim: K, per head; hidden_size / num_heads by default.
         value_dim: V, per head; key_dim by default. It is also the rank of the gates' projections.
         lower_bound: limit of the log-decay, below 0 (see ``ChannelDecay``); None for no limit.
-        allow_neg_eigval, conv_size, norm_eps, backend: as in ``DeltaNet``.
-        num_value_heads: H, heads of v and of the state, a multiple of num_heads; num_heads by default.
+        allow_neg_eigval, conv_size, norm_eps, backend, num_value_heads: as in ``DeltaNet``.
 
     The cache holds the state [N,H,K,V] and the last inputs of the convolutions.
     """

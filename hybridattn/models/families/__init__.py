@@ -1,4 +1,4 @@
-"""Model families GLA, BASED and JRT: configurations with published defaults, and their model classes.
+"""Model families GLA, DeltaNet, Gated DeltaNet, KDA, BASED and JRT: configurations and their model classes.
 
 Names are loaded at first use, as in ``models.decoder``.
 """

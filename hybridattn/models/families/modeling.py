@@ -1,4 +1,4 @@
-"""Model classes of the GLA, BASED and JRT families, and the weight names of flash-linear-attention.
+"""Model classes of the families, and the weight names of flash-linear-attention.
 
 The classes are empty: they exist because transformers' Auto classes require a model class per configuration class.
 """
@@ -9,6 +9,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from ..decoder.modeling import HybridAttnForCausalLM, HybridAttnForSequenceClassification, HybridAttnModel
 from .based import HybridAttnBasedConfig, HybridAttnJRTConfig
+from .delta import HybridAttnDeltaNetConfig, HybridAttnGatedDeltaNetConfig, HybridAttnKDAConfig
 from .gla import HybridAttnGLAConfig
 
 
@@ -28,6 +29,60 @@ class HybridAttnGLAForSequenceClassification(HybridAttnForSequenceClassification
     """A GLA model with a classifier."""
 
     config_class = HybridAttnGLAConfig
+
+
+class HybridAttnDeltaNetModel(HybridAttnModel):
+    """The decoder of a DeltaNet model, without a head."""
+
+    config_class = HybridAttnDeltaNetConfig
+
+
+class HybridAttnDeltaNetForCausalLM(HybridAttnForCausalLM):
+    """A DeltaNet model with a language-model head."""
+
+    config_class = HybridAttnDeltaNetConfig
+
+
+class HybridAttnDeltaNetForSequenceClassification(HybridAttnForSequenceClassification):
+    """A DeltaNet model with a classifier."""
+
+    config_class = HybridAttnDeltaNetConfig
+
+
+class HybridAttnGatedDeltaNetModel(HybridAttnModel):
+    """The decoder of a Gated DeltaNet model, without a head."""
+
+    config_class = HybridAttnGatedDeltaNetConfig
+
+
+class HybridAttnGatedDeltaNetForCausalLM(HybridAttnForCausalLM):
+    """A Gated DeltaNet model with a language-model head."""
+
+    config_class = HybridAttnGatedDeltaNetConfig
+
+
+class HybridAttnGatedDeltaNetForSequenceClassification(HybridAttnForSequenceClassification):
+    """A Gated DeltaNet model with a classifier."""
+
+    config_class = HybridAttnGatedDeltaNetConfig
+
+
+class HybridAttnKDAModel(HybridAttnModel):
+    """The decoder of a KDA model, without a head."""
+
+    config_class = HybridAttnKDAConfig
+
+
+class HybridAttnKDAForCausalLM(HybridAttnForCausalLM):
+    """A KDA model with a language-model head."""
+
+    config_class = HybridAttnKDAConfig
+
+
+class HybridAttnKDAForSequenceClassification(HybridAttnForSequenceClassification):
+    """A KDA model with a classifier."""
+
+    config_class = HybridAttnKDAConfig
 
 
 class HybridAttnBasedModel(HybridAttnModel):
@@ -66,8 +121,24 @@ class HybridAttnJRTForSequenceClassification(HybridAttnForSequenceClassification
     config_class = HybridAttnJRTConfig
 
 
-FAMILIES = (
+FLA_FAMILIES = (
     (HybridAttnGLAConfig, HybridAttnGLAModel, HybridAttnGLAForCausalLM, HybridAttnGLAForSequenceClassification),
+    (
+        HybridAttnDeltaNetConfig,
+        HybridAttnDeltaNetModel,
+        HybridAttnDeltaNetForCausalLM,
+        HybridAttnDeltaNetForSequenceClassification,
+    ),
+    (
+        HybridAttnGatedDeltaNetConfig,
+        HybridAttnGatedDeltaNetModel,
+        HybridAttnGatedDeltaNetForCausalLM,
+        HybridAttnGatedDeltaNetForSequenceClassification,
+    ),
+    (HybridAttnKDAConfig, HybridAttnKDAModel, HybridAttnKDAForCausalLM, HybridAttnKDAForSequenceClassification),
+)
+FAMILIES = (
+    *FLA_FAMILIES,
     (HybridAttnBasedConfig, HybridAttnBasedModel, HybridAttnBasedForCausalLM, HybridAttnBasedForSequenceClassification),
     (HybridAttnJRTConfig, HybridAttnJRTModel, HybridAttnJRTForCausalLM, HybridAttnJRTForSequenceClassification),
 )
@@ -77,19 +148,35 @@ for config, model, causal, classifier in FAMILIES:
     AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
 
 # Weight names in flash-linear-attention's files -> this package's, applied in order. transformers inverts them to save.
-# They are registered by class name, since flash-linear-attention's classes have the same model type.
-GLA_NAMES = {
+# They are registered by class name, since flash-linear-attention's classes have the same model types.
+FLA_NAMES = {
     "embeddings": "embed_tokens",
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
     r"\.attn\.": r"\.mixer\.",
-    r"\.g_norm_swish_gate\.": r"\.g_norm\.",
-    r"\.gk_proj\.0\.": r"\.gk_proj\.down\.",
-    r"\.gk_proj\.1\.": r"\.gk_proj\.up\.",
     r"\.q_conv1d\.": r"\.q_conv\.",
     r"\.k_conv1d\.": r"\.k_conv\.",
     r"\.v_conv1d\.": r"\.v_conv\.",
 }
-for model in FAMILIES[0][1:]:
-    names = (WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in GLA_NAMES.items())
-    register_checkpoint_conversion_mapping(model.__name__, [*names], overwrite=True)
+GLA_NAMES = {
+    **FLA_NAMES,
+    r"\.g_norm_swish_gate\.": r"\.g_norm\.",
+    r"\.gk_proj\.0\.": r"\.gk_proj\.down\.",
+    r"\.gk_proj\.1\.": r"\.gk_proj\.up\.",
+}
+DELTA_NAMES = {
+    **FLA_NAMES,
+    r"\.o_norm\.": r"\.g_norm\.",
+    r"\.a_proj\.": r"\.gk_proj\.dt_proj\.",
+    r"\.A_log": r"\.gk_proj\.A_log",
+    r"\.dt_bias": r"\.gk_proj\.dt_bias",
+    r"\.f_proj\.0\.": r"\.gk_proj\.down\.",
+    r"\.f_proj\.1\.": r"\.gk_proj\.up\.",
+    r"\.g_proj\.0\.": r"\.g_proj\.down\.",
+    r"\.g_proj\.1\.": r"\.g_proj\.up\.",
+}
+for config, *models in FLA_FAMILIES:
+    names = GLA_NAMES if config is HybridAttnGLAConfig else DELTA_NAMES
+    for model in models:
+        renamings = [WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in names.items()]
+        register_checkpoint_conversion_mapping(model.__name__, renamings, overwrite=True)
