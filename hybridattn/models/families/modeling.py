@@ -148,6 +148,7 @@ for config, model, causal, classifier in FAMILIES:
     AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
 
 # Weight names in flash-linear-attention's files -> this package's, applied in order. transformers inverts them to save.
+# transformers applies them twice, for the base model and for its head's class, so that no name may match again.
 # They are registered by class name, since flash-linear-attention's classes have the same model types.
 FLA_NAMES = {
     "embeddings": "embed_tokens",
@@ -168,8 +169,8 @@ DELTA_NAMES = {
     **FLA_NAMES,
     r"\.o_norm\.": r"\.g_norm\.",
     r"\.a_proj\.": r"\.gk_proj\.dt_proj\.",
-    r"\.A_log": r"\.gk_proj\.A_log",
-    r"\.dt_bias": r"\.gk_proj\.dt_bias",
+    r"\.mixer\.A_log": r"\.mixer\.gk_proj\.A_log",
+    r"\.mixer\.dt_bias": r"\.mixer\.gk_proj\.dt_bias",
     r"\.f_proj\.0\.": r"\.gk_proj\.down\.",
     r"\.f_proj\.1\.": r"\.gk_proj\.up\.",
     r"\.g_proj\.0\.": r"\.g_proj\.down\.",
