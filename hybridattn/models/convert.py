@@ -1,8 +1,8 @@
 """Convert checkpoints of other libraries to ``HybridAttnForCausalLM``.
 
-Two formats are supported: GLA of flash-linear-attention (``model_type: gla``) and the released models of BASED, a GPT-2
-configuration with ``mixer``, ``alt_mixer`` and ``alt_mixer_2``. If a weight is unknown, missing or of another shape,
-the error lists its name and nothing is written.
+Three formats are supported: GLA, DeltaNet, Gated DeltaNet and KDA of flash-linear-attention, Mamba-2 of transformers,
+and the released models of BASED, a GPT-2 configuration with ``mixer``, ``alt_mixer`` and ``alt_mixer_2``. If a weight is
+unknown, missing or of another shape, the error lists its name and nothing is written.
 """
 
 import json
@@ -19,9 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .convert_mamba2 import from_mamba2
 from .decoder import HybridAttnConfig, HybridAttnForCausalLM
-from .families import HybridAttnGLAConfig, HybridAttnGLAForCausalLM
+from .families import (
+    HybridAttnDeltaNetForCausalLM,
+    HybridAttnGatedDeltaNetForCausalLM,
+    HybridAttnGLAForCausalLM,
+    HybridAttnKDAForCausalLM,
+)
 
+FLA_MODELS: dict[str, type[HybridAttnForCausalLM]] = {
+    "gla": HybridAttnGLAForCausalLM,
+    "delta_net": HybridAttnDeltaNetForCausalLM,
+    "gated_deltanet": HybridAttnGatedDeltaNetForCausalLM,
+    "kda": HybridAttnKDAForCausalLM,
+}
 # Files of the tokenizer and of generation, which are copied unchanged.
 COPIED_FILES = (
     "generation_config.json",
@@ -100,13 +112,17 @@ def convert(source: str | Path, target: str | Path) -> HybridAttnForCausalLM:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target: expected a new or empty folder, got {str(target)!r}")
     fields = _read_fields(source / "config.json")
-    if fields.get("model_type") == HybridAttnGLAConfig.model_type:
-        model = _from_gla(source)
+    model_type = fields.get("model_type")
+    if model_type in FLA_MODELS:
+        model = _from_fla(source, FLA_MODELS[model_type])
+    elif model_type == "mamba2":
+        model = filled(*from_mamba2(source, fields, read_weights(source)))
     elif "mixer" in fields or "alt_mixer" in fields:
         model = _from_based(fields, read_weights(source))
     else:
+        known = [*FLA_MODELS, "mamba2"]
         raise ValueError(
-            f"source: expected model_type 'gla' or the mixers of BASED in config.json, got {fields.get('model_type')!r}"
+            f"source: expected model_type in {known} or the mixers of BASED in config.json, got {model_type!r}"
         )
     model.save_pretrained(target)
     for pattern in COPIED_FILES:
@@ -145,11 +161,9 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"source: expected weights in {str(file)!r}, got an error: {error}") from error
 
 
-def _from_gla(source: Path) -> HybridAttnForCausalLM:
+def _from_fla(source: Path, model_class: type[HybridAttnForCausalLM]) -> HybridAttnForCausalLM:
     try:
-        loaded: Any = HybridAttnGLAForCausalLM.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        loaded: Any = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"source: expected weights in {str(source)!r}, got an error: {error}") from error
     source_model, info = loaded
@@ -193,11 +207,6 @@ def _from_based(fields: dict[str, Any], weights: dict[str, Tensor]) -> HybridAtt
             for part in ("in_proj", "conv", "out_proj"):
                 if (weight := renamed.get(f"{prefix}{part}.weight")) is not None:
                     renamed.setdefault(f"{prefix}{part}.bias", weight.new_zeros(len(weight)))
-    if config.tie_word_embeddings and "lm_head.weight" in renamed:
-        if not torch.equal(renamed["lm_head.weight"], renamed["model.embed_tokens.weight"]):
-            raise ValueError("lm_head.weight: expected the embeddings, with tie_word_embeddings, got other values")
-    elif config.tie_word_embeddings:
-        renamed["lm_head.weight"] = renamed["model.embed_tokens.weight"]
     return filled(config, renamed)
 
 
@@ -276,7 +285,15 @@ def _based_names(name: str, x: Tensor, mixers: list[str]) -> Iterator[tuple[str,
 
 
 def filled(config: HybridAttnConfig, weights: dict[str, Tensor]) -> HybridAttnForCausalLM:
-    """Return a model of this configuration with these weights; raise ValueError unless names and shapes match."""
+    """Return a model of this configuration with these weights; raise ValueError unless names and shapes match.
+
+    With ``tie_word_embeddings``, ``lm_head.weight`` may be missing, or equals the embeddings.
+    """
+    embeddings = weights.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and embeddings is not None:
+        if not torch.equal(weights.get("lm_head.weight", embeddings), embeddings):
+            raise ValueError("lm_head.weight: expected the embeddings, with tie_word_embeddings, got other values")
+        weights = {**weights, "lm_head.weight": embeddings}
     with torch.device("meta"):
         model = HybridAttnForCausalLM(config)
     expected = model.state_dict()

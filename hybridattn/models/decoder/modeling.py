@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...kernels.runtime.checks import reads_values
-from ...layers import PrefixLinearAttention, ShortConvolution, SoftmaxAttention
+from ...layers import Mamba2, PrefixLinearAttention, ShortConvolution, SoftmaxAttention
 from ...layers.decays import SoftplusDecay
 from ...layers.gated_linear_attention import UniformBiasLinear
 from ...layers.parallel import current
@@ -70,6 +70,9 @@ class HybridAttnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SoftplusDecay):
             for parameter, value in module.initial_values():
                 init.copy_(parameter, value)
+        elif isinstance(module, Mamba2):
+            init.ones_(module.D)
+            init.ones_(module.norm_weight)
         elif isinstance(module, Slopes):
             init.copy_(module.values, module.fresh())
         elif isinstance(module, SoftmaxAttention) and module.sinks is not None:
