@@ -4,16 +4,58 @@ from collections.abc import Callable
 from functools import partial
 
 from .decoder import HybridAttnConfig
-from .families import HybridAttnBasedConfig, HybridAttnGLAConfig, HybridAttnJRTConfig
+from .families import (
+    HybridAttnBasedConfig,
+    HybridAttnDeltaNetConfig,
+    HybridAttnGatedDeltaNetConfig,
+    HybridAttnGLAConfig,
+    HybridAttnJRTConfig,
+    HybridAttnKDAConfig,
+)
 from .families.based import stack
 
 _BASED_1B3 = [1, 6, 11, 16, 21, 27, 33]
 _GLA_340M = {"gla": {"num_heads": 4}, "full": {"num_heads": 16}}
 
+
+def _mamba2(hidden_size: int, num_layers: int) -> Callable[..., HybridAttnConfig]:
+    """Return the constructor of a Mamba-2 model with GPT-NeoX's vocabulary, rounded up to a multiple of 16."""
+    return partial(
+        HybridAttnConfig,
+        vocab_size=50288,
+        hidden_size=hidden_size,
+        mixers="1 mamba2",
+        num_hidden_layers=num_layers,
+        mlp="none",
+        rms_norm_eps=1e-5,
+    )
+
+
 PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
     # Yang et al., "Gated Linear Attention Transformers" (2024), section 5.1
     "gla_340m": partial(HybridAttnGLAConfig, hidden_size=1024, tie_word_embeddings=True),
     "gla_1b3": partial(HybridAttnGLAConfig, hidden_size=2048, tie_word_embeddings=True),
+    # Yang et al., "Parallelizing Linear Transformers with the Delta Rule .." (2024), section 4: the shape of the
+    # released fla-hub/delta_net-1.3B-100B, whose head is not tied and which therefore has 1.37e9 parameters
+    "delta_net_1b3": partial(HybridAttnDeltaNetConfig, tie_word_embeddings=True),
+    # Yang et al., "Gated Delta Networks" (2025), section 4: GatedDeltaNet_1.3B of NVlabs/GatedDeltaNet, lit_gpt/config.py
+    "gated_delta_net_1b3": partial(
+        HybridAttnGatedDeltaNetConfig,
+        hidden_size=2400,
+        num_hidden_layers=16,
+        intermediate_size=5888,
+        num_heads=9,
+        head_dim=200,
+        norm_eps=1e-5,
+        tie_word_embeddings=True,
+    ),
+    # Kimi Delta Attention ("Kimi Linear", 2025) at the width and depth of delta_net_1b3, flash-linear-attention's default
+    "kda_1b3": partial(HybridAttnKDAConfig, tie_word_embeddings=True),
+    # Dao and Gu, "Transformers are SSMs" (2024), section 9.2: state-spaces/mamba2-130m, -370m, -780m and -2.7b
+    "mamba2_130m": _mamba2(768, 24),
+    "mamba2_370m": _mamba2(1024, 48),
+    "mamba2_780m": _mamba2(1536, 48),
+    "mamba2_2b7": _mamba2(2560, 64),
     # Arora et al., "Simple linear attention language models .." (BASED, 2024), table 1, and their attention baselines
     "based_360m": HybridAttnBasedConfig,
     "based_1b3": partial(
@@ -83,6 +125,12 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
 PUBLISHED: dict[str, tuple[str, str]] = {
     "gla_340m": ("340M", ""),
     "gla_1b3": ("1.3B", ""),
+    "delta_net_1b3": ("1.3B", ""),
+    "gated_delta_net_1b3": ("1.3B", ""),
+    "mamba2_130m": ("130M", ""),
+    "mamba2_370m": ("370M", ""),
+    "mamba2_780m": ("780M", ""),
+    "mamba2_2b7": ("2.7B", ""),
     "based_360m": ("360M", "2.83M"),
     "based_1b3": ("1.35B", "6.90M"),
     "transformer_360m": ("360M", "98 kB a token"),

@@ -11,6 +11,13 @@ from hybridattn.models.presets import PRESETS
 PARAMETERS = {
     "gla_340m": 340e6,
     "gla_1b3": 1.3e9,
+    "delta_net_1b3": 1.3e9,
+    "gated_delta_net_1b3": 1.3e9,
+    "kda_1b3": 1.32e9,  # not published: delta_net_1b3 and the gates of its layers
+    "mamba2_130m": 130e6,
+    "mamba2_370m": 370e6,
+    "mamba2_780m": 780e6,
+    "mamba2_2b7": 2.7e9,
     "based_360m": 360e6,
     "based_1b3": 1.35e9,
     "transformer_360m": 360e6,
