@@ -1,8 +1,8 @@
 """Convert checkpoints of other libraries to ``HybridAttnForCausalLM``.
 
 Three formats are supported: GLA, DeltaNet, Gated DeltaNet and KDA of flash-linear-attention, Mamba-2 of transformers,
-and the released models of BASED, a GPT-2 configuration with ``mixer``, ``alt_mixer`` and ``alt_mixer_2``. If a weight is
-unknown, missing or of another shape, the error lists its name and nothing is written.
+and the released models of BASED, a GPT-2 configuration with ``mixer``, ``alt_mixer`` and ``alt_mixer_2``. If a weight
+is unknown, missing or of another shape, the error lists its name and nothing is written.
 """
 
 import json

@@ -38,7 +38,8 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
     # Yang et al., "Parallelizing Linear Transformers with the Delta Rule .." (2024), section 4: the shape of the
     # released fla-hub/delta_net-1.3B-100B, whose head is not tied and which therefore has 1.37e9 parameters
     "delta_net_1b3": partial(HybridAttnDeltaNetConfig, tie_word_embeddings=True),
-    # Yang et al., "Gated Delta Networks" (2025), section 4: GatedDeltaNet_1.3B of NVlabs/GatedDeltaNet, lit_gpt/config.py
+    # Yang et al., "Gated Delta Networks" (2025), section 4: GatedDeltaNet_1.3B in lit_gpt/config.py of the paper's code,
+    # NVlabs/GatedDeltaNet
     "gated_delta_net_1b3": partial(
         HybridAttnGatedDeltaNetConfig,
         hidden_size=2400,
@@ -49,7 +50,8 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
         norm_eps=1e-5,
         tie_word_embeddings=True,
     ),
-    # Kimi Delta Attention ("Kimi Linear", 2025) at the width and depth of delta_net_1b3, flash-linear-attention's default
+    # Kimi Delta Attention (Kimi Team, "Kimi Linear", 2025) at the width and depth of delta_net_1b3, which are the
+    # defaults of flash-linear-attention
     "kda_1b3": partial(HybridAttnKDAConfig, tie_word_embeddings=True),
     # Dao and Gu, "Transformers are SSMs" (2024), section 9.2: state-spaces/mamba2-130m, -370m, -780m and -2.7b
     "mamba2_130m": _mamba2(768, 24),

@@ -32,9 +32,12 @@ from transformers import (
 from hybridattn import (
     HybridAttnBasedConfig,
     HybridAttnConfig,
+    HybridAttnDeltaNetConfig,
     HybridAttnForCausalLM,
+    HybridAttnGatedDeltaNetConfig,
     HybridAttnGLAConfig,
     HybridAttnJRTConfig,
+    HybridAttnKDAConfig,
 )
 from hybridattn.models.decoder.cache import allocated_bytes
 from hybridattn.models.decoder.sizes import cache_bytes
@@ -58,6 +61,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 CONFIGS: dict[str, Callable[..., HybridAttnConfig]] = {
     "gla": lambda **more: HybridAttnGLAConfig(**{**SIZES, "num_hidden_layers": 2, "num_heads": 2, **more}),
+    "delta net": lambda **more: HybridAttnDeltaNetConfig(
+        **{**SIZES, "num_hidden_layers": 2, "num_heads": 2, "use_gate": True, **more}
+    ),
+    "gated delta net": lambda **more: HybridAttnGatedDeltaNetConfig(
+        **{**SIZES, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 4, "num_v_heads": 4, **more}
+    ),
+    "kda": lambda **more: HybridAttnKDAConfig(
+        **{**SIZES, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 4, "lower_bound": -5.0, **more}
+    ),
     "based": lambda **more: HybridAttnBasedConfig(
         **{**SIZES, "mixers": ["conv", "taylor", "window"], "mixer_options": OPTIONS, **more}
     ),
@@ -196,7 +208,7 @@ def test_states_of_sixteen_bits(config: HybridAttnConfig, dtype: str):
         )
     exact, rounded = logits
     assert (rounded - exact).norm() <= 0.05 * exact.norm()
-    if set(config.mixers) & {"gla", "taylor", "prefix", "lightning"}:
+    if set(config.mixers) & {"gla", "taylor", "prefix", "lightning", "delta", "gated_delta", "kda"}:
         assert not torch.equal(rounded, exact)
 
 

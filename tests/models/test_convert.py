@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybridattn import HybridAttnForCausalLM, HybridAttnGLAConfig, HybridAttnGLAForCausalLM
 from hybridattn.models.convert import convert
@@ -209,6 +209,18 @@ def test_gla(tmp_path: Path):
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["delta_net", "gated_deltanet", "kda"])
+def test_delta_rules(model_type: str, tmp_path: Path):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "norm_eps": 0.3}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    theirs.save_pretrained(tmp_path / "source")
+    ours = convert(tmp_path / "source", tmp_path / "target")
+    assert type(ours) is HybridAttnForCausalLM
+    ids = torch.randint(0, 40, (2, 21))
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
 def test_every_weight_is_accounted_for(tmp_path: Path):
     changes = {
         "unknown: model.layers.1.mixer.surplus.weight; missing: none": {
@@ -273,7 +285,7 @@ def test_folders(tmp_path: Path):
     with pytest.raises(ValueError, match=r"source: expected model\.safetensors or pytorch_model\.bin"):
         convert(source, tmp_path / "target")
     (source / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="expected model_type in .* or the mixers of BASED"):
+    with pytest.raises(ValueError, match=r"expected model_type in .* or the mixers of BASED"):
         convert(source, tmp_path / "target")
 
 

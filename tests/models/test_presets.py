@@ -39,6 +39,11 @@ def test_parameters_are_within_one_percent(name: str):
     assert on_meta(name).num_parameters() == pytest.approx(PARAMETERS[name], rel=0.01)
 
 
+def test_parameters_equal_those_of_the_released_delta_net():
+    """fla-hub/delta_net-1.3B-100B, whose head is not tied."""
+    assert sum(parameters_of(PRESETS["delta_net_1b3"](tie_word_embeddings=False))) == 1_365_677_056
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_parameters_of_equals_the_number_of_the_model(is_tied: bool):
     config = PRESETS["hybrid_340m"](tie_word_embeddings=is_tied, input_conv_size=4)
@@ -85,7 +90,10 @@ def test_bytes_per_token_of_attention(name: str, published: float):
 
 @pytest.mark.parametrize(
     ("name", "eps"),
-    [("gla_340m", 1e-6), ("gla_1b3", 1e-6), ("based_360m", 1e-5), ("based_1b3", 1e-5), ("jrt_360m", 1e-5)],
+    [
+        *(("gla_340m", 1e-6), ("gla_1b3", 1e-6), ("based_360m", 1e-5), ("based_1b3", 1e-5), ("jrt_360m", 1e-5)),
+        *(("delta_net_1b3", 1e-6), ("gated_delta_net_1b3", 1e-5), ("mamba2_130m", 1e-5)),
+    ],
 )
 def test_norms_of_families(name: str, eps: float):
     assert on_meta(name).model.norm.eps == eps

@@ -113,7 +113,11 @@ class HybridAttnGatedDeltaNetConfig(_GroupedDeltaConfig):
     output_gate_activation: str = "swish"
 
     def linear_mixer(self) -> LayerMixer:
-        gate = "silu" if self.output_gate_activation == "swish" else self.output_gate_activation
+        gate = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}.get(self.output_gate_activation)
+        if gate is None:
+            raise ValueError(
+                f"output_gate_activation: expected 'swish', 'silu' or 'sigmoid', got {self.output_gate_activation!r}"
+            )
         return LayerMixer("gated_delta", {**self._shared(), "output_gate": self.use_gate, "gate_activation": gate})
 
 

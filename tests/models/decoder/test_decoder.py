@@ -14,7 +14,14 @@ from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.decoder.cache import allocated_bytes
 from hybridattn.models.decoder.mixers import MIXERS
 from hybridattn.models.decoder.sizes import cache_bytes, cache_elements, cache_spec
-from hybridattn.models.families import HybridAttnBasedConfig, HybridAttnGLAConfig, HybridAttnJRTConfig
+from hybridattn.models.families import (
+    HybridAttnBasedConfig,
+    HybridAttnDeltaNetConfig,
+    HybridAttnGatedDeltaNetConfig,
+    HybridAttnGLAConfig,
+    HybridAttnJRTConfig,
+    HybridAttnKDAConfig,
+)
 
 VOCAB, PAD, LENGTHS, TOKENS = 40, 0, (23, 17, 1), 23
 OPTIONS = {
@@ -66,6 +73,12 @@ FAMILIES: dict[str, tuple[type[HybridAttnConfig], dict[str, Any]]] = {
         HybridAttnGLAConfig,
         {**GLA, "use_short_conv": True, "clamp_min": -0.1, "attn": {"layers": [1], "num_heads": 2, "window_size": 5}},
     ),
+    "delta net family": (HybridAttnDeltaNetConfig, {**GLA, "use_gate": True, "qk_activation": "elu"}),
+    "gated delta net family": (
+        HybridAttnGatedDeltaNetConfig,
+        {**GLA, "head_dim": 4, "num_v_heads": 4, "attn": {"layers": [1], "num_heads": 2}},
+    ),
+    "kda family": (HybridAttnKDAConfig, {**GLA, "head_dim": 4, "lower_bound": -5.0}),
     "based family": (HybridAttnBasedConfig, {"mixers": ["conv", "taylor", "window"], "mixer_options": OPTIONS}),
     "jrt family": (HybridAttnJRTConfig, {"mixers": ["conv", "prefix", "window"], "mixer_options": OPTIONS}),
 }
@@ -297,6 +310,24 @@ def test_loading_initialises_constants_and_special_parameters(tmp_path: Path):
     assert not window.sinks.any()
     assert ((gla.gk_proj.A_log > -0.01) & (gla.gk_proj.A_log < 2.79)).all()
     assert ((gla.gk_proj.dt_bias > -7) & (gla.gk_proj.dt_bias < -2.2)).all()
+
+
+def test_loading_initialises_delta_rules_and_mamba_2(tmp_path: Path):
+    """The initial values of the published code."""
+    entries = [{"mixer": "kda", "num_heads": 2, "lower_bound": -5.0}, "gated_delta", "kda", "mamba2"]
+    model = HybridAttnForCausalLM(make_config("options", mixers=entries, mixer_options=OPTIONS))
+    own = ("A_log", "dt_bias", "mixer.D", "norm_weight")
+    kept = {k: v for k, v in model.state_dict().items() if not k.endswith(own)}
+    assert len(kept) == len(model.state_dict()) - 10
+    model.save_pretrained(tmp_path, state_dict=kept)
+    bounded, gated, kda, mamba = (layer.mixer for layer in AutoModelForCausalLM.from_pretrained(tmp_path).model.layers)
+    assert not bounded.gk_proj.A_log.any()
+    for decay, low in ((gated.gk_proj, 0), (kda.gk_proj, 1), (mamba.decay, 1)):
+        assert ((decay.A_log.exp() >= low) & (decay.A_log.exp() <= 16)).all()
+        dt = torch.nn.functional.softplus(decay.dt_bias)
+        assert ((dt > 0.99e-3) & (dt < 0.101)).all()
+    assert (mamba.D == 1).all()
+    assert (mamba.norm_weight == 1).all()
 
 
 def test_slopes_know_their_layer():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import hybridattn
 from hybridattn import (
+    HybridAttnConfig,
     HybridAttnDeltaNetConfig,
     HybridAttnForCausalLM,
     HybridAttnGatedDeltaNetConfig,
@@ -159,7 +160,9 @@ class Published:
         attn = self.options["attn"]
         q, k, v = (self.linear(h, f"{at}{name}_proj").unflatten(-1, (-1, 16 // attn["num_heads"])) for name in "qkv")
         half = q.shape[-1] // 2
-        angles = torch.arange(len(h))[:, None] * attn.get("rope_theta", 10000.0) ** (-torch.arange(half).double() / half)
+        angles = torch.arange(len(h))[:, None] * attn.get("rope_theta", 10000.0) ** (
+            -torch.arange(half).double() / half
+        )
         turn = torch.polar(torch.ones_like(angles), angles)[:, None]
         q, k = (torch.complex(x[..., :half], x[..., half:]) * turn for x in (q, k))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -299,3 +302,24 @@ def test_a_changed_configuration_is_not_saved_as_another_model(tmp_path: Path):
 def test_unsupported_fields_are_refused(options: dict, named: str):
     with pytest.raises(ValueError, match=named):
         HybridAttnGLAConfig(**{**SIZES, **options})
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        (HybridAttnDeltaNetConfig, {"use_beta": False}, "use_beta: expected True in a DeltaNet model, got False"),
+        (HybridAttnDeltaNetConfig, {"qk_norm": "sum"}, "qk_norm: expected 'l2' in a DeltaNet model"),
+        (HybridAttnDeltaNetConfig, {"qk_activation": "gelu"}, "qk_activation: expected one of"),
+        (HybridAttnDeltaNetConfig, {"use_gk": True}, "use_gk: expected a field of HybridAttnDeltaNetConfig"),
+        (HybridAttnGatedDeltaNetConfig, {"hidden_act": "powlu"}, "hidden_act: expected 'swish' in a GatedDeltaNet"),
+        (HybridAttnGatedDeltaNetConfig, {"output_gate_activation": "relu"}, "output_gate_activation: expected 'swish'"),
+        (HybridAttnGatedDeltaNetConfig, {"num_v_heads": 3}, "num_v_heads: expected a multiple of num_heads 2, got 3"),
+        (HybridAttnGatedDeltaNetConfig, {"expand_v": 0.3}, "expand_v: expected a dimension divisible by 2 heads"),
+        (HybridAttnKDAConfig, {"safe_gate": True}, "lower_bound: expected -5 to 0 with safe_gate, got None"),
+        (HybridAttnKDAConfig, {"lower_bound": 1}, "lower_bound: expected a negative number or None"),
+        (HybridAttnKDAConfig, {"mlp": "none"}, "mlp: expected 'swiglu' in a KDA model"),
+    ],
+)
+def test_unsupported_fields_of_delta_rules_are_refused(family: type[HybridAttnConfig], options: dict, named: str):
+    with pytest.raises(ValueError, match=named):
+        family(**{**SIZES, **options})
