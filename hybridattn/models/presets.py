@@ -38,8 +38,8 @@ PRESETS: dict[str, Callable[..., HybridAttnConfig]] = {
     # Yang et al., "Parallelizing Linear Transformers with the Delta Rule .." (2024), section 4: the shape of the
     # released fla-hub/delta_net-1.3B-100B, whose head is not tied and which therefore has 1.37e9 parameters
     "delta_net_1b3": partial(HybridAttnDeltaNetConfig, tie_word_embeddings=True),
-    # Yang et al., "Gated Delta Networks" (2025), section 4: GatedDeltaNet_1.3B in lit_gpt/config.py of the paper's code,
-    # NVlabs/GatedDeltaNet
+    # Yang et al., "Gated Delta Networks" (2025), section 4: GatedDeltaNet_1.3B in lit_gpt/config.py of the
+    # paper's code, NVlabs/GatedDeltaNet
     "gated_delta_net_1b3": partial(
         HybridAttnGatedDeltaNetConfig,
         hidden_size=2400,

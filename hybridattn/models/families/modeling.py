@@ -179,5 +179,5 @@ DELTA_NAMES = {
 for config, *models in FLA_FAMILIES:
     names = GLA_NAMES if config is HybridAttnGLAConfig else DELTA_NAMES
     for model in models:
-        renamings = [WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in names.items()]
-        register_checkpoint_conversion_mapping(model.__name__, renamings, overwrite=True)
+        renamings = (WeightRenaming(source_patterns=theirs, target_patterns=ours) for theirs, ours in names.items())
+        register_checkpoint_conversion_mapping(model.__name__, [*renamings], overwrite=True)
