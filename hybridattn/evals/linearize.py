@@ -26,11 +26,11 @@ from hybridattn.models.decoder.mixer_list import Entry, describe
 from hybridattn.models.linearize import SHARED, from_softmax, replaced_layers, swap
 from hybridattn.training import checkpoints
 from hybridattn.training.arguments import DataArguments, ModelArguments, RunArguments, parse
+from hybridattn.training.distillation import DistillTrainer, TransferTrainer, taught
 from hybridattn.training.model_setup import build_tokenizer
 from hybridattn.training.packed_rows import Place
 from hybridattn.training.train import held_out_batches, train
 from hybridattn.training.trainer import STREAM, StreamTrainer
-from hybridattn.training.transfer import DistillTrainer, TransferTrainer, taught
 
 SETTINGS = "settings.json"  # in the output folder: the arguments that determine the run
 # Fields of `hybridattn train` that this command sets for each stage.

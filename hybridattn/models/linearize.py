@@ -161,6 +161,7 @@ def starting_options(mixer: str, own: LayerMixer) -> dict[str, Any]:
     few = {**same, "key_dim": min(attention["head_dim"], MOST_TAYLOR_KEYS)}
     return {
         "gla": {**same, **theta, "gate_bias_range": [4.0, 6.0]},
+        **{name: {**same, "conv_size": None} for name in ("delta", "gated_delta", "kda")},
         "linear": same,
         "taylor": few,
         "prefix": few,

@@ -74,7 +74,12 @@ def _flex_attention(workload: Workload) -> Call:
 def _flash_linear_attention(name: str) -> dict[str, Call]:
     from fla.ops.attn.parallel import parallel_attn  # pyright: ignore[reportMissingImports]
     from fla.ops.based import parallel_based  # pyright: ignore[reportMissingImports]
+    from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
+        chunk_gated_delta_rule,
+        fused_recurrent_gated_delta_rule,
+    )
     from fla.ops.gla import chunk_gla, fused_recurrent_gla  # pyright: ignore[reportMissingImports]
+    from fla.ops.kda import chunk_kda  # pyright: ignore[reportMissingImports]
     from fla.ops.linear_attn import chunk_linear_attn  # pyright: ignore[reportMissingImports]
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
@@ -82,6 +87,15 @@ def _flash_linear_attention(name: str) -> dict[str, Call]:
         o, after = fused_recurrent_gla(q, k, v, gk=g, initial_state=state, output_final_state=True)
         if is_copied:  # fla does not update the state in place
             state.copy_(after)
+        return o
+
+    def delta(operator: Call, *x: Tensor, **options: Any) -> Tensor:
+        return operator(*x, use_qk_l2norm_in_kernel=True, **options)[0]
+
+    def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+        options: dict[str, Any] = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        o, after = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, **options)
+        state.copy_(after)
         return o
 
     theirs: dict[str, dict[str, Any]] = {
@@ -93,6 +107,9 @@ def _flash_linear_attention(name: str) -> dict[str, Call]:
             "fla fused_recurrent_gla": partial(step, is_copied=True),
             "fla fused_recurrent_gla, state not copied": partial(step, is_copied=False),
         },
+        "delta, per channel": {"fla chunk_kda": partial(delta, chunk_kda)},
+        "delta, per head": {"fla chunk_gated_delta_rule": partial(delta, chunk_gated_delta_rule)},
+        "delta step": {"fla fused_recurrent_gated_delta_rule": delta_step},
         "softmax, causal": {"fla parallel_attn": parallel_attn},
         "softmax, window 512": {"fla parallel_attn": partial(parallel_attn, window_size=512)},
         "softmax, window 4096": {"fla parallel_attn": partial(parallel_attn, window_size=4096)},

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from hybridattn.kernels.flash_attention import flash_attention, flash_decode
 from hybridattn.kernels.linear_attention import (
+    gated_delta_rule,
+    gated_delta_rule_step,
     gated_linear_attention,
     gated_linear_attention_step,
     linear_attention,
@@ -46,6 +48,7 @@ class Workload(NamedTuple):
         window: tokens that a token attends to, itself included; None for all.
         causal: whether a token attends to no later token.
         key_dim: K, if not the benchmark's default.
+        delta: whether the operator has a strength of writing beta after g, and keys of norm 1.
     """
 
     operator: Call
@@ -55,11 +58,17 @@ class Workload(NamedTuple):
     window: int | None = None
     causal: bool = True
     key_dim: int | None = None
+    delta: bool = False
 
 
 def _linear_flop(shape: Shape) -> float:
     """Return the FLOP per token and head: 2KV to update the state, 2KV to read it, and half of a chunk's products."""
     return 4 * shape.key_dim * shape.value_dim + CHUNK * (shape.key_dim + shape.value_dim)
+
+
+def _delta_flop(shape: Shape) -> float:
+    """Return the FLOP per token and head: one more read of the state, and the products of keys and of the inverse."""
+    return _linear_flop(shape) + 2 * shape.key_dim * shape.value_dim + CHUNK * (shape.key_dim + shape.value_dim)
 
 
 def _outputs(operator: Callable[..., Any], *x: Tensor, backend: str | None = None) -> Tensor:
@@ -92,6 +101,19 @@ WORKLOADS = {
     "gated step": Workload(
         gated_linear_attention_step, lambda s: 5 * s.key_dim * s.value_dim, kind="step", gate="channel"
     ),
+    "delta, per channel": Workload(
+        partial(_outputs, partial(gated_delta_rule, normalize_qk=True)), _delta_flop, gate="channel", delta=True
+    ),
+    "delta, per head": Workload(
+        partial(_outputs, partial(gated_delta_rule, normalize_qk=True)), _delta_flop, gate="head", delta=True
+    ),
+    "delta step": Workload(
+        partial(gated_delta_rule_step, normalize_qk=True),
+        lambda s: 7 * s.key_dim * s.value_dim,
+        kind="step",
+        gate="head",
+        delta=True,
+    ),
     "softmax, causal": _softmax(),
     "softmax, full": _softmax(causal=False),
     "softmax, window 512": _softmax(window=512),
@@ -112,6 +134,8 @@ def make_inputs(workload: Workload, shape: Shape, dtype: torch.dtype, device: to
     if workload.gate:
         gates = normal(*rows, shape.key_dim) if workload.gate == "channel" else normal(*rows)
         x["g"] = F.logsigmoid(gates).div(16).to(dtype)
+    if workload.delta:
+        x["beta"] = normal(*rows).sigmoid().to(dtype)
     if workload.kind == "cache":
         x["q"] = x["q"][:, :1].contiguous()
         x["lengths"] = torch.full((shape.batch,), shape.tokens, device=device)

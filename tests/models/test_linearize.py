@@ -88,6 +88,18 @@ def test_new_mixers_start_from_the_attention_they_replace(tmp_path: Path):
     assert 0.99 < decay.min() <= decay.max() < 1
 
 
+@pytest.mark.parametrize("mixer", ["delta", "gated_delta", "kda"])
+def test_delta_rules_start_from_the_attention_they_replace(mixer: str, tmp_path: Path):
+    saved(CONFIGS["llama"], tmp_path)
+    teacher = from_softmax(tmp_path)
+    student = swap(teacher, f"1 full : 3 {mixer}")
+    taken = inherited(student, teacher)
+    assert {name.split(".")[4] for name in taken if ".1.mixer." in name} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    ids = torch.randint(50, (1, 20))
+    student(ids, labels=ids).loss.backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in student.parameters())
+
+
 def test_weights_of_another_head_size_are_not_copied(tmp_path: Path):
     """Key weights of 4 heads of 4 have as many rows as the teacher's 2 heads of 8, and must not be copied."""
     saved(CONFIGS["llama"], tmp_path)

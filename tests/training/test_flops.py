@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.training.flops import count, visible_keys
 
-# Inside the operator, per token, hidden size 32 and 2 heads: multiply-adds as two, state updated and read.
+# Inside the operator, per token, hidden size 32 and 2 heads: multiply-adds as two, state updated and read,
+# by the delta rule read twice; and short convolutions.
 BY_HAND = {
     "gla": 2 * 4 * 8 * 16,
     "retention": 2 * 4 * 16 * 32,
@@ -16,6 +17,10 @@ BY_HAND = {
     "linear": 2 * 4 * 16 * 16,
     "taylor": 2 * 4 * (1 + 4 + 10) * 16,
     "prefix": 2 * 4 * (1 + 4 + 10) * 16,
+    "delta": 2 * 6 * 16 * 16,
+    "gated_delta": 2 * 6 * 12 * 24 + 2 * 4 * (24 + 24 + 48),
+    "kda": 2 * 6 * 16 * 16,
+    "mamba2": 2 * 4 * 128 * 64 + 2 * 4 * (128 + 2 * 128),
     "conv": 2 * 3 * 64,
     "full": 0,
     "window": 0,
@@ -26,6 +31,8 @@ def build(mixer: str, **options) -> HybridAttnForCausalLM:
     mixer_options = {} if mixer == "conv" else {"num_heads": 2, **options}
     if mixer in ("taylor", "prefix"):
         mixer_options["key_dim"] = 4
+    if mixer in ("delta", "kda"):
+        mixer_options["conv_size"] = None
     config = HybridAttnConfig(
         vocab_size=50, hidden_size=32, mixers=[mixer], mixer_options={mixer: mixer_options}, intermediate_size=64
     )

@@ -11,7 +11,7 @@ import torch
 
 from hybridattn.evals.text import bits
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
-from hybridattn.training import loop
+from hybridattn.training import small_loop
 from hybridattn.training.byte_corpus import PAD, SEPARATOR, VOCAB_SIZE, Corpus, byte_tokenizer, standard_library
 
 SECONDS = 60  # training time
@@ -66,7 +66,7 @@ def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
         steps: training steps, instead of `SECONDS` of training.
 
     Returns:
-        JSON values: ``mixers``, ``parameters``, ``corpus`` (bytes and files), ``training`` (`loop.train`),
+        JSON values: ``mixers``, ``parameters``, ``corpus`` (bytes and files), ``training`` (`small_loop.train`),
         ``bits_per_byte`` of the model and of the orders 0 to 4, ``scored_bytes``, ``continuation`` (text, speed).
 
     Raises:
@@ -76,7 +76,7 @@ def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
     corpus = standard_library()
     torch.manual_seed(0)
     model = HybridAttnForCausalLM(HybridAttnConfig(**OPTIONS))
-    training = loop.train(model, corpus.train, steps=steps, seconds=SECONDS if steps is None else None)
+    training = small_loop.train(model, corpus.train, steps=steps, seconds=SECONDS if steps is None else None)
     windows = bits.scored_windows(corpus.held_out)
     scores = {"model": bits.model_bits_per_byte(model, windows)}
     baselines = bits.ngram_bits_per_byte(corpus.train, corpus.held_out, windows)
@@ -87,7 +87,7 @@ def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
         "mixers": OPTIONS["mixers"],
         "parameters": model.num_parameters(),
         "corpus": describe(corpus),
-        "training": {**training, "threads": torch.get_num_threads(), "bf16": loop.has_native_bf16()},
+        "training": {**training, "threads": torch.get_num_threads(), "bf16": small_loop.has_native_bf16()},
         "bits_per_byte": scores,
         "scored_bytes": int(windows.scored.sum()),
         "continuation": continuation(folder),
@@ -97,7 +97,7 @@ def measure(folder: Path, *, steps: int | None = None) -> dict[str, Any]:
 def configuration(steps: int | None) -> dict[str, Any]:
     """Return everything that determines the result of `measure`, as JSON values."""
     budget = {"steps": steps, "seconds": SECONDS if steps is None else None}
-    return {"model": OPTIONS, "recipe": asdict(loop.Recipe()), **budget}
+    return {"model": OPTIONS, "recipe": asdict(small_loop.Recipe()), **budget}
 
 
 def describe(corpus: Corpus) -> dict[str, int]:

@@ -26,9 +26,14 @@ from .chunks import Layout, time_segments, time_spans
 
 
 class DeltaRows(Rows):
-    """A segment of the gated delta rule: rows of gated linear attention whose values are u."""
+    """A segment of the gated delta rule: rows of gated linear attention whose values are u.
 
-    def __init__(self, q, k, v, g, beta, state, layout: Layout, dtype: torch.dtype):
+    ``sweep`` computes u, which the other operands and the scores do not depend on.
+    """
+
+    inter: Tensor  # the part of the outputs that comes from the states before each chunk, [R,J*C,V]
+
+    def __init__(self, q, k, v, g, beta, layout: Layout, dtype: torch.dtype):
         super().__init__(q, k, g, None, layout, dtype, v.shape[2] // max(k.shape[2], 1), keys_too=True)
         chunk = self.k.shape[1]
         self.beta, self.given = layout.split(beta[..., None], dtype), layout.split(v, dtype)
@@ -37,26 +42,46 @@ class DeltaRows(Rows):
         eye = torch.eye(chunk, dtype=dtype, device=system.device).expand_as(system)
         self.inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
         self.leaving_keys = self.k if self.decay is None else self.k * self.decay.exit.mT
-        queries = self.key_queries if self.decay is None else self.key_queries * self.decay.entry.mT
-        solved = self.inverse * self.beta.mT
-        self._sweep(solved @ self.given, solved @ queries, state, layout.counts)
 
-    def _sweep(self, fresh: Tensor, read: Tensor, state: Tensor, counts: list[int]) -> None:
-        """Compute u = fresh - read S chunk by chunk, and the states."""
-        heads = state.shape[1]
-        state = state.flatten(0, 1).clone()
-        self.v, self.before = fresh, fresh.new_empty(len(fresh), *state.shape[1:])
-        parts = (x.split([n * heads for n in counts]) for x in (self.v, read, self.leaving_keys, self.before))
-        totals = [None] * len(counts) if self.total is None else self.total.split([n * heads for n in counts])
-        for u, y, k, before, total in zip(*parts, totals, strict=True):
+    def sweep(self, state: Tensor, counts: list[int], keep: bool) -> None:
+        """Compute u and the states after the segment, chunk by chunk.
+
+        Args:
+            state: initial states [N,H,K,V].
+            counts: as in ``Layout``.
+            keep: keep the states before each chunk and their updates, for the backward pass; otherwise compute
+                ``inter`` while the states are at hand.
+        """
+        chunk, heads = self.k.shape[1], state.shape[1]
+        solved = self.inverse * self.beta.mT
+        reading = torch.bmm(solved, self.key_queries)
+        if not keep:
+            reading = torch.cat((reading, self.q[:, :-chunk]), 1)
+        if self.decay is not None:
+            reading *= self.decay.entry.mT
+        self.v, state = torch.bmm(solved, self.given), state.flatten(0, 1).clone()
+        kept = self.v.new_empty(len(self.v), *state.shape[1:] if keep else (reading.shape[1] - chunk, state.shape[2]))
+        sizes = [n * heads for n in counts]
+        totals = [None] * len(counts) if self.total is None else self.total.split(sizes)
+        for u, y, k, place, total in zip(
+            *(x.split(sizes) for x in (self.v, reading, self.leaving_keys, kept)), totals, strict=True
+        ):
             running = state[: len(u)]
-            before.copy_(running)
-            u.baddbmm_(y, before, alpha=-1)
+            if keep:
+                place.copy_(running)
+                u.baddbmm_(y, running, alpha=-1)
+            else:
+                read = torch.bmm(y, running)
+                u.sub_(read[:, :chunk])
+                place.copy_(read[:, chunk:])
             if total is not None:
                 running.mul_(total)
             running.baddbmm_(k.mT, u)
         self.state = state.unflatten(0, (-1, heads))
-        self.update = torch.bmm(self.leaving_keys.mT, self.v)
+        if keep:
+            self.before, self.update = kept, torch.bmm(self.leaving_keys.mT, self.v)
+        else:
+            self.inter = kept
 
     def sweep_backward(self, du: Tensor, dentry: Tensor, dstate: Tensor, counts: list[int]):
         """Compute w [R,C,V], the gradients of the states after each chunk [R,K,V], and of the initial states.
@@ -119,9 +144,9 @@ def forward(
     for n, (t, layout) in enumerate(time_segments(q, v, cu_seqlens)):
         starts[n] = state
         gt = None if g is None else g[:, t]
-        r = DeltaRows(q[:, t], k[:, t], v[:, t], gt, beta[:, t], layout.sort(state), layout, dtype)
-        chunk = r.k.shape[1]
-        layout.join(torch.bmm(r.scores[:, :-chunk], r.v).baddbmm_(r.q[:, :-chunk], r.entering()), o[:, t], scale)
+        r = DeltaRows(q[:, t], k[:, t], v[:, t], gt, beta[:, t], layout, dtype)
+        r.sweep(layout.sort(state), layout.counts, keep=False)
+        layout.join(r.inter.baddbmm_(r.scores[:, : -r.k.shape[1]], r.v), o[:, t], scale)
         state = layout.unsort(r.state)
     return o, state, starts
 
@@ -158,7 +183,8 @@ def backward(
     with no_autocast(q):
         for (t, layout), start in reversed(list(zip(time_segments(q, v, cu_seqlens), starts, strict=True))):
             gt = None if g is None else g[:, t]
-            r = DeltaRows(q[:, t], k[:, t], v[:, t], gt, beta[:, t], layout.sort(start), layout, dtype)
+            r = DeltaRows(q[:, t], k[:, t], v[:, t], gt, beta[:, t], layout, dtype)
+            r.sweep(layout.sort(start), layout.counts, keep=True)
             do_rows = stack(layout.split(do[:, t], dtype, scale), r.group - 1)
             *rows, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
             for grad, part in zip(grads, rows, strict=True):

@@ -6,6 +6,7 @@ import torch
 from hybridattn.kernels.linear_attention import (
     SegmentState,
     features,
+    gated_delta_rule,
     gated_linear_attention,
     linear_attention_state,
     merge_states,
@@ -44,6 +45,23 @@ def test_the_state_equals_the_final_state_of_the_operator(gate: str, hot: float)
     narrow = linear_attention_state(k.float(), v.float(), None if g is None else g.float())
     assert narrow.state.dtype == torch.float32
     torch.testing.assert_close(narrow.state, state.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["none", "channel", "head"])
+@pytest.mark.parametrize("cuts", [[], [0, 10, 11]])
+def test_the_transition_of_the_delta_rule_is_a_matrix(gate: str, cuts: list[int]):
+    k, v, g = make(gate)
+    k, beta = torch.nn.functional.normalize(k, dim=-1), 2 * torch.rand(B, T, H).double()
+    before = torch.randn(B, H, K, V).double()
+    spans = [slice(a, b) for a, b in zip([0, *cuts], [*cuts, T], strict=True)]
+    merged, *others = [linear_attention_state(k[:, s], v[:, s], part(g, s), beta=beta[:, s]) for s in spans]
+    for each in others:
+        merged = merge_states(merged, each)
+    _, expected = gated_delta_rule(k, k, v, g, beta, initial_state=before, output_final_state=True, backend="reference")
+    assert merged.decay.shape == (B, H, K, K)
+    torch.testing.assert_close(merged.decay @ before + merged.state, expected)
+    with pytest.raises(ValueError, match=r"second.decay: expected 4 dimensions as first.decay, got 3"):
+        merge_states(merged, linear_attention_state(k, v))
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hybridattn.models.decoder.sizes import parameters_of
-from hybridattn.models.scaling import memory, sharded_traffic, traffic
+from hybridattn.models.parallel_costs import memory, sharded_traffic, traffic
 
 FILE = Path(__file__).with_name("sequence_parallel.py")
 WORKER = runpy.run_path(str(FILE))

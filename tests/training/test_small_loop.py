@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hybridattn.training import loop
+from hybridattn.training import small_loop
 
 TEXT = np.tile(np.arange(8, dtype=np.int16), 400)
-RECIPE = loop.Recipe(length=32, batch=4)
+RECIPE = small_loop.Recipe(length=32, batch=4)
 
 
 def model() -> LlamaForCausalLM:
@@ -21,7 +21,7 @@ def model() -> LlamaForCausalLM:
 
 def test_learns_a_periodic_text():
     trained = model()
-    result = loop.train(trained, TEXT, steps=60, recipe=RECIPE)
+    result = small_loop.train(trained, TEXT, steps=60, recipe=RECIPE)
     assert result["steps"] == 60
     assert result["bits_per_token"] < 2
     assert not trained.training
@@ -33,7 +33,7 @@ def test_learns_a_periodic_text():
 def test_steps_and_seed_determine_the_weights():
     first, second, other = model(), model(), model()
     for each, seed in ((first, 3), (second, 3), (other, 4)):
-        loop.train(each, TEXT, steps=3, recipe=RECIPE, seed=seed)
+        small_loop.train(each, TEXT, steps=3, recipe=RECIPE, seed=seed)
     same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
     different = [not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True)]
     assert all(same)
@@ -41,14 +41,14 @@ def test_steps_and_seed_determine_the_weights():
 
 
 def test_a_time_budget_ends_the_run():
-    result = loop.train(model(), TEXT, seconds=0.5, recipe=RECIPE)
+    result = small_loop.train(model(), TEXT, seconds=0.5, recipe=RECIPE)
     assert 0.5 <= result["seconds"] < 5
     assert result["tokens_per_second"] == pytest.approx(result["steps"] * 4 * 32 / result["seconds"])
 
 
 def test_every_parameter_has_one_optimizer_and_only_linear_weights_have_muon():
     net = model()
-    adamw, muon = loop.build_optimizers(net, RECIPE)
+    adamw, muon = small_loop.build_optimizers(net, RECIPE)
     of = {id(p): (o, g) for o in (adamw, muon) for g in o.param_groups for p in g["params"]}
     assert (
         sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(of) == len(list(net.parameters()))
@@ -60,7 +60,7 @@ def test_every_parameter_has_one_optimizer_and_only_linear_weights_have_muon():
 
 
 def test_schedule_rises_then_falls():
-    rates = [loop.schedule(i / 100, warmup=0.05) for i in range(101)]
+    rates = [small_loop.schedule(i / 100, warmup=0.05) for i in range(101)]
     assert rates[0] == rates[100] == 0.01
     assert max(rates) == rates[5] == 1
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -72,7 +72,7 @@ def test_a_diverging_run_stops():
     with torch.no_grad():
         broken.lm_head.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="loss: expected a finite value, got nan at step 0"):
-        loop.train(broken, TEXT, steps=3, recipe=RECIPE)
+        small_loop.train(broken, TEXT, steps=3, recipe=RECIPE)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_a_diverging_run_stops():
 )
 def test_a_budget_is_one_positive_number(budget: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        loop.train(model(), TEXT, **budget)
+        small_loop.train(model(), TEXT, **budget)
 
 
 def test_too_short_a_text_is_named():
     with pytest.raises(ValueError, match=r"tokens: expected more than 32 \(one sequence\), got 32"):
-        loop.train(model(), TEXT[:32], steps=1, recipe=RECIPE)
+        small_loop.train(model(), TEXT[:32], steps=1, recipe=RECIPE)

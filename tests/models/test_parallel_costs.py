@@ -10,11 +10,11 @@ import torch
 
 from hybridattn import HybridAttnConfig
 from hybridattn.evals.speed.memory import peak_bytes
-from hybridattn.models import scaling
+from hybridattn.models import parallel_costs
 from hybridattn.models.decoder import loss
 from hybridattn.models.decoder.modeling import DecoderLayer
 from hybridattn.models.decoder.sizes import blocks
-from hybridattn.models.scaling import memory, sharded_traffic, tables, traffic
+from hybridattn.models.parallel_costs import memory, sharded_traffic, tables, traffic
 
 DOC = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -79,7 +79,7 @@ def test_a_layer_keeps_two_to_four_times_what_its_linear_maps_give(mixer: str):
 def test_the_loss_takes_three_times_the_logits_of_a_chunk(vocab_size: int, monkeypatch: pytest.MonkeyPatch):
     chunk = 2**20 // 4
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk)
-    monkeypatch.setattr(scaling, "LOGITS_PER_CHUNK", chunk)
+    monkeypatch.setattr(parallel_costs, "LOGITS_PER_CHUNK", chunk)
     x = torch.randn(1, 4 * chunk // vocab_size, 4, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab_size, 4, requires_grad=True)
     labels = torch.randint(vocab_size, x.shape[:2])

@@ -1,7 +1,7 @@
 """Formulas for memory and communication per GPU when training with ``sequence_parallel`` and FSDP2.
 
-``python -m hybridattn.models.scaling`` prints the tables of docs/scaling.md, which lists the assumptions. All numbers
-are bytes. Communication is counted as the bytes that the busiest GPU sends.
+``python -m hybridattn.models.parallel_costs`` prints the tables of docs/scaling.md, which lists the assumptions. All
+numbers are bytes. Communication is counted as the bytes that the busiest GPU sends.
 """
 
 from collections import Counter

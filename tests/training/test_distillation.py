@@ -7,7 +7,7 @@ import torch
 
 from hybridattn.models.decoder import HybridAttnConfig, HybridAttnForCausalLM
 from hybridattn.models.linearize import mixer_of, swap
-from hybridattn.training.transfer import DistillTrainer, TransferTrainer, taught
+from hybridattn.training.distillation import DistillTrainer, TransferTrainer, taught
 
 IDS = torch.randint(40, (1, 30), generator=torch.Generator().manual_seed(0))
 OFFSETS = torch.tensor([0, 12, 30])
