@@ -369,7 +369,13 @@ def _bytes(size: float) -> str:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a flash-linear-attention GLA or a released BASED model.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of GLA, DeltaNet, Gated DeltaNet or KDA of flash-linear-attention, Mamba-2 of transformers, or a "
+            "released BASED model."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
     """Convert a checkpoint of another library to this library's format."""
