@@ -372,8 +372,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder of GLA, DeltaNet, Gated DeltaNet or KDA of flash-linear-attention, Mamba-2 of transformers, or a "
-            "released BASED model."
+            help="Folder of GLA, DeltaNet, Gated DeltaNet or KDA of flash-linear-attention, of Mamba-2 of "
+            "transformers, or of a released BASED model."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="New folder.")],
