@@ -75,9 +75,9 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: model()(IDS[:1], cu_seqlens=torch.tensor([0, 8])),
         "cu_seqlens: expected the name cu_seq_lens_q",
     ),
-    "offsets that end early": (
-        lambda: model()(IDS[:1], cu_seq_lens_q=torch.tensor([0, 5])),
-        r"cu_seq_lens_q: expected offsets that end with 8 tokens, got \[0, 5\]",
+    "labels of tokens of no sequence": (
+        lambda: model()(IDS[:1], labels=IDS[:1], cu_seq_lens_q=torch.tensor([0, 5])),
+        r"labels: expected -100 for tokens past the last of the offsets \[0, 5\]",
     ),
     "positions that start again in a padded row": (
         lambda: model()(IDS[:1], attention_mask=MASK, position_ids=torch.tensor([[0, 0, 1, 2, 0, 1, 2, 3]])),

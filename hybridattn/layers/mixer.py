@@ -112,7 +112,8 @@ class TokenMixer(nn.Module):
 
         Args:
             hidden_states: [B,T,hidden_size].
-            cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
+            cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1). Tokens past the last offset
+                belong to no sequence.
             position_ids: positions [B,T] of the tokens in their sequences, for mixers that use positions. By default
                 the first new token's position is the number of cached tokens.
             cache: state of earlier tokens, ``Cache()`` for the first call. The layer updates it. Its tensors have one

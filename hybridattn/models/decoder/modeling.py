@@ -115,7 +115,8 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             past_key_values: ``DynamicCache(config=model.config)``, updated in place.
             inputs_embeds: [B,T,hidden_size].
             use_cache: return a cache, also if ``past_key_values`` is None.
-            cu_seq_lens_q: offsets [N+1] of sequences packed into one row (B = 1).
+            cu_seq_lens_q: offsets [N+1] of sequences packed into one row (B = 1). Tokens past the last offset belong to
+                no sequence: mixers add zeros there.
             prefix_lengths: integers [N], the number of real tokens at the start of each sequence that ``prefix`` mixers
                 attend to in both directions. With a cache only in the first call. ``generate`` accepts them too.
 
@@ -155,8 +156,6 @@ class HybridAttnModel(HybridAttnPreTrainedModel):
             raise ValueError(f"position_ids: expected shape [{batch}, {tokens}], got {list(position_ids.shape)}")
         if position_ids is not None and cu_seq_lens_q is None:
             _check_positions(position_ids, None if packing is None else real)
-        if cu_seq_lens_q is not None and current() is None:
-            _check_covered(cu_seq_lens_q, tokens)
         if packing is not None and position_ids is not None:
             position_ids = packing.pack(position_ids.expand(batch, tokens))
         reads_prefix = any(isinstance(layer.mixer, PrefixLinearAttention) for layer in self.layers)
@@ -194,17 +193,17 @@ def _check_positions(position_ids: Tensor, real: Tensor | None) -> None:
         )
 
 
-def _check_covered(cu_seqlens: Tensor, tokens: int) -> None:
-    """Check that every token belongs to a sequence: others would have no output, and labels all the same."""
-    if cu_seqlens.numel() and reads_values(cu_seqlens, False) and int(cu_seqlens[-1]) != tokens:
-        raise ValueError(f"cu_seq_lens_q: expected offsets that end with {tokens} tokens, got {cu_seqlens.tolist()}")
-
-
-def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int | Tensor) -> None:
+def _check_labels(
+    labels: Tensor, hidden_states: Tensor, logits_to_keep: int | Tensor, cu_seqlens: Tensor | None
+) -> None:
     if labels.shape != hidden_states.shape[:2]:
         raise ValueError(f"labels: expected shape {list(hidden_states.shape[:2])}, got {list(labels.shape)}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64, got {labels.dtype}")
+    if cu_seqlens is not None and reads_values(labels, False) and bool((labels[:, int(cu_seqlens[-1]) :] >= 0).any()):
+        raise ValueError(
+            f"labels: expected -100 for tokens past the last of the offsets {cu_seqlens.tolist()}, got others"
+        )
     if not isinstance(logits_to_keep, int) or logits_to_keep:
         raise ValueError(f"logits_to_keep: expected 0 with labels (the loss needs all logits), got {logits_to_keep}")
 
@@ -291,7 +290,7 @@ class HybridAttnForCausalLM(HybridAttnPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if labels is not None and context is None:
-            _check_labels(labels, outputs.last_hidden_state, logits_to_keep)
+            _check_labels(labels, outputs.last_hidden_state, logits_to_keep, kwargs.get("cu_seq_lens_q"))
         elif labels is not None and context is not None:
             kwargs |= shared_targets(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"), context)
         if skip_logits and labels is not None:

@@ -99,6 +99,8 @@ def compare(case: dict[str, Any], group: Any) -> dict[str, float]:
     offsets = torch.tensor(case["packed"]) if "packed" in case else None
     ids = torch.randint(VOCAB, (2 if offsets is None else 1, TOKENS))
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    if offsets is not None:
+        labels[:, int(offsets[-1]) :] = -100
     options = {"cu_seq_lens_q": offsets, "use_cache": False, **case.get("options", {})}
     net = model()
     if case.get("checkpointing"):
