@@ -26,6 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prefix": {**HEADS, "key_dim": 4},
     "retention": HEADS,
     "lightning": HEADS,
+    "delta": HEADS,
+    "gated_delta": {**HEADS, "key_dim": 4},
+    "kda": HEADS,
+    "mamba2": {"head_dim": 8, "state_size": 4},
 }
 # Tracing takes a second for each layer. tests/layers/test_mixers.py compiles every mixer alone; families add no code.
 STACKS: dict[str, dict[str, Any]] = {
