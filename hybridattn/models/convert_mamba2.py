@@ -33,7 +33,8 @@ def from_mamba2(
     """Return the configuration and the renamed weights of a Mamba-2 checkpoint.
 
     ``residual_in_fp32`` is ignored, since the residual stream has the dtype of the weights here. So are the fields of
-    initial values (``rescale_prenorm_residual``, ``time_step_min`` ..) and ``chunk_size``.
+    initial values (``rescale_prenorm_residual``, ``time_step_min`` ..) and ``chunk_size``. The output norm has
+    ``n_groups`` groups, as in the paper's code and in transformers 5.23; in 5.17 it had one.
 
     Args:
         source: folder with config.json.
