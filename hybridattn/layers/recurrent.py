@@ -54,7 +54,7 @@ class RecurrentMixer(TokenMixer):
 
     def recur(
         self,
-        inputs: tuple[Tensor | None, ...],
+        inputs: tuple[Any, ...],
         hidden_states: Tensor,
         cu_seqlens: Tensor | None,
         cache: Cache | None,

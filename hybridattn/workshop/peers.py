@@ -89,7 +89,7 @@ def _flash_linear_attention(name: str) -> dict[str, Call]:
             state.copy_(after)
         return o
 
-    def delta(operator: Call, *x: Tensor, **options: Any) -> Tensor:
+    def delta(operator: Any, *x: Tensor, **options: Any) -> Tensor:
         return operator(*x, use_qk_l2norm_in_kernel=True, **options)[0]
 
     def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:

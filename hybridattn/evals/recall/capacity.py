@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridattn.kernels.flash_attention import flash_attention
-from hybridattn.kernels.linear_attention import NormalizedState, gated_linear_attention
+from hybridattn.kernels.linear_attention import NormalizedState
 from hybridattn.layers import LinearAttention, SoftmaxAttention, TokenMixer
 from hybridattn.layers.linear_attention import FEATURE_MAPS
 from hybridattn.layers.projected_recurrent import ProjectedRecurrentMixer
@@ -61,8 +61,8 @@ def _read(layer: TokenMixer, keys: Tensor, values: Tensor) -> Tensor:
         kept = min(layer.window or keys.shape[1], keys.shape[1])
         return flash_attention(keys, keys[:, -kept:], values[:, -kept:], causal=False)
     if isinstance(layer, ProjectedRecurrentMixer):
-        gates = layer.log_decay(torch.randn(*keys.shape[:2], layer.q_proj.in_features))
-        _, state = gated_linear_attention(keys, keys, values, gates, output_final_state=True)
+        gates = layer.gates(torch.randn(*keys.shape[:2], layer.hidden_size))
+        _, state = layer.attend(keys, keys, values, *gates, output_final_state=True, **layer.operator_options)
         assert state is not None
         return keys @ state  # [B,N,1,K] @ [B,1,K,V]
     assert isinstance(layer, LinearAttention)

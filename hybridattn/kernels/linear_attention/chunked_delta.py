@@ -186,7 +186,7 @@ def backward(
             r = DeltaRows(q[:, t], k[:, t], v[:, t], gt, beta[:, t], layout, dtype)
             r.sweep(layout.sort(start), layout.counts, keep=True)
             do_rows = stack(layout.split(do[:, t], dtype, scale), r.group - 1)
-            *rows, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
+            rows, dstate = _backward_rows(r, do_rows, layout.sort(dstate), layout.counts)
             for grad, part in zip(grads, rows, strict=True):
                 if part is not None:
                     layout.join(part, grad[:, t])
@@ -207,8 +207,8 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> 
     return [q, k, v, q.new_empty(0) if g is None else g, beta[..., None]]
 
 
-def _backward_rows(r: DeltaRows, do: Tensor, dstate: Tensor, counts: list[int]) -> list[Tensor | None]:
-    """Compute the gradients of the rows of q, k, v, g (None without gates), beta, and of the states before."""
+def _backward_rows(r: DeltaRows, do: Tensor, dstate: Tensor, counts: list[int]) -> tuple[list[Tensor | None], Tensor]:
+    """Compute the gradients of the rows of q, k, v, g (None without gates) and beta, and of the states before."""
     chunk = r.k.shape[1]
     entry = 1.0 if r.decay is None else r.decay.entry
     dentry = torch.bmm(r.q[:, :-chunk].mT, do) * entry
@@ -221,7 +221,7 @@ def _backward_rows(r: DeltaRows, do: Tensor, dstate: Tensor, counts: list[int]) 
     dq, dk, dg = r.fold(dq[:, :-chunk], dk, dg)
     written = r.given - torch.bmm(r.key_scores, r.v).baddbmm_(r.key_queries, r.entering())
     dbeta = (w * written).sum(-1, keepdim=True)
-    return [dq.contiguous(), dk, dv, dg, dbeta, dstate]
+    return [dq.contiguous(), dk, dv, dg, dbeta], dstate
 
 
 def _save(ctx, inputs, output) -> None:

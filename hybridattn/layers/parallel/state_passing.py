@@ -41,7 +41,7 @@ def initial_states(
     sent, shape, decays = [], torch.Size(), torch.Size()
     for segment, at in context.places(context.rank):
         part = slice(at + shards.state_start(segment) - segment.start, at + segment.stop - segment.start)
-        state, decay = _state(*(_part(x, part) for x in (k, v, g, beta)), keys)
+        state, decay = _state(k[:, part], v[:, part], _part(g, part), _part(beta, part), keys)
         shape, decays = state.shape[-2:], decay.shape[2:]
         sent.append(torch.cat((state.flatten(2), decay.flatten(2) * (not shards.has_start(segment))), -1))
     gathered = AllGather.apply(torch.stack(sent), context, "states")
