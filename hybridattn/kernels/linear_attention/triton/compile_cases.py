@@ -30,6 +30,13 @@ STEP_KINDS = {
     "4-queries": ("bf16", "channel", 4, 128, True),
     "odd": ("bf16", "channel", 1, 129, False),
 }
+# The same for the delta rule, with normalised queries and keys.
+DELTA_STEP_KINDS = {
+    "delta": ("bf16", "channel", 1, 128, True),
+    "delta fp32": ("fp32", "channel", 1, 128, True),
+    "delta per-head": ("bf16", "head", 1, 128, True),
+    "delta no-gate": ("bf16", "", 1, 128, True),
+}
 
 # Variants of a sweep besides the default (bf16, a gate per channel): arguments of ``_sweep_row``.
 SWEEP_KINDS = {
@@ -46,6 +53,10 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
         yield _step_row(step_launch(architecture, key_dim), "", "bf16", "channel", 1, 128, True)
     for kind, values in STEP_KINDS.items():
         yield _step_row(step_launch(architecture, 128), f" {kind}", *values)
+    for key_dim in (64, 128, 256):
+        yield _step_row(step_launch(architecture, key_dim), " delta", *DELTA_STEP_KINDS["delta"], delta=True)
+    for kind, values in list(DELTA_STEP_KINDS.items())[1:]:
+        yield _step_row(step_launch(architecture, 128), f" {kind}", *values, delta=True)
     for dtype in VALUES[architecture]:
         for key_dim in VALUES[architecture][dtype]:
             yield _sweep_row(architecture, sweep_values, key_dim, 128, "", dtype=dtype, gates=dtype)
@@ -71,7 +82,14 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
 
 
 def _step_row(
-    launch: StepLaunch, kind: str, dtype: str, gate: str, queries: int, value_dim: int, aligned: bool
+    launch: StepLaunch,
+    kind: str,
+    dtype: str,
+    gate: str,
+    queries: int,
+    value_dim: int,
+    aligned: bool,
+    delta: bool = False,
 ) -> CompileRow:
     """Return the compilation of a step with one new token; the JIT specialises on the number 1."""
     by_16 = ":16" if aligned else ""
@@ -81,6 +99,7 @@ def _step_row(
     signature: dict[str, Kind] = {
         **dict.fromkeys(("q", "k", "v", "o"), f"*{dtype}{by_16}"),
         **({"g": f"*{dtype}{by_16}"} if gate else {}),
+        **({"beta": (f"*{dtype}{by_16}", f"i32{by_16}", f"i32{by_16}", "i32:1")} if delta else {}),
         "state": f"*fp32{by_16}",
         "scale": "fp32",
         "tokens": "i32:1",
@@ -89,6 +108,8 @@ def _step_row(
     }
     constexprs = {
         **({} if gate else {"g": None}),
+        **({} if delta else {"beta": None}),
+        "NORMALIZE": delta,
         "K": launch.block_k if aligned else launch.block_k - 1,
         "V": value_dim,
         "STATES": 16,
@@ -103,10 +124,18 @@ def _step_row(
     return CompileRow(launch.name + kind, step_kernel, signature, constexprs, launch.num_warps, launch.num_stages)
 
 
-def step_traffic(launch: StepLaunch, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> Traffic:
-    """Return the traffic bounds of a step: every byte once, except for q, k and g.
+def step_traffic(
+    launch: StepLaunch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    beta: Tensor | None = None,
+) -> Traffic:
+    """Return the traffic bounds of a step: every byte once, except for q, k, g and beta.
 
-    Each program, that is each block of value columns of each state, reads q, k and g.
+    Each program, that is each block of value columns of each state, reads q, k, g and beta.
     """
     blocks, states = -(-v.shape[3] // launch.block_v), state.shape[1]
     loads = {
@@ -115,6 +144,7 @@ def step_traffic(launch: StepLaunch, q: Tensor, k: Tensor, v: Tensor, g: Tensor 
         "q": blocks * max(states / q.shape[2], 1.0),
         "k": blocks * states / k.shape[2],
         **({} if g is None else {"g": blocks * states / g.shape[2]}),
+        **({} if beta is None else {"beta": float(blocks)}),
     }
     return Traffic(1.0, loads, {"state": 1.0, "o": 1.0})
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...runtime.architectures import architecture, nearest_architecture, read_verified
 
 MOST_TOKENS = 8  # of one step; for more tokens the matrix products of the chunked operator are faster
+MOST_DELTA_TOKENS = 16  # the same limit for the delta rule
 MOST_KEY_DIM = 1024  # a program holds all K rows of its value columns of the state
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,15 +54,21 @@ def step_launch(architecture: str, key_dim: int) -> StepLaunch:
     return StepLaunch(block_k, block_v, num_warps, 1, verified)
 
 
-def step_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> str | None:
-    """Return why the kernel does not support a step of valid shapes, as "argument: expected .., got .."; else None."""
-    for name, x in {"q": q, "k": k, "v": v, "g": g}.items():
+def step_lacks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, beta: Tensor | None = None
+) -> str | None:
+    """Return why the kernel does not support a step of valid shapes, as "argument: expected .., got .."; else None.
+
+    ``beta`` is the strength of writing of the delta rule, None for linear attention.
+    """
+    most = MOST_TOKENS if beta is None else MOST_DELTA_TOKENS
+    for name, x in {"q": q, "k": k, "v": v, "g": g, "beta": beta}.items():
         if x is not None and x.dtype not in DTYPES:
             return f"{name}: expected float32, float16 or bfloat16, got {x.dtype}"
     if state.dtype != torch.float32:
         return f"state: expected float32, got {state.dtype}"
-    if q.shape[1] > MOST_TOKENS:
-        return f"q: expected at most {MOST_TOKENS} tokens, got {q.shape[1]}"
+    if q.shape[1] > most:
+        return f"q: expected at most {most} tokens, got {q.shape[1]}"
     if q.shape[3] > MOST_KEY_DIM:
         return f"q: expected a key dim of at most {MOST_KEY_DIM}, got {q.shape[3]}"
     return None
