@@ -11,9 +11,7 @@ from ..runtime.checks import check_inference, check_layout, check_shape, check_t
 from . import chunked_delta, reference
 from .operands import check_gates, check_operands, check_scale, l2_normalize, match_heads
 from .segment_state import check_strength
-from .triton.launch import MOST_DELTA_TOKENS, step_lacks
-
-NO_TRITON = "the gated delta rule is not supported"
+from .triton.launch import MOST_DELTA_TOKENS, delta_lacks, step_lacks
 
 
 def gated_delta_rule(
@@ -139,7 +137,12 @@ def gated_delta_rule_step(
 
 
 def _attend(sizes, q, k, v, g, beta, scale, normalize, state, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
-    backend = choose_backend(backend, q, NO_TRITON)
+    backend = choose_backend(backend, q, delta_lacks(q, k, v, g, beta, state, normalize))
+    if backend == "triton":
+        from .triton import delta_op  # triton may be missing on a machine without a GPU
+
+        with no_autocast(q):
+            return delta_op.attend(q, k, v, g, beta, scale, normalize, state, cu_seqlens)
     dtype = compute_dtype(q, k, v, g, beta)
     if state is None:
         state = q.new_zeros(*(sizes[c] for c in ("N", "Hs", "K", "V")), dtype=dtype)

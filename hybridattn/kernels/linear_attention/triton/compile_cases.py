@@ -13,9 +13,11 @@ from ...runtime.architectures import CompileRow, Traffic
 from .backward import sweep_keys
 from .chunk_states import scan_states, states
 from .decode import step_kernel
+from .delta_chunks import solve_chunks
+from .delta_forward import sweep_delta
 from .forward import sweep_values
 from .hot_channels import repair_keys, repair_values
-from .launch import KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
+from .launch import DELTA, KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
 from .taylor import sweep_features
 
 Kind = str | tuple[str, ...]
@@ -79,6 +81,7 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
     yield _sweep_row(architecture, sweep_values, 153, 128, " taylor reverse", gate="", dim=16, REVERSE=True)
     for kernel, constexprs in ((repair_values, {"REVERSE": False}), (repair_keys, {})):
         yield _repair_row(architecture, kernel, constexprs)
+    yield from _delta_rows(architecture)
 
 
 def _step_row(
@@ -158,6 +161,80 @@ def _products(architecture: str, dtype: str, gates: str) -> dict[str, int | str]
     exact = "ieee" if architecture.startswith("gfx") else "tf32x3"
     precision = {"bf16": "bf16", "fp16": "tf32", "fp32": exact}[dtype]
     return {"PRECISION": precision, "TERMS": 1 if gates != "fp32" else 2 if dtype == "bf16" else 3}
+
+
+def _delta_rows(architecture: str) -> Iterator[CompileRow]:
+    """Yield the rows of the delta rule, with normalised queries and keys, and their variants at key dim 128."""
+    for dtype in DELTA[architecture]:
+        for key_dim in DELTA[architecture][dtype]:
+            yield _delta_row(architecture, sweep_delta, key_dim, 128, "", dtype=dtype, gates=dtype)
+        yield _delta_row(architecture, solve_chunks, 128, 128, f" {dtype}", dtype=dtype, gates=dtype)
+    for kind in ("fp32-gates", "per-head", "no-gate", "packed"):
+        for kernel in (sweep_delta, solve_chunks):
+            yield _delta_row(architecture, kernel, 128, 128, f" {kind}", **SWEEP_KINDS[kind])
+    for kind in ("", "per-head", "no-gate"):
+        values = {**SWEEP_KINDS.get(kind, {}), "STATES": True}
+        yield _delta_row(architecture, sweep_delta, 128, 128, f" {kind} states".replace("  ", " "), **values)
+
+
+def _delta_row(
+    architecture: str,
+    kernel: Any,
+    key_dim: int,
+    value_dim: int,
+    kind: str,
+    dtype: str = "bf16",
+    gates: str = "bf16",
+    gate: str = "channel",
+    packed: bool = False,
+    **constexprs: Any,
+) -> CompileRow:
+    """Return the compilation of a kernel of the delta rule."""
+    launch = chunk_launch("sweep_delta", architecture, key_dim, value_dim, dtype)
+    swept = kernel is sweep_delta
+    tma = swept and launch.tma and not packed
+    keys, solved = _tile_type(dtype, launch.block_k, tma), _tile_type("fp16" if dtype == "bf16" else "fp32", 64, tma)
+    channels, states = _tile_type(gates, launch.block_k, tma), constexprs.get("STATES", False)
+    products = _products(architecture, dtype, gates)
+    solve = "tf32" if dtype == "bf16" else _products(architecture, "fp32", gates)["PRECISION"]
+    wide = "bf16" if dtype == "bf16" else "fp32"
+    arguments: dict[str, Kind | None] = {
+        **dict.fromkeys(("q", "k"), keys),
+        **dict.fromkeys(("v", "y"), _tile_type(dtype, launch.block_v, tma)),
+        "g": {"channel": channels, "head": _HEAD_GATES["g"], "": None}[gate],
+        "solved": solved,
+        "beta": (f"*{dtype}:16", "i32:16", "i32:16", "i32:1"),
+        "norms": ("*fp32:16", "i32:16", "i32:16", "i32:1"),
+        "pairs": (f"*{wide}:16", *["i32:16"] * 3) if gate == "channel" and not states else None,
+        "h": f"*{wide}:16" if states else None,
+        "first": "*fp32:16",
+        "last": None if states else "*fp32:16",
+        "hot": "*i32:16" if gate == "channel" else None,
+        "cu_seqlens": "*i64:16" if packed else None,
+        "scale": "fp32",
+        "T": "i32:16",
+        "sequences": "i32",
+    }
+    known = {
+        "K": key_dim,
+        "V": value_dim,
+        "PADDED": key_dim,
+        "HEADS": 16,
+        "STATES": 16,
+        "GROUP": 1,
+        **{name: 1 for name in kernel.arg_names if name.endswith("_SHARE")},
+        "GATE": gate,
+        "TMA": tma,
+        **products,
+        "SOLVE": solve,
+        "BLOCK_K": launch.block_k,
+        "BLOCK_V": launch.block_v,
+        "STAGES": launch.num_stages,
+        **({"STATES": states} if swept else {}),
+    }
+    name = launch.name if swept else f"linear_attention_{kernel.fn.__name__}"
+    warps, stages = (launch.num_warps, launch.num_stages) if swept else (4, 1)
+    return _row(name + kind, kernel, arguments, known, warps, stages)
 
 
 def _sweep_row(

@@ -1,10 +1,11 @@
 """The decoding kernel and ops of linear attention: one or a few new tokens in one launch, the state updated in place.
 
 B batch, T new tokens, K key dim, V value dim; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hs,V], g [B,T,Hg,K or 1] or None,
-state [B,Hs,K,V], o [B,T,max(Hq,Hs),V]. The delta rule also has beta [B,T,Hs]. A program keeps BLOCK_V columns of one head's state, with all K rows, in
-registers. It reads and writes each element of the state once for all T tokens. No two programs write the same address
-and every sum has a fixed order, so results are bitwise reproducible. Grid and arguments depend on shapes alone, so
-launches can be captured in CUDA graphs.
+state [B,Hs,K,V], o [B,T,max(Hq,Hs),V]. The delta rule also has beta [B,T,Hs].
+
+A program keeps BLOCK_V columns of one head's state, with all K rows, in registers. It reads and writes each element of
+the state once for all T tokens. No two programs write the same address and every sum has a fixed order, so results are
+bitwise reproducible. Grid and arguments depend on shapes alone, so launches can be captured in CUDA graphs.
 """
 
 from functools import cache

@@ -109,6 +109,22 @@ KEYS = {
     "sm_100": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}},
     "gfx942": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}, "fp32": {64: (16, 4, 1)}},
 }
+# ``sweep_delta``: as ``VALUES``. More value columns of a program spill: with 64, K = V = 128 and a gate per head, 418
+# instructions on sm_90.
+DELTA = {
+    "sm_80": {"bf16": {64: (64, 4, 1), 128: (32, 4, 1)}, "fp16": {64: (32, 4, 1), 128: (32, 4, 1)}},
+    "sm_90": {
+        "bf16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1)},
+        "fp16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
+        "fp32": {64: (16, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1)},
+    },
+    "sm_100": {"bf16": {64: (64, 4, 1), 128: (64, 4, 1)}, "fp16": {64: (64, 4, 1), 128: (64, 4, 1)}},
+    "gfx942": {
+        "bf16": {64: (64, 4, 1), 128: (64, 4, 1)},
+        "fp16": {64: (32, 4, 1), 128: (16, 4, 1)},
+        "fp32": {64: (32, 4, 1), 128: (16, 4, 1)},
+    },
+}
 STATES = {"sm_80": (4, 2), "sm_90": (4, 2), "sm_100": (4, 1), "gfx942": (4, 1)}  # num_warps, num_stages
 
 
@@ -128,7 +144,8 @@ class ChunkLaunch:
 
     @property
     def name(self) -> str:
-        dims = f"K{self.most} V{self.block_v}" if self.kernel == "sweep_values" else f"K{self.block_k} V{self.most}"
+        whole_k = self.kernel in ("sweep_values", "sweep_delta")
+        dims = f"K{self.most} V{self.block_v}" if whole_k else f"K{self.block_k} V{self.most}"
         return f"linear_attention_{self.kernel} {dims} {self.operands} warps{self.num_warps}"
 
 
@@ -136,10 +153,10 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
     """Return the launch row of a sweep.
 
     Args:
-        kernel: "sweep_values", "sweep_keys" or "states".
+        kernel: "sweep_values", "sweep_delta", "sweep_keys" or "states".
         architecture: such as "sm_90"; one without rows uses those of ``nearest_architecture``.
         key_dim, value_dim: K, 1 to 256, and V, 1 to 512. A row of ``sweep_keys`` may take fewer values per launch.
-        operands: "bf16", "fp16" or "fp32"; ``chunk_lacks`` has to be None for it.
+        operands: "bf16", "fp16" or "fp32"; ``chunk_lacks`` or ``delta_lacks`` has to be None for it.
     """
     nearest = nearest_architecture(architecture)
     block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
@@ -151,7 +168,7 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
         columns, num_warps, num_stages = rows[most]
         block_k = min(block_k, columns)
     else:
-        rows = VALUES[nearest][operands]
+        rows = (DELTA if kernel == "sweep_delta" else VALUES)[nearest][operands]
         most = min(most for most in rows if key_dim <= most)
         columns, num_warps, num_stages = rows[most]
         block_v = min(block_v, columns)
@@ -199,4 +216,23 @@ def chunk_lacks(
     name = nearest_architecture(architecture(q.device))
     if (operands := operand_name(q, k, v)) not in VALUES[name]:
         return f"q: expected 16-bit operands on {name}, got {operands}"
+    return None
+
+
+def delta_lacks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor | None, normalize: bool
+) -> str | None:
+    """Return why the kernels of the delta rule do not support valid inputs, as ``chunk_lacks``."""
+    if (lacks := chunk_lacks(q, k, v, g, state)) is not None:
+        return lacks
+    if beta.dtype not in DTYPES:
+        return f"beta: expected float32, float16 or bfloat16, got {beta.dtype}"
+    inputs = (q, k, v, g, beta, state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return "q: expected inputs without gradients, got inputs that require them"
+    name, operands = nearest_architecture(architecture(q.device)), operand_name(q, k, v)
+    if operands not in DELTA[name]:
+        return f"q: expected 16-bit operands on {name}, got {operands}"
+    if k.shape[3] > (most := max(DELTA[name][operands])):
+        return f"k: expected a key dim of at most {most}, got {k.shape[3]}"
     return None

@@ -1,0 +1,174 @@
+"""The torch ops of the chunked gated delta rule in Triton, forward and backward: allocation, launches, autograd.
+
+B batch, T time, N sequences; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hs,V], g [B,T,Hg,K], [B,T,Hg,1] or None, beta [B,T,Hs],
+state [N,Hs,K,V], o [B,T,max(Hq,Hs),V]. If a tensor has fewer heads than o, neighbouring heads of o share a head of it.
+
+A sequence is not split into segments, unlike those of ``op``: the transition of a segment would be a K x K matrix.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright takes a launch for a call of the Python function.
+
+import torch
+import triton
+from torch import Tensor
+
+from ...runtime.architectures import launching
+from ...runtime.opaque_ops import opaque_op
+from .delta_chunks import solve_chunks
+from .delta_forward import sweep_delta
+from .launch import operand_name, tile_columns
+from .op import _channel, _constexprs, _dense, _describable, _gate, _gates, _launch, _precision, _slots, _terms, _tile
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What ``solve_chunks`` computes, empty where there is none.
+
+(I + A)^-1 of all chunks [B,T,Hs,64], fp16 for bf16 operands; inverse norms of the keys, fp32 [B,T,Hs]; scores of hot
+channels [B,T,heads of o,64], written only where there are any; flags of hot channels, int32 [slots,Hs,K].
+"""
+
+
+@opaque_op("hybridattn::gated_delta_rule_triton")
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    normalize: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute outputs in v's dtype, final states in fp32, and the four tensors of ``Saved``."""
+    o, last, *saved = _outputs(q, k, v, g, normalize, cu_seqlens)
+    if not o.numel() or not last.numel():
+        return o.zero_(), last.zero_() if state is None else last.copy_(state), *saved
+    q, k, v, g, cu_seqlens = _readable(q, k, v, g, cu_seqlens)
+    first = None if state is None else state.contiguous()
+    _solve(q, k, g, beta, saved, o.shape[2], cu_seqlens, operand_name(q, k, v))
+    _sweep(q, k, v, g, o, saved, beta, None, first, last, cu_seqlens, scale)
+    return o, last, *saved
+
+
+@forward.register_fake
+def _(q, k, v, g, beta, scale, normalize, state, cu_seqlens):
+    return _outputs(q, k, v, g, normalize, cu_seqlens)
+
+
+def _outputs(q, k, v, g, normalize, cu_seqlens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the results of ``forward``."""
+    (batch, tokens, states, value_dim), key_dim = v.shape, k.shape[3]
+    heads, sequences = max(q.shape[2], states), batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    new = v.new_empty if cu_seqlens is None else v.new_zeros  # no program writes tokens past the last offset
+    bits, channels = operand_name(q, k, v), _gate(g) == "channel"
+    solved = torch.float16 if bits == "bf16" else torch.float32  # no element is far above beta |k|^2 <= 2
+    slots = batch * -(-tokens // 64) if cu_seqlens is None else tokens // 64 + sequences
+    return (
+        new(batch, tokens, heads, value_dim),
+        v.new_empty(sequences, states, key_dim, value_dim, dtype=torch.float32),
+        v.new_empty(batch, tokens, states, 64, dtype=solved),
+        v.new_empty((batch, tokens, states) if normalize else 0, dtype=torch.float32),
+        v.new_empty(
+            (batch, tokens, heads, 64) if channels else 0, dtype=torch.bfloat16 if bits == "bf16" else torch.float32
+        ),
+        v.new_empty((slots, states, key_dim) if channels else 0, dtype=torch.int32),
+    )
+
+
+def _readable(q, k, v, g, cu_seqlens) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the tensors in layouts that the kernels can read; a copy is rarely needed."""
+    q, k, v = map(_dense, (q, k, v))
+    return q, k, v, None if g is None else _dense(g), None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+def _solve(q, k, g, beta, saved, heads, cu_seqlens, operands) -> None:
+    solved, norms, pairs, hot = (x if x.numel() else None for x in saved)
+    states, key_dim = solved.shape[2], k.shape[3]
+    slots, sequences = _slots(solved, cu_seqlens)
+    with launching("linear_attention_solve_chunks", k):
+        solve_chunks[(slots * states,)](
+            *(_rows(x) for x in (q, k, g, beta, solved, norms, pairs)),
+            hot,
+            cu_seqlens,
+            k.shape[1],
+            sequences,
+            K=key_dim,
+            STATES=states,
+            GROUP=heads // states,
+            Q_SHARE=heads // q.shape[2],
+            K_SHARE=states // k.shape[2],
+            G_SHARE=1 if g is None else states // g.shape[2],
+            GATE=_gate(g),
+            TERMS=_terms(g, operands),
+            PRECISION=_precision(operands),
+            SOLVE=_solve_precision(operands),
+            BLOCK_K=tile_columns(key_dim),
+            num_warps=4,
+            num_stages=1,
+        )
+
+
+def _sweep(q, k, v, g, y, saved, beta, h, first, last, cu_seqlens, scale) -> None:
+    """Compute outputs and final states; or with h, the states before all chunks and u."""
+    (_, tokens, heads, value_dim), key_dim, states = y.shape, k.shape[3], v.shape[2]
+    operands = operand_name(q, k, v)
+    solved, norms, pairs, hot = (x if x.numel() else None for x in saved)
+    launch = _launch("sweep_delta", k.device, key_dim, value_dim, operands)
+    tma = _describable(launch, cu_seqlens, q, k, v, y, solved, _channel(g))
+    with launching(launch.name, y):
+        sweep_delta[(_slots(y, cu_seqlens)[1] * heads * triton.cdiv(value_dim, launch.block_v),)](
+            *(_tile(x, launch.block_k, tma) for x in (q, k)),
+            _tile(v, launch.block_v, tma),
+            _gates(g, launch.block_k, tma),
+            _tile(y, launch.block_v, tma),
+            _tile(solved, 64, tma),
+            *(_rows(x) for x in (beta, norms, pairs)),
+            h,
+            first,
+            last,
+            hot,
+            cu_seqlens,
+            float(scale),
+            tokens,
+            **_constexprs(launch, heads, key_dim, value_dim, g, operands),
+            PADDED=0 if h is None else h.stride(2),
+            Q_SHARE=heads // q.shape[2],
+            K_SHARE=heads // k.shape[2],
+            G_SHARE=1 if g is None else heads // g.shape[2],
+            STATE_SHARE=heads // states,
+            SOLVE=_solve_precision(operands),
+            STATES=h is not None,
+            TMA=tma,
+            BLOCK_V=launch.block_v,
+        )
+
+
+def _solve_precision(operands: str) -> str:
+    """Return the precision of products with (I + A)^-1: each is followed by others that round its result again."""
+    return "tf32" if operands == "bf16" else _precision("fp32")
+
+
+def _rows(x: Tensor | None) -> tuple | None:
+    """Return x [B,T,heads] or [B,T,heads,D] as a tuple: see ``primitives``."""
+    return None if x is None else (x, *x.stride()[:3])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    normalize: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute outputs [B,T,max(Hq,Hs),V] in v's dtype and final states, fp32 [N,Hs,K,V]; differentiable once.
+
+    With ``normalize`` the kernels divide queries and keys by ``sqrt(sum of squares + 1e-6)``.
+    """
+    o, last, *_ = forward(q, k, v, g, beta, scale, normalize, state, cu_seqlens)
+    return o, last
