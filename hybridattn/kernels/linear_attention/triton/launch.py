@@ -144,7 +144,7 @@ class ChunkLaunch:
 
     @property
     def name(self) -> str:
-        whole_k = self.kernel in ("sweep_values", "sweep_delta")
+        whole_k = self.kernel not in ("sweep_keys", "states")
         dims = f"K{self.most} V{self.block_v}" if whole_k else f"K{self.block_k} V{self.most}"
         return f"linear_attention_{self.kernel} {dims} {self.operands} warps{self.num_warps}"
 
@@ -153,7 +153,7 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
     """Return the launch row of a sweep.
 
     Args:
-        kernel: "sweep_values", "sweep_delta", "sweep_keys" or "states".
+        kernel: "sweep_values", "sweep_keys", "states"; of the delta rule "sweep_delta" or "sweep_gradients".
         architecture: such as "sm_90"; one without rows uses those of ``nearest_architecture``.
         key_dim, value_dim: K, 1 to 256, and V, 1 to 512. A row of ``sweep_keys`` may take fewer values per launch.
         operands: "bf16", "fp16" or "fp32"; ``chunk_lacks`` or ``delta_lacks`` has to be None for it.
@@ -168,7 +168,7 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
         columns, num_warps, num_stages = rows[most]
         block_k = min(block_k, columns)
     else:
-        rows = (DELTA if kernel == "sweep_delta" else VALUES)[nearest][operands]
+        rows = (VALUES if kernel == "sweep_values" else DELTA)[nearest][operands]
         most = min(most for most in rows if key_dim <= most)
         columns, num_warps, num_stages = rows[most]
         block_v = min(block_v, columns)
@@ -227,9 +227,6 @@ def delta_lacks(
         return lacks
     if beta.dtype not in DTYPES:
         return f"beta: expected float32, float16 or bfloat16, got {beta.dtype}"
-    inputs = (q, k, v, g, beta, state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return "q: expected inputs without gradients, got inputs that require them"
     name, operands = nearest_architecture(architecture(q.device)), operand_name(q, k, v)
     if operands not in DELTA[name]:
         return f"q: expected 16-bit operands on {name}, got {operands}"
