@@ -13,6 +13,7 @@ from ...runtime.architectures import CompileRow, Traffic
 from .backward import sweep_keys
 from .chunk_states import scan_states, states
 from .decode import step_kernel
+from .delta_backward import delta_gradients, sweep_gradients
 from .delta_chunks import solve_chunks
 from .delta_forward import sweep_delta
 from .forward import sweep_values
@@ -165,15 +166,20 @@ def _products(architecture: str, dtype: str, gates: str) -> dict[str, int | str]
 
 def _delta_rows(architecture: str) -> Iterator[CompileRow]:
     """Yield the rows of the delta rule, with normalised queries and keys, and their variants at key dim 128."""
+    kernels = (sweep_delta, sweep_gradients, solve_chunks, delta_gradients)
     for dtype in DELTA[architecture]:
         for key_dim in DELTA[architecture][dtype]:
-            yield _delta_row(architecture, sweep_delta, key_dim, 128, "", dtype=dtype, gates=dtype)
-        yield _delta_row(architecture, solve_chunks, 128, 128, f" {dtype}", dtype=dtype, gates=dtype)
-    for kind in ("fp32-gates", "per-head", "no-gate", "packed"):
-        for kernel in (sweep_delta, solve_chunks):
+            for kernel in kernels[:2]:
+                yield _delta_row(architecture, kernel, key_dim, 128, "", dtype=dtype, gates=dtype)
+        for kernel in kernels[2:]:
+            yield _delta_row(architecture, kernel, 128, 128, f" {dtype}", dtype=dtype, gates=dtype)
+    for kind in ("per-head", "no-gate"):
+        for kernel in kernels:
             yield _delta_row(architecture, kernel, 128, 128, f" {kind}", **SWEEP_KINDS[kind])
+    for kernel in kernels[:3]:
+        yield _delta_row(architecture, kernel, 128, 128, " packed", packed=True)
     for kind in ("", "per-head", "no-gate"):
-        values = {**SWEEP_KINDS.get(kind, {}), "STATES": True}
+        values = {**SWEEP_KINDS.get(kind, {}), "states": True}
         yield _delta_row(architecture, sweep_delta, 128, 128, f" {kind} states".replace("  ", " "), **values)
 
 
@@ -187,53 +193,53 @@ def _delta_row(
     gates: str = "bf16",
     gate: str = "channel",
     packed: bool = False,
-    **constexprs: Any,
+    states: bool = False,
 ) -> CompileRow:
     """Return the compilation of a kernel of the delta rule."""
-    launch = chunk_launch("sweep_delta", architecture, key_dim, value_dim, dtype)
-    swept = kernel is sweep_delta
-    tma = swept and launch.tma and not packed
-    keys, solved = _tile_type(dtype, launch.block_k, tma), _tile_type("fp16" if dtype == "bf16" else "fp32", 64, tma)
-    channels, states = _tile_type(gates, launch.block_k, tma), constexprs.get("STATES", False)
-    products = _products(architecture, dtype, gates)
-    solve = "tf32" if dtype == "bf16" else _products(architecture, "fp32", gates)["PRECISION"]
-    wide = "bf16" if dtype == "bf16" else "fp32"
+    name, swept = kernel.fn.__name__, kernel in (sweep_delta, sweep_gradients)
+    launch = chunk_launch(name if swept else "sweep_delta", architecture, key_dim, value_dim, dtype)
+    tma, channels = swept and launch.tma and not packed, gate == "channel"
+    wide, solved = ("bf16", "fp16") if dtype == "bf16" else ("fp32", "fp32")
+    keys, values = (_tile_type(dtype, block, tma) for block in (launch.block_k, launch.block_v))
+    numbers = ("i32:16", "i32:16", "i32:1")  # strides of one number per token and head
     arguments: dict[str, Kind | None] = {
-        **dict.fromkeys(("q", "k"), keys),
-        **dict.fromkeys(("v", "y"), _tile_type(dtype, launch.block_v, tma)),
-        "g": {"channel": channels, "head": _HEAD_GATES["g"], "": None}[gate],
-        "solved": solved,
-        "beta": (f"*{dtype}:16", "i32:16", "i32:16", "i32:1"),
-        "norms": ("*fp32:16", "i32:16", "i32:16", "i32:1"),
-        "pairs": (f"*{wide}:16", *["i32:16"] * 3) if gate == "channel" and not states else None,
-        "h": f"*{wide}:16" if states else None,
-        "first": "*fp32:16",
-        "last": None if states else "*fp32:16",
-        "hot": "*i32:16" if gate == "channel" else None,
+        **dict.fromkeys(("q", "k", "dq", "dk"), keys),
+        **dict.fromkeys(("v", "y", "do"), values),
+        **dict.fromkeys(("r", "dv", *(["y"] if states else [])), _tile_type(wide, launch.block_v, tma)),
+        **dict.fromkeys(("g", "dg"), _tile_type(gates, launch.block_k, tma) if channels else None),
+        **(_HEAD_GATES if gate == "head" else {}),
+        "solved": _tile_type(solved, 64, tma),
+        "beta": (f"*{dtype}:16", *numbers),
+        "norms": ("*fp32:16", *numbers),
+        "dbeta": ("*fp32:16", "i32:16", "i32:16", "i32"),
+        "pairs": _tile_type(wide, 64, False) if channels and not states else None,
+        **dict.fromkeys(("h", "dh"), f"*{wide}:16" if swept else _tile_type(wide, 64, False)),
+        **dict.fromkeys(("first", "last", "dlast", "dfirst"), "*fp32:16"),
+        **({"last": None} if states else {"h": None} if kernel is sweep_delta else {}),
+        "hot": "*i32:16" if channels else None,
         "cu_seqlens": "*i64:16" if packed else None,
         "scale": "fp32",
         "T": "i32:16",
         "sequences": "i32",
     }
     known = {
-        "K": key_dim,
+        **dict.fromkeys(("K", "PADDED"), key_dim),
         "V": value_dim,
-        "PADDED": key_dim,
         "HEADS": 16,
-        "STATES": 16,
         "GROUP": 1,
-        **{name: 1 for name in kernel.arg_names if name.endswith("_SHARE")},
         "GATE": gate,
         "TMA": tma,
-        **products,
-        "SOLVE": solve,
-        "BLOCK_K": launch.block_k,
+        **{name: 1 for name in kernel.arg_names if name.endswith("_SHARE")},
+        **_products(architecture, dtype, gates),
+        "SOLVE": "tf32" if dtype == "bf16" else _products(architecture, "fp32", gates)["PRECISION"],
+        "STATES": states if swept else 16,
+        "NORMALIZE": True,
+        "BLOCK_K": 128 if kernel is delta_gradients else launch.block_k,
         "BLOCK_V": launch.block_v,
         "STAGES": launch.num_stages,
-        **({"STATES": states} if swept else {}),
     }
-    name = launch.name if swept else f"linear_attention_{kernel.fn.__name__}"
-    warps, stages = (launch.num_warps, launch.num_stages) if swept else (4, 1)
+    name = launch.name if swept else f"linear_attention_{name}"
+    warps, stages = (launch.num_warps, launch.num_stages) if swept else (8 if kernel is delta_gradients else 4, 1)
     return _row(name + kind, kernel, arguments, known, warps, stages)
 
 

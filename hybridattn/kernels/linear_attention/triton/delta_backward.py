@@ -1,20 +1,17 @@
 """The backward kernels of the chunked gated delta rule; ``delta_chunks`` has the formulas and the notation.
 
-Write do for the gradient of o and dS for that of the state after the chunk, and put A = diag(beta) L, with L the scores
-of the keys as queries. With p[t,s] the scores of the queries,
+Write do for the gradient of o, dS for that of the state after the chunk, and p[t,s] for the scores of the queries:
 
-    du = p^T do + (k 2^(bits - b)) dS       w = (I + A)^-T du         dv = diag(beta) w
-    dS <- D dS + (q 2^b)^T do - (k 2^b)^T dv                          dbeta_t = w_t . u_t / beta_t
+    du = p^T do + (k 2^(bits - b)) dS      w = du - M^T diag(beta) du      dv = diag(beta) w      dbeta_t = w_t . r_t
+    dS <- D dS + (q 2^b)^T do - (k 2^b)^T dv
 
 So -dv is the gradient of the outputs of one more stream of queries, the keys themselves, which see earlier tokens only.
 The gradients of q, k and g are those of gated linear attention with both streams and the values u: see ``backward``.
 
-    sweep_delta      with STATES computes h, the state before every chunk, and u
+    sweep_delta      with STATES computes h, the state before every chunk, and r
     sweep_gradients  carries dS backwards and computes dv, dbeta and dh, the gradient of the state after every chunk; a
                      program has a block of value columns
     delta_gradients  computes the gradients of q, k and g; a program has one chunk and head
-
-Both kernels raise beta to 2^-60, so that dbeta exists where beta is 0.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
@@ -32,7 +29,6 @@ from .delta_chunks import (
     load_sums,
     load_vector,
 )
-from .delta_forward import SMALLEST
 from .hot_channels import halves
 from .primitives import (
     find_sequence,
@@ -52,7 +48,7 @@ def sweep_gradients(
     k,  # [B,T,*,K]
     g,  # gates [B,T,*,K], or [B,T,*,1] as a tuple, or None
     do,  # [B,T,HEADS,V]
-    u,  # [B,T,HEADS,V], from ``sweep_delta``
+    r,  # [B,T,HEADS,V], from ``sweep_delta``
     dv,  # output [B,T,HEADS,V]
     dbeta,  # output: one part per block of values, fp32 [B,T,HEADS,blocks], a tuple
     solved,  # [B,T,*,64], from ``solve_chunks``
@@ -149,14 +145,14 @@ def sweep_gradients(
         if norms is not None:
             dot *= inverse_norms(squares)[None, :]
         du = product(operand(dot, PRECISION), scores, du, PRECISION)
-        strength = tl.maximum(load_vector(beta, batch, row, own, end), SMALLEST)
+        strength = load_vector(beta, batch, row, own, end)
         if norms is not None:
             scales = load_vector(norms, batch, row, own, end)
             du *= scales[None, :]
-        X = load_tile(solved, batch, row, own, 0, end, 64, 64, TMA)
-        w = product(operand(du, SOLVE), X, tl.zeros([BLOCK_V, 64], tl.float32), SOLVE)
-        ut = tl.trans(load_tile(u, batch, row, head, column, end, V, BLOCK_V, TMA)).to(tl.float32)
-        store_gates(dbeta, tl.sum(w * ut, 0) / strength, batch, row, head, column // BLOCK_V, end)
+        M = load_tile(solved, batch, row, own, 0, end, 64, 64, TMA)
+        w = du - product(operand(du * strength[None, :], SOLVE), M, tl.zeros([BLOCK_V, 64], tl.float32), SOLVE)
+        rt = tl.trans(load_tile(r, batch, row, head, column, end, V, BLOCK_V, TMA)).to(tl.float32)
+        store_gates(dbeta, tl.sum(w * rt, 0), batch, row, head, column // BLOCK_V, end)
         w *= strength[None, :]
         store_tile(dv, tl.trans(w), batch, row, head, column, end, V, BLOCK_V, TMA)
 
@@ -205,8 +201,9 @@ def delta_gradients(
     k,  # [B,T,*,K]
     g,  # as in ``sweep_gradients``
     do,  # [B,T,HEADS,V]
-    u,  # [B,T,HEADS,V], from ``sweep_delta``
+    r,  # [B,T,HEADS,V], from ``sweep_delta``
     dv,  # [B,T,HEADS,V], from ``sweep_gradients``
+    beta,  # [B,T,*]
     h,  # states before all chunks [slots,V,HEADS,padded K], from ``sweep_delta``
     dh,  # gradients of the states after all chunks, from ``sweep_gradients``
     dq,  # output [B,T,HEADS,K]
@@ -246,10 +243,11 @@ def delta_gradients(
     dB, dB_turned = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
     aq, ap = tl.zeros([64, BLOCK_K], tl.float32), tl.zeros([64, BLOCK_K], tl.float32)
     ik, kept = tl.zeros([64, BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
+    strength = load_vector(beta, batch, row, head // STATE_SHARE, end)
     for j in range(0, V, 64):
         dot = load_tile(do, batch, row, head, j, end, V, 64, False)
         dvt = load_tile(dv, batch, row, head, j, end, V, 64, False)
-        ut = load_tile(u, batch, row, head, j, end, V, 64, False)
+        ut = operand(load_tile(r, batch, row, head, j, end, V, 64, False) * strength[:, None], PRECISION)
         ht = load_tile(h, slot, j, head, 0, V, K, BLOCK_K, False)
         dht = load_tile(dh, slot, j, head, 0, V, K, BLOCK_K, False)
         dA, dA_turned = product(dot, tl.trans(ut), dA, PRECISION), product(ut, tl.trans(dot), dA_turned, PRECISION)

@@ -1,19 +1,21 @@
 """What the kernels of the chunked gated delta rule have in common, and the kernel that solves each chunk's system.
 
 B batch, T time, N sequences, K key dim, V value dim. Per chunk of 64 tokens, with b the running sum of the gates, S the
-state before the chunk, and A[t,s] = beta_t (k_t 2^b_t) . (k_s 2^-b_s) for s < t, else 0:
+state before the chunk, and the scores of the keys L[t,s] = (k_t 2^b_t) . (k_s 2^-b_s) for s < t, else 0:
 
-    u   = (I + A)^-1 diag(beta) (v - (k 2^b) S)
+    x   = v - (k 2^b) S
+    r   = x - M diag(beta) x,   M = L (I + diag(beta) L)^-1,   u = diag(beta) r
     o_t = scale * (q_t 2^b_t) S + scale * sum_{s<=t} [ (q_t 2^b_t) . (k_s 2^-b_s) ] u_s
     S  <- D S + (k 2^(bits - b))^T u
 
 (Yang et al., "Gated Delta Networks" (2025), section 3.3; Kimi Team, "Kimi Linear" (2025), section 3.) The last two
-lines are gated linear attention with the values u: see ``forward``, also for hot channels.
+lines are gated linear attention with the values u: see ``forward``, also for hot channels. r is the difference between
+a value and what the state, with the earlier tokens of the chunk, holds for its key. M gives r also where beta is 0.
 
-    solve_chunks     (this file) computes (I + A)^-1 of every chunk and head, 64 numbers per token
+    solve_chunks     (this file) computes M of every chunk and head, 64 numbers per token
     sweep_delta      (``delta_forward``) computes u and, with the state in registers, o or the states before all chunks
-    sweep_gradients  (``delta_backward``) carries the gradient of the state backwards and computes dv
-    delta_gradients  (``delta_backward``) computes the gradients of q, k, g and beta
+    sweep_gradients  (``delta_backward``) carries the gradient of the state backwards and computes dv and dbeta
+    delta_gradients  (``delta_backward``) computes the gradients of q, k and g
 
 ``sweep_delta`` leaves out the contribution of hot channels to the scores, as ``forward`` does. Here the values u depend
 on the scores of the keys with each other, so ``solve_chunks`` adds the contribution before it inverts. It also stores
@@ -157,7 +159,7 @@ def solve_chunks(
     k,  # [B,T,*,K]
     g,  # gates [B,T,*,K] or [B,T,*,1], or None
     beta,  # [B,T,STATES]
-    solved,  # output: (I + A)^-1, [B,T,STATES,64]
+    solved,  # output: M, [B,T,STATES,64]
     norms,  # output: 1 / sqrt(sum of squares + 1e-6) of the keys, fp32 [B,T,STATES]; or None
     pairs,  # output: scores of hot channels with scale 1, [B,T,STATES * GROUP,64]; only where there are any; or None
     hot,  # output: int32 [slots,STATES,K], 1 for hot channels, 0 for others; or None
@@ -173,7 +175,7 @@ def solve_chunks(
     GATE: tl.constexpr,  # "", "head" or "channel"
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SOLVE: tl.constexpr,  # precision of products with the inverse
+    SOLVE: tl.constexpr,  # precision of products with M and the inverse
     BLOCK_K: tl.constexpr,
 ):
     """Solve the system of one chunk and head."""
@@ -238,6 +240,7 @@ def solve_chunks(
         scores *= scale[:, None] * scale[None, :]
         store_vector(norms, scale, batch, row, head, end)
     strength = load_vector(beta, batch, row, head, end)
-    A = tl.where(t[:, None] > t[None, :], scores * strength[:, None], 0.0)
-    X = unit_inverse(A, SOLVE)
-    store_tile(solved, X, batch, row, head, 0, end, 64, 64, False)
+    L = tl.where(t[:, None] > t[None, :], scores, 0.0)
+    X = operand(unit_inverse(L * strength[:, None], SOLVE), SOLVE)
+    M = product(operand(L, SOLVE), X, tl.zeros([64, 64], tl.float32), SOLVE)
+    store_tile(solved, M, batch, row, head, 0, end, 64, 64, False)

@@ -15,8 +15,6 @@ import triton.language as tl
 from .delta_chunks import head_gaps, head_sums, inverse_norms, key_exponents, load_sums, load_vector
 from .primitives import find_sequence, load_tile, operand, product, store_tile
 
-SMALLEST = tl.constexpr(2.0**-60)  # least beta of the backward pass, which divides u by beta
-
 
 # ``scale`` is never specialised: ptxas 12.8 miscompiles some kernels for sm_90 if it is the constant 1.
 @triton.jit(do_not_specialize=["scale"])
@@ -25,7 +23,7 @@ def sweep_delta(
     k,  # [B,T,*,K]
     v,  # [B,T,*,V]
     g,  # gates [B,T,*,K], or [B,T,*,1] as a tuple, or None
-    y,  # output: o, or with STATES u, [B,T,HEADS,V]
+    y,  # output: o, or with STATES r, [B,T,HEADS,V]
     solved,  # [B,T,*,64], from ``solve_chunks``
     beta,  # [B,T,*], a tuple
     norms,  # inverse norms of the keys [B,T,*], a tuple, if queries and keys are normalised; else None
@@ -48,7 +46,7 @@ def sweep_delta(
     GATE: tl.constexpr,  # "", "head" or "channel"
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SOLVE: tl.constexpr,  # precision of products with the inverse
+    SOLVE: tl.constexpr,  # precision of products with M
     STATES: tl.constexpr,  # compute what the backward pass needs, instead of outputs
     TMA: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -128,19 +126,18 @@ def sweep_delta(
                     scores += tl.trans(load_tile(pairs, batch, row, head, 0, end, 64, 64, False).to(tl.float32))
             scores = operand(tl.where(t[:, None] <= t[None, :], scores, 0.0), LAST)
 
-        # u = (I + A)^-1 diag(beta) (v - (k 2^b) S)
+        # r = x - M diag(beta) x with x = v - (k 2^b) S
         vt = load_tile(v, batch, row, own, column, end, V, BLOCK_V, TMA)
         strength = load_vector(beta, batch, row, own, end)
-        if STATES:
-            strength = tl.maximum(strength, SMALLEST)
         if norms is not None:
             scales = load_vector(norms, batch, row, own, end)
             known *= scales[None, :]
-        written = operand((tl.trans(vt).to(tl.float32) - known) * strength[None, :], SOLVE)
-        X = load_tile(solved, batch, row, own, 0, end, 64, 64, TMA)
-        u = product(written, tl.trans(X), tl.zeros([BLOCK_V, 64], tl.float32), SOLVE)
+        x = tl.trans(vt).to(tl.float32) - known
+        M = load_tile(solved, batch, row, own, 0, end, 64, 64, TMA)
+        r = x - product(operand(x * strength[None, :], SOLVE), tl.trans(M), tl.zeros([BLOCK_V, 64], tl.float32), SOLVE)
         if STATES:
-            store_tile(y, tl.trans(u), batch, row, head, column, end, V, BLOCK_V, TMA)
+            store_tile(y, tl.trans(r), batch, row, head, column, end, V, BLOCK_V, TMA)
+        u = r * strength[None, :]
         if norms is not None:
             u *= scales[None, :]
 

@@ -38,7 +38,7 @@ from .op import (
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 """What ``solve_chunks`` computes, empty where there is none.
 
-(I + A)^-1 of all chunks [B,T,Hs,64], fp16 for bf16 operands; inverse norms of the keys, fp32 [B,T,Hs]; scores of hot
+M of all chunks [B,T,Hs,64], fp16 for bf16 operands; inverse norms of the keys, fp32 [B,T,Hs]; scores of hot
 channels [B,T,heads of o,64], written only where there are any; flags of hot channels, int32 [slots,Hs,K].
 """
 
@@ -103,12 +103,12 @@ def backward(
     do, dlast, first = _dense(do), dlast.contiguous(), None if state is None else state.contiguous()
     operands, heads, saved = operand_name(q, k, v), do.shape[2], (solved, norms, pairs, hot)
     wide = torch.bfloat16 if operands == "bf16" else torch.float32
-    u, dv = (_gradients_of(v, do, cu_seqlens, dtype) for dtype in (wide, None if operands == "bf16" else wide))
+    r, dv = (_gradients_of(v, do, cu_seqlens, dtype) for dtype in (wide, None if operands == "bf16" else wide))
     rows = -(-k.shape[3] // 8) * 8
     h, dh = (do.new_empty(_slots(do, cu_seqlens)[0], v.shape[3], heads, rows, dtype=wide) for _ in "12")
-    _sweep(q, k, v, g, u, saved, beta, h, first, None, cu_seqlens, scale)
-    dbeta, dfirst = _sweep_back(q, k, g, do, u, dv, saved, beta, dh, dlast, cu_seqlens, scale, operands)
-    dq, dk, dg = _gradients(q, k, g, do, u, dv, h, dh, saved, cu_seqlens, scale, operands)
+    _sweep(q, k, v, g, r, saved, beta, h, first, None, cu_seqlens, scale)
+    dbeta, dfirst = _sweep_back(q, k, g, do, r, dv, saved, beta, dh, dlast, cu_seqlens, scale, operands)
+    dq, dk, dg = _gradients(q, k, g, do, r, dv, beta, h, dh, saved, cu_seqlens, scale, operands)
     grads = [_summed(y, x) for y, x in zip((dq, dk, dv, dg), given, strict=False)]
     dbeta = dbeta.sum(3).unflatten(2, (beta.shape[2], -1)).sum(3).to(beta.dtype)
     return grads[0], grads[1], grads[2], grads[3], dbeta, dfirst.unflatten(1, (dlast.shape[1], -1)).sum(2)
@@ -142,7 +142,7 @@ def _outputs(q, k, v, g, normalize, cu_seqlens) -> tuple[Tensor, Tensor, Tensor,
     heads, sequences = max(q.shape[2], states), batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     new = v.new_empty if cu_seqlens is None else v.new_zeros  # no program writes tokens past the last offset
     bits, channels = operand_name(q, k, v), _gate(g) == "channel"
-    solved = torch.float16 if bits == "bf16" else torch.float32  # no element is far above beta |k|^2 <= 2
+    solved = torch.float16 if bits == "bf16" else torch.float32  # no element is far above |k|^2
     slots = batch * -(-tokens // 64) if cu_seqlens is None else tokens // 64 + sequences
     return (
         new(batch, tokens, heads, value_dim),
@@ -191,7 +191,7 @@ def _solve(q, k, g, beta, saved, heads, cu_seqlens, operands) -> None:
 
 
 def _sweep(q, k, v, g, y, saved, beta, h, first, last, cu_seqlens, scale) -> None:
-    """Compute outputs and final states; or with h, the states before all chunks and u."""
+    """Compute outputs and final states; or with h, the states before all chunks and r."""
     (_, tokens, heads, value_dim), key_dim, states = y.shape, k.shape[3], v.shape[2]
     operands = operand_name(q, k, v)
     solved, norms, pairs, hot = (x if x.numel() else None for x in saved)
@@ -225,7 +225,7 @@ def _sweep(q, k, v, g, y, saved, beta, h, first, last, cu_seqlens, scale) -> Non
         )
 
 
-def _sweep_back(q, k, g, do, u, dv, saved, beta, dh, dlast, cu_seqlens, scale, operands) -> tuple[Tensor, Tensor]:
+def _sweep_back(q, k, g, do, r, dv, saved, beta, dh, dlast, cu_seqlens, scale, operands) -> tuple[Tensor, Tensor]:
     """Compute dv and dh; return the parts of dbeta [B,T,heads,blocks], and the gradients of the initial states."""
     (batch, tokens, heads, value_dim), key_dim, states = do.shape, k.shape[3], beta.shape[2]
     solved, norms, pairs, hot = (x if x.numel() else None for x in saved)
@@ -234,12 +234,12 @@ def _sweep_back(q, k, g, do, u, dv, saved, beta, dh, dlast, cu_seqlens, scale, o
     new = do.new_empty if cu_seqlens is None else do.new_zeros
     dbeta = new(batch, tokens, heads, blocks, dtype=torch.float32)
     dfirst = dlast.new_empty(dlast.shape[0], heads, *dlast.shape[2:])
-    tma = _describable(launch, cu_seqlens, q, k, do, u, dv, solved, _channel(g))
+    tma = _describable(launch, cu_seqlens, q, k, do, r, dv, solved, _channel(g))
     with launching(launch.name, k):
         sweep_gradients[(_slots(do, cu_seqlens)[1] * heads * blocks,)](
             *(_tile(x, launch.block_k, tma) for x in (q, k)),
             _gates(g, launch.block_k, tma),
-            *(_tile(x, launch.block_v, tma) for x in (do, u, dv)),
+            *(_tile(x, launch.block_v, tma) for x in (do, r, dv)),
             _rows(dbeta),
             _tile(solved, 64, tma),
             *(_rows(x) for x in (beta, norms, pairs)),
@@ -263,7 +263,7 @@ def _sweep_back(q, k, g, do, u, dv, saved, beta, dh, dlast, cu_seqlens, scale, o
     return dbeta, dfirst
 
 
-def _gradients(q, k, g, do, u, dv, h, dh, saved, cu_seqlens, scale, operands) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(q, k, g, do, r, dv, beta, h, dh, saved, cu_seqlens, scale, operands) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and g (empty without gates) for every head of do."""
     (_, tokens, heads, value_dim), key_dim, states = do.shape, k.shape[3], saved[0].shape[2]
     norms, hot = (x if x.numel() else None for x in (saved[1], saved[3]))
@@ -272,7 +272,7 @@ def _gradients(q, k, g, do, u, dv, h, dh, saved, cu_seqlens, scale, operands) ->
     slots, sequences = _slots(do, cu_seqlens)
     with launching("linear_attention_delta_gradients", k):
         delta_gradients[(slots * heads,)](
-            *(_rows(x) for x in (q, k, g, do, u, dv, h, dh, dq, dk, dg)),
+            *(_rows(x) for x in (q, k, g, do, r, dv, beta, h, dh, dq, dk, dg)),
             hot,
             cu_seqlens,
             float(scale),
@@ -297,7 +297,7 @@ def _gradients(q, k, g, do, u, dv, h, dh, saved, cu_seqlens, scale, operands) ->
 
 
 def _solve_precision(operands: str) -> str:
-    """Return the precision of products with (I + A)^-1: each is followed by others that round its result again."""
+    """Return the precision of products with M: one rounding step less than that of other products."""
     return "tf32" if operands == "bf16" else _precision("fp32")
 
 

@@ -109,21 +109,17 @@ KEYS = {
     "sm_100": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}},
     "gfx942": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}, "fp32": {64: (16, 4, 1)}},
 }
-# ``sweep_delta``: as ``VALUES``. More value columns of a program spill: with 64, K = V = 128 and a gate per head, 418
-# instructions on sm_90.
+# ``sweep_delta`` and ``sweep_gradients``: as ``VALUES``. With 64 value columns a program of ``sweep_delta`` for K = 128
+# and a gate per head has 418 spill instructions on sm_90, with 32 none.
 DELTA = {
-    "sm_80": {"bf16": {64: (64, 4, 1), 128: (32, 4, 1)}, "fp16": {64: (32, 4, 1), 128: (32, 4, 1)}},
+    "sm_80": {"bf16": {128: (32, 4, 1)}},
     "sm_90": {
         "bf16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1)},
         "fp16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
         "fp32": {64: (16, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1)},
     },
-    "sm_100": {"bf16": {64: (64, 4, 1), 128: (64, 4, 1)}, "fp16": {64: (64, 4, 1), 128: (64, 4, 1)}},
-    "gfx942": {
-        "bf16": {64: (64, 4, 1), 128: (64, 4, 1)},
-        "fp16": {64: (32, 4, 1), 128: (16, 4, 1)},
-        "fp32": {64: (32, 4, 1), 128: (16, 4, 1)},
-    },
+    "sm_100": {"bf16": {128: (32, 4, 1)}},
+    "gfx942": {"bf16": {128: (32, 4, 1)}},
 }
 STATES = {"sm_80": (4, 2), "sm_90": (4, 2), "sm_100": (4, 1), "gfx942": (4, 1)}  # num_warps, num_stages
 
@@ -229,7 +225,7 @@ def delta_lacks(
         return f"beta: expected float32, float16 or bfloat16, got {beta.dtype}"
     name, operands = nearest_architecture(architecture(q.device)), operand_name(q, k, v)
     if operands not in DELTA[name]:
-        return f"q: expected 16-bit operands on {name}, got {operands}"
+        return f"q: expected operands in {' or '.join(DELTA[name])} on {name}, got {operands}"
     if k.shape[3] > (most := max(DELTA[name][operands])):
         return f"k: expected a key dim of at most {most}, got {k.shape[3]}"
     return None
