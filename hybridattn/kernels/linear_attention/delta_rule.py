@@ -11,8 +11,7 @@ from ..runtime.checks import check_inference, check_layout, check_shape, check_t
 from . import chunked_delta, reference
 from .operands import check_gates, check_operands, check_scale, l2_normalize, match_heads
 from .segment_state import check_strength
-
-NO_TRITON = "the gated delta rule is not supported"
+from .triton.launch import MOST_DELTA_TOKENS, delta_lacks, step_lacks
 
 
 def gated_delta_rule(
@@ -53,7 +52,7 @@ def gated_delta_rule(
         cu_seqlens: integer offsets [N+1] of sequences packed into one row (B = 1).
         check_values: on a GPU, also check the values of g, beta and cu_seqlens (synchronises). On a CPU they are always
             checked.
-        backend: ``"reference"``, ``"torch"`` or None (``"torch"``).
+        backend: ``"reference"``, ``"torch"``, ``"triton"`` or None: see ``choose_backend``.
 
     Returns:
         o [B,T,max(Hq, Hv),V] in v's dtype, and the final state [N,Hv,K,V], fp32 (fp64 for fp64 inputs), or None.
@@ -109,8 +108,14 @@ def gated_delta_rule_step(
     check_tensors("q", q=q, state=state)
     check_inference("state", q, k, v, g, beta, state)
     scale = check_scale(scale, sizes)
-    if sizes["T"] != 1 or choose_backend(backend, q, NO_TRITON) == "reference":
-        o, after = _attend(sizes, q, k, v, g, beta, scale, normalize_qk, state, None, backend)
+    few = sizes["T"] <= MOST_DELTA_TOKENS or backend is not None
+    chosen = choose_backend(backend, q, step_lacks(q, k, v, g, state, beta)) if few else None
+    if chosen == "triton":
+        from .triton import decode  # triton may be missing on a machine without a GPU
+
+        return decode.delta_step(q, k, v, g, beta, scale, normalize_qk, state)
+    if chosen in ("reference", None) or sizes["T"] != 1:
+        o, after = _attend(sizes, q, k, v, g, beta, scale, normalize_qk, state, None, chosen)
         state.copy_(after)
         return o
     heads, dtype = state.shape[1], state.dtype
@@ -132,7 +137,12 @@ def gated_delta_rule_step(
 
 
 def _attend(sizes, q, k, v, g, beta, scale, normalize, state, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
-    backend = choose_backend(backend, q, NO_TRITON)
+    backend = choose_backend(backend, q, delta_lacks(q, k, v, g, beta, state, normalize))
+    if backend == "triton":
+        from .triton import delta_op  # triton may be missing on a machine without a GPU
+
+        with no_autocast(q):
+            return delta_op.attend(q, k, v, g, beta, scale, normalize, state, cu_seqlens)
     dtype = compute_dtype(q, k, v, g, beta)
     if state is None:
         state = q.new_zeros(*(sizes[c] for c in ("N", "Hs", "K", "V")), dtype=dtype)

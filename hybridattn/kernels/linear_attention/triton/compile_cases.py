@@ -13,9 +13,12 @@ from ...runtime.architectures import CompileRow, Traffic
 from .backward import sweep_keys
 from .chunk_states import scan_states, states
 from .decode import step_kernel
+from .delta_backward import delta_gradients, sweep_gradients
+from .delta_chunks import solve_chunks
+from .delta_forward import sweep_delta
 from .forward import sweep_values
 from .hot_channels import repair_keys, repair_values
-from .launch import KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
+from .launch import DELTA, KEYS, STEP, VALUES, ChunkLaunch, StepLaunch, chunk_launch, step_launch, tile_columns
 from .taylor import sweep_features
 
 Kind = str | tuple[str, ...]
@@ -29,6 +32,13 @@ STEP_KINDS = {
     "no-gate": ("bf16", "", 1, 128, True),
     "4-queries": ("bf16", "channel", 4, 128, True),
     "odd": ("bf16", "channel", 1, 129, False),
+}
+# The same for the delta rule, with normalised queries and keys.
+DELTA_STEP_KINDS = {
+    "delta": ("bf16", "channel", 1, 128, True),
+    "delta fp32": ("fp32", "channel", 1, 128, True),
+    "delta per-head": ("bf16", "head", 1, 128, True),
+    "delta no-gate": ("bf16", "", 1, 128, True),
 }
 
 # Variants of a sweep besides the default (bf16, a gate per channel): arguments of ``_sweep_row``.
@@ -46,6 +56,10 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
         yield _step_row(step_launch(architecture, key_dim), "", "bf16", "channel", 1, 128, True)
     for kind, values in STEP_KINDS.items():
         yield _step_row(step_launch(architecture, 128), f" {kind}", *values)
+    for key_dim in (64, 128, 256):
+        yield _step_row(step_launch(architecture, key_dim), " delta", *DELTA_STEP_KINDS["delta"], delta=True)
+    for kind, values in list(DELTA_STEP_KINDS.items())[1:]:
+        yield _step_row(step_launch(architecture, 128), f" {kind}", *values, delta=True)
     for dtype in VALUES[architecture]:
         for key_dim in VALUES[architecture][dtype]:
             yield _sweep_row(architecture, sweep_values, key_dim, 128, "", dtype=dtype, gates=dtype)
@@ -68,10 +82,18 @@ def compile_rows(architecture: str) -> Iterator[CompileRow]:
     yield _sweep_row(architecture, sweep_values, 153, 128, " taylor reverse", gate="", dim=16, REVERSE=True)
     for kernel, constexprs in ((repair_values, {"REVERSE": False}), (repair_keys, {})):
         yield _repair_row(architecture, kernel, constexprs)
+    yield from _delta_rows(architecture)
 
 
 def _step_row(
-    launch: StepLaunch, kind: str, dtype: str, gate: str, queries: int, value_dim: int, aligned: bool
+    launch: StepLaunch,
+    kind: str,
+    dtype: str,
+    gate: str,
+    queries: int,
+    value_dim: int,
+    aligned: bool,
+    delta: bool = False,
 ) -> CompileRow:
     """Return the compilation of a step with one new token; the JIT specialises on the number 1."""
     by_16 = ":16" if aligned else ""
@@ -81,6 +103,7 @@ def _step_row(
     signature: dict[str, Kind] = {
         **dict.fromkeys(("q", "k", "v", "o"), f"*{dtype}{by_16}"),
         **({"g": f"*{dtype}{by_16}"} if gate else {}),
+        **({"beta": (f"*{dtype}{by_16}", f"i32{by_16}", f"i32{by_16}", "i32:1")} if delta else {}),
         "state": f"*fp32{by_16}",
         "scale": "fp32",
         "tokens": "i32:1",
@@ -89,6 +112,8 @@ def _step_row(
     }
     constexprs = {
         **({} if gate else {"g": None}),
+        **({} if delta else {"beta": None}),
+        "NORMALIZE": delta,
         "K": launch.block_k if aligned else launch.block_k - 1,
         "V": value_dim,
         "STATES": 16,
@@ -103,10 +128,18 @@ def _step_row(
     return CompileRow(launch.name + kind, step_kernel, signature, constexprs, launch.num_warps, launch.num_stages)
 
 
-def step_traffic(launch: StepLaunch, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> Traffic:
-    """Return the traffic bounds of a step: every byte once, except for q, k and g.
+def step_traffic(
+    launch: StepLaunch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    beta: Tensor | None = None,
+) -> Traffic:
+    """Return the traffic bounds of a step: every byte once, except for q, k, g and beta.
 
-    Each program, that is each block of value columns of each state, reads q, k and g.
+    Each program, that is each block of value columns of each state, reads q, k, g and beta.
     """
     blocks, states = -(-v.shape[3] // launch.block_v), state.shape[1]
     loads = {
@@ -115,6 +148,7 @@ def step_traffic(launch: StepLaunch, q: Tensor, k: Tensor, v: Tensor, g: Tensor 
         "q": blocks * max(states / q.shape[2], 1.0),
         "k": blocks * states / k.shape[2],
         **({} if g is None else {"g": blocks * states / g.shape[2]}),
+        **({} if beta is None else {"beta": float(blocks)}),
     }
     return Traffic(1.0, loads, {"state": 1.0, "o": 1.0})
 
@@ -128,6 +162,85 @@ def _products(architecture: str, dtype: str, gates: str) -> dict[str, int | str]
     exact = "ieee" if architecture.startswith("gfx") else "tf32x3"
     precision = {"bf16": "bf16", "fp16": "tf32", "fp32": exact}[dtype]
     return {"PRECISION": precision, "TERMS": 1 if gates != "fp32" else 2 if dtype == "bf16" else 3}
+
+
+def _delta_rows(architecture: str) -> Iterator[CompileRow]:
+    """Yield the rows of the delta rule, with normalised queries and keys, and their variants at key dim 128."""
+    kernels = (sweep_delta, sweep_gradients, solve_chunks, delta_gradients)
+    for dtype in DELTA[architecture]:
+        for key_dim in DELTA[architecture][dtype]:
+            for kernel in kernels[:2]:
+                yield _delta_row(architecture, kernel, key_dim, 128, "", dtype=dtype, gates=dtype)
+        for kernel in kernels[2:]:
+            yield _delta_row(architecture, kernel, 128, 128, f" {dtype}", dtype=dtype, gates=dtype)
+    for kind in ("per-head", "no-gate"):
+        for kernel in kernels:
+            yield _delta_row(architecture, kernel, 128, 128, f" {kind}", **SWEEP_KINDS[kind])
+    for kernel in kernels[:3]:
+        yield _delta_row(architecture, kernel, 128, 128, " packed", packed=True)
+    for kind in ("", "per-head", "no-gate"):
+        values = {**SWEEP_KINDS.get(kind, {}), "states": True}
+        yield _delta_row(architecture, sweep_delta, 128, 128, f" {kind} states".replace("  ", " "), **values)
+
+
+def _delta_row(
+    architecture: str,
+    kernel: Any,
+    key_dim: int,
+    value_dim: int,
+    kind: str,
+    dtype: str = "bf16",
+    gates: str = "bf16",
+    gate: str = "channel",
+    packed: bool = False,
+    states: bool = False,
+) -> CompileRow:
+    """Return the compilation of a kernel of the delta rule."""
+    name, swept = kernel.fn.__name__, kernel in (sweep_delta, sweep_gradients)
+    launch = chunk_launch(name if swept else "sweep_delta", architecture, key_dim, value_dim, dtype)
+    tma, channels = swept and launch.tma and not packed, gate == "channel"
+    wide, solved = ("bf16", "fp16") if dtype == "bf16" else ("fp32", "fp32")
+    keys, values = (_tile_type(dtype, block, tma) for block in (launch.block_k, launch.block_v))
+    numbers = ("i32:16", "i32:16", "i32:1")  # strides of one number per token and head
+    arguments: dict[str, Kind | None] = {
+        **dict.fromkeys(("q", "k", "dq", "dk"), keys),
+        **dict.fromkeys(("v", "y", "do"), values),
+        **dict.fromkeys(("r", "dv", *(["y"] if states else [])), _tile_type(wide, launch.block_v, tma)),
+        **dict.fromkeys(("g", "dg"), _tile_type(gates, launch.block_k, tma) if channels else None),
+        **(_HEAD_GATES if gate == "head" else {}),
+        "solved": _tile_type(solved, 64, tma),
+        "beta": (f"*{dtype}:16", *numbers),
+        "norms": ("*fp32:16", *numbers),
+        "dbeta": ("*fp32:16", "i32:16", "i32:16", "i32"),
+        "pairs": _tile_type(wide, 64, False) if channels and not states else None,
+        **dict.fromkeys(("h", "dh"), f"*{wide}:16" if swept else _tile_type(wide, 64, False)),
+        **dict.fromkeys(("first", "last", "dlast", "dfirst"), "*fp32:16"),
+        **({"last": None} if states else {"h": None} if kernel is sweep_delta else {}),
+        "hot": "*i32:16" if channels else None,
+        "cu_seqlens": "*i64:16" if packed else None,
+        "scale": "fp32",
+        "T": "i32:16",
+        "sequences": "i32",
+    }
+    known = {
+        **dict.fromkeys(("K", "PADDED"), key_dim),
+        "V": value_dim,
+        "HEADS": 16,
+        "GROUP": 1,
+        "GATE": gate,
+        "TMA": tma,
+        **{name: 1 for name in kernel.arg_names if name.endswith("_SHARE")},
+        **_products(architecture, dtype, gates),
+        "SOLVE": "tf32" if dtype == "bf16" else _products(architecture, "fp32", gates)["PRECISION"],
+        "STATES": states if swept else 16,
+        "NORMALIZE": True,
+        "BLOCK_K": 128 if kernel is delta_gradients else launch.block_k,
+        "BLOCK_V": launch.block_v,
+        "STAGES": launch.num_stages,
+    }
+    name = launch.name if swept else f"linear_attention_{name}"
+    warps, stages = (launch.num_warps, launch.num_stages) if swept else (8 if kernel is delta_gradients else 4, 1)
+    return _row(name + kind, kernel, arguments, known, warps, stages)
 
 
 def _sweep_row(

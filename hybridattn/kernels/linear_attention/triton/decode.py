@@ -1,10 +1,11 @@
-"""The decoding kernel and op of linear attention: one or a few new tokens in one launch, the state updated in place.
+"""The decoding kernel and ops of linear attention: one or a few new tokens in one launch, the state updated in place.
 
 B batch, T new tokens, K key dim, V value dim; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hs,V], g [B,T,Hg,K or 1] or None,
-state [B,Hs,K,V], o [B,T,max(Hq,Hs),V]. A program keeps BLOCK_V columns of one head's state, with all K rows, in
-registers. It reads and writes each element of the state once for all T tokens. No two programs write the same address
-and every sum has a fixed order, so results are bitwise reproducible. Grid and arguments depend on shapes alone, so
-launches can be captured in CUDA graphs.
+state [B,Hs,K,V], o [B,T,max(Hq,Hs),V]. The delta rule also has beta [B,T,Hs].
+
+A program keeps BLOCK_V columns of one head's state, with all K rows, in registers. It reads and writes each element of
+the state once for all T tokens. No two programs write the same address and every sum has a fixed order, so results are
+bitwise reproducible. Grid and arguments depend on shapes alone, so launches can be captured in CUDA graphs.
 """
 
 from functools import cache
@@ -26,6 +27,7 @@ def step_kernel(
     k,
     v,
     g,
+    beta,  # of the delta rule: (pointer, strides of batch, time and head); else None
     state,
     o,
     scale,
@@ -53,6 +55,7 @@ def step_kernel(
     KEY_SHARE: tl.constexpr,  # states that one key head writes
     GATE_SHARE: tl.constexpr,  # states that one gate decays; 0 without gates
     GATE_PER_CHANNEL: tl.constexpr,
+    NORMALIZE: tl.constexpr,  # divide queries and keys by sqrt(sum of squares + 1e-6)
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -68,6 +71,8 @@ def step_kernel(
     v += batch * v_batch + head * v_head + columns
     if GATE_SHARE:
         g += batch * g_batch + head // GATE_SHARE * g_head
+    if beta is not None:
+        strength = beta[0] + batch * beta[1] + head * beta[3]
     o += (batch * tokens * STATES + head) * QUERIES * V + columns
     state += batch * state_batch + head * state_head + keys[:, None] * state_key + columns[None, :]
 
@@ -81,10 +86,17 @@ def step_kernel(
                 s *= tl.exp(tl.load(g).to(tl.float32))
             g += g_time
         key = tl.load(k, mask=in_k, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            key *= tl.rsqrt(tl.sum(key * key) + 1e-6)
         value = tl.load(v, mask=in_v, other=0.0).to(tl.float32)
+        if beta is not None:
+            value = tl.load(strength).to(tl.float32) * (value - tl.sum(key[:, None] * s, axis=0))
+            strength += beta[2]
         s += key[:, None] * value[None, :]
         for j in tl.static_range(QUERIES):  # pyright: ignore[reportGeneralTypeIssues]
             query = tl.load(q + j * q_head, mask=in_k, other=0.0).to(tl.float32)
+            if NORMALIZE:
+                query *= tl.rsqrt(tl.sum(query * query) + 1e-6)
             read = scale * tl.sum(query[:, None] * s, axis=0)
             tl.store(o + j * V, read.to(o.dtype.element_ty), mask=in_v)
         q += q_time
@@ -100,14 +112,54 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state:
 
     Shapes are those of the module docstring; the state is fp32.
     """
-    batch, tokens, queries, key_dim = q.shape
-    states, value_dim = state.shape[1], state.shape[3]
-    o = v.new_empty(batch, tokens, max(queries, states), value_dim)
+    return _run(q, k, v, g, None, scale, False, state)
+
+
+@step.register_fake
+def _(q, k, v, g, scale, state):
+    return _outputs(q, v, state)
+
+
+@opaque_op("hybridattn::gated_delta_rule_step_triton", mutates_args=("state",))
+def delta_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, normalize: bool, state: Tensor
+) -> Tensor:
+    """Compute outputs of the delta rule, [B,T,max(Hq,Hs),V] in v's dtype, and update the state in place.
+
+    Shapes are those of the module docstring; the state is fp32. With ``normalize`` the kernel divides queries and keys
+    by ``sqrt(sum of squares + 1e-6)``.
+    """
+    return _run(q, k, v, g, beta, scale, normalize, state)
+
+
+@delta_step.register_fake
+def _(q, k, v, g, beta, scale, normalize, state):
+    return _outputs(q, v, state)
+
+
+def _outputs(q: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    return v.new_empty(*q.shape[:2], max(q.shape[2], state.shape[1]), state.shape[3])
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    normalize: bool,
+    state: Tensor,
+) -> Tensor:
+    """Allocate the outputs and launch the kernel."""
+    batch, tokens = q.shape[:2]
+    states, key_dim, value_dim = state.shape[1:]
+    o = _outputs(q, v, state)
     if not o.numel() or not state.numel():
         return o.zero_()
     if state.stride(3) != 1:  # an unusual layout: supported at the cost of a copy
         kept = state.contiguous()
-        o = step(q, k, v, g, scale, kept)
+        o = _run(q, k, v, g, beta, scale, normalize, kept)
         state.copy_(kept)
         return o
     q, k, v = map(_dense_rows, (q, k, v))
@@ -119,6 +171,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state:
             k,
             v,
             g,
+            None if beta is None else (beta, *beta.stride()),
             state,
             o,
             float(scale),
@@ -129,15 +182,11 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state:
             *((0, 0, 0) if g is None else g.stride()[:3]),
             *state.stride()[:3],
             **step_constexprs(launch, q, k, g, state),
+            NORMALIZE=normalize,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
             num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
         )
     return o
-
-
-@step.register_fake
-def _(q, k, v, g, scale, state):
-    return v.new_empty(*q.shape[:2], max(q.shape[2], state.shape[1]), state.shape[3])
 
 
 def step_constexprs(launch: StepLaunch, q: Tensor, k: Tensor, g: Tensor | None, state: Tensor) -> dict[str, int | bool]:

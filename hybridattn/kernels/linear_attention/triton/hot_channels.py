@@ -46,6 +46,48 @@ def halves(level):
     return right, (t[None, :] > before) & (t[None, :] <= after), siblings
 
 
+@triton.jit
+def hot_scores(
+    q,
+    q_head,
+    k,
+    k_head,
+    g,
+    g_head,
+    flags,  # of the chunk's channels
+    batch,
+    row,
+    end,
+    scale,
+    K: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute the contribution of hot channels to scale * scores [64 queries,64 keys]; zeros where the key is later.
+
+    With REVERSE the roles of q and k are exchanged: the rows belong to the earlier tokens.
+    """
+    t = tl.arange(0, 64)
+    scores = tl.zeros([64, 64], tl.float32)
+    for i in range(0, K, BLOCK_K):
+        channel = i + tl.arange(0, BLOCK_K)
+        is_hot = tl.load(flags + channel, mask=channel < K, other=0)[None, :] > 0
+        gt = bounded(load_tile(g, batch, row, g_head, i, end, K, BLOCK_K, False))
+        kt = tl.where(is_hot, load_tile(k, batch, row, k_head, i, end, K, BLOCK_K, False).to(tl.float32), 0.0)
+        qt = load_tile(q, batch, row, q_head, i, end, K, BLOCK_K, False).to(tl.float32) * scale
+        scores += tl.where(t[:, None] == t[None, :], tl.sum(qt * kt, 1)[:, None], 0.0)
+        for level in range(6):
+            right, reach, siblings = halves(level)
+            x = tl.where(right[:, None], tl.where(is_hot, qt, 0.0), kt) * tl.exp2(gate_sums(reach, gt, TERMS))
+            x = operand(x, PRECISION)
+            pairs = product(x, tl.trans(x), tl.zeros([64, 64], tl.float32), PRECISION)
+            later = tl.where(REVERSE, t[None, :] > t[:, None], t[:, None] > t[None, :])
+            scores += tl.where(siblings & later, pairs, 0.0)
+    return scores
+
+
 @triton.jit(do_not_specialize=["scale"])
 def repair_values(
     q,  # [B,T,*,K]; q to y are tuples: see ``primitives``
@@ -74,22 +116,24 @@ def repair_values(
     n, batch, row, end, head, flags = find_chunk(hot, cu_seqlens, T, K, HEADS, KEYS)
     if n < 0:
         return
-    t = tl.arange(0, 64)
-    scores = tl.zeros([64, 64], tl.float32)
-    for i in range(0, K, BLOCK_K):
-        channel = i + tl.arange(0, BLOCK_K)
-        is_hot = tl.load(flags + channel, mask=channel < K, other=0)[None, :] > 0
-        gt = bounded(load_tile(g, batch, row, head // G_SHARE, i, end, K, BLOCK_K, False))
-        kt = tl.where(is_hot, load_tile(k, batch, row, head // K_SHARE, i, end, K, BLOCK_K, False).to(tl.float32), 0.0)
-        qt = load_tile(q, batch, row, head // Q_SHARE, i, end, K, BLOCK_K, False).to(tl.float32) * scale
-        scores += tl.where(t[:, None] == t[None, :], tl.sum(qt * kt, 1)[:, None], 0.0)
-        for level in range(6):
-            right, reach, siblings = halves(level)
-            x = tl.where(right[:, None], tl.where(is_hot, qt, 0.0), kt) * tl.exp2(gate_sums(reach, gt, TERMS))
-            x = operand(x, PRECISION)
-            pairs = product(x, tl.trans(x), tl.zeros([64, 64], tl.float32), PRECISION)
-            later = tl.where(REVERSE, t[None, :] > t[:, None], t[:, None] > t[None, :])
-            scores += tl.where(siblings & later, pairs, 0.0)
+    scores = hot_scores(
+        q,
+        head // Q_SHARE,
+        k,
+        head // K_SHARE,
+        g,
+        head // G_SHARE,
+        flags,
+        batch,
+        row,
+        end,
+        scale,
+        K,
+        TERMS,
+        PRECISION,
+        REVERSE,
+        BLOCK_K,
+    )
     scores = operand(scores, PRECISION)
     for j in range(0, V, BLOCK_V):
         ut = load_tile(u, batch, row, head // U_SHARE, j, end, V, BLOCK_V, False)

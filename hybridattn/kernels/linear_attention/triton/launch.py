@@ -10,6 +10,7 @@ from torch import Tensor
 from ...runtime.architectures import architecture, nearest_architecture, read_verified
 
 MOST_TOKENS = 8  # of one step; for more tokens the matrix products of the chunked operator are faster
+MOST_DELTA_TOKENS = 16  # the same limit for the delta rule
 MOST_KEY_DIM = 1024  # a program holds all K rows of its value columns of the state
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,15 +54,21 @@ def step_launch(architecture: str, key_dim: int) -> StepLaunch:
     return StepLaunch(block_k, block_v, num_warps, 1, verified)
 
 
-def step_lacks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> str | None:
-    """Return why the kernel does not support a step of valid shapes, as "argument: expected .., got .."; else None."""
-    for name, x in {"q": q, "k": k, "v": v, "g": g}.items():
+def step_lacks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, beta: Tensor | None = None
+) -> str | None:
+    """Return why the kernel does not support a step of valid shapes, as "argument: expected .., got .."; else None.
+
+    ``beta`` is the strength of writing of the delta rule, None for linear attention.
+    """
+    most = MOST_TOKENS if beta is None else MOST_DELTA_TOKENS
+    for name, x in {"q": q, "k": k, "v": v, "g": g, "beta": beta}.items():
         if x is not None and x.dtype not in DTYPES:
             return f"{name}: expected float32, float16 or bfloat16, got {x.dtype}"
     if state.dtype != torch.float32:
         return f"state: expected float32, got {state.dtype}"
-    if q.shape[1] > MOST_TOKENS:
-        return f"q: expected at most {MOST_TOKENS} tokens, got {q.shape[1]}"
+    if q.shape[1] > most:
+        return f"q: expected at most {most} tokens, got {q.shape[1]}"
     if q.shape[3] > MOST_KEY_DIM:
         return f"q: expected a key dim of at most {MOST_KEY_DIM}, got {q.shape[3]}"
     return None
@@ -102,6 +109,18 @@ KEYS = {
     "sm_100": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}},
     "gfx942": {"bf16": {128: (32, 4, 1)}, "fp16": {128: (16, 4, 1)}, "fp32": {64: (16, 4, 1)}},
 }
+# ``sweep_delta`` and ``sweep_gradients``: as ``VALUES``. With 64 value columns a program of ``sweep_delta`` for K = 128
+# and a gate per head has 418 spill instructions on sm_90, with 32 none.
+DELTA = {
+    "sm_80": {"bf16": {128: (32, 4, 1)}},
+    "sm_90": {
+        "bf16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1)},
+        "fp16": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
+        "fp32": {64: (16, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1)},
+    },
+    "sm_100": {"bf16": {128: (32, 4, 1)}},
+    "gfx942": {"bf16": {128: (32, 4, 1)}},
+}
 STATES = {"sm_80": (4, 2), "sm_90": (4, 2), "sm_100": (4, 1), "gfx942": (4, 1)}  # num_warps, num_stages
 
 
@@ -121,7 +140,8 @@ class ChunkLaunch:
 
     @property
     def name(self) -> str:
-        dims = f"K{self.most} V{self.block_v}" if self.kernel == "sweep_values" else f"K{self.block_k} V{self.most}"
+        whole_k = self.kernel not in ("sweep_keys", "states")
+        dims = f"K{self.most} V{self.block_v}" if whole_k else f"K{self.block_k} V{self.most}"
         return f"linear_attention_{self.kernel} {dims} {self.operands} warps{self.num_warps}"
 
 
@@ -129,10 +149,10 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
     """Return the launch row of a sweep.
 
     Args:
-        kernel: "sweep_values", "sweep_keys" or "states".
+        kernel: "sweep_values", "sweep_keys", "states"; of the delta rule "sweep_delta" or "sweep_gradients".
         architecture: such as "sm_90"; one without rows uses those of ``nearest_architecture``.
         key_dim, value_dim: K, 1 to 256, and V, 1 to 512. A row of ``sweep_keys`` may take fewer values per launch.
-        operands: "bf16", "fp16" or "fp32"; ``chunk_lacks`` has to be None for it.
+        operands: "bf16", "fp16" or "fp32"; ``chunk_lacks`` or ``delta_lacks`` has to be None for it.
     """
     nearest = nearest_architecture(architecture)
     block_k, block_v = tile_columns(key_dim), tile_columns(value_dim)
@@ -144,7 +164,7 @@ def chunk_launch(kernel: str, architecture: str, key_dim: int, value_dim: int, o
         columns, num_warps, num_stages = rows[most]
         block_k = min(block_k, columns)
     else:
-        rows = VALUES[nearest][operands]
+        rows = (VALUES if kernel == "sweep_values" else DELTA)[nearest][operands]
         most = min(most for most in rows if key_dim <= most)
         columns, num_warps, num_stages = rows[most]
         block_v = min(block_v, columns)
@@ -192,4 +212,20 @@ def chunk_lacks(
     name = nearest_architecture(architecture(q.device))
     if (operands := operand_name(q, k, v)) not in VALUES[name]:
         return f"q: expected 16-bit operands on {name}, got {operands}"
+    return None
+
+
+def delta_lacks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor | None, normalize: bool
+) -> str | None:
+    """Return why the kernels of the delta rule do not support valid inputs, as ``chunk_lacks``."""
+    if (lacks := chunk_lacks(q, k, v, g, state)) is not None:
+        return lacks
+    if beta.dtype not in DTYPES:
+        return f"beta: expected float32, float16 or bfloat16, got {beta.dtype}"
+    name, operands = nearest_architecture(architecture(q.device)), operand_name(q, k, v)
+    if operands not in DELTA[name]:
+        return f"q: expected operands in {' or '.join(DELTA[name])} on {name}, got {operands}"
+    if k.shape[3] > (most := max(DELTA[name][operands])):
+        return f"k: expected a key dim of at most {most}, got {k.shape[3]}"
     return None
