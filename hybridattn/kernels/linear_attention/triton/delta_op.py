@@ -58,12 +58,12 @@ def forward(
     """Compute outputs in v's dtype, final states in fp32, and the four tensors of ``Saved``."""
     o, last, *saved = _outputs(q, k, v, g, normalize, cu_seqlens)
     if not o.numel() or not last.numel():
-        return o.zero_(), last.zero_() if state is None else last.copy_(state), *saved
+        return o.zero_(), last.zero_() if state is None else last.copy_(state), *saved  # pyright: ignore[reportReturnType]
     q, k, v, g, cu_seqlens = _readable(q, k, v, g, cu_seqlens)
     first = None if state is None else state.contiguous()
     _solve(q, k, g, beta, saved, o.shape[2], cu_seqlens, operand_name(q, k, v))
     _sweep(q, k, v, g, o, saved, beta, None, first, last, cu_seqlens, scale)
-    return o, last, *saved
+    return o, last, *saved  # pyright: ignore[reportReturnType]
 
 
 @forward.register_fake
@@ -165,7 +165,7 @@ def _readable(q, k, v, g, cu_seqlens) -> tuple[Tensor, Tensor, Tensor, Tensor | 
 # ------------------------------------------------------------------------------------------------------------- launches
 def _solve(q, k, g, beta, saved, heads, cu_seqlens, operands) -> None:
     solved, norms, pairs, hot = (x if x.numel() else None for x in saved)
-    states, key_dim = solved.shape[2], k.shape[3]
+    states, key_dim = solved.shape[2], k.shape[3]  # pyright: ignore[reportOptionalMemberAccess]
     slots, sequences = _slots(solved, cu_seqlens)
     with launching("linear_attention_solve_chunks", k):
         solve_chunks[(slots * states,)](
