@@ -15,6 +15,8 @@ from hybridattn.kernels.flash_attention import BlockMask, flash_attention, flash
 from hybridattn.kernels.flash_attention.triton.launch import FORWARD, KERNELS, attention_launch, decode_launch
 from hybridattn.kernels.linear_attention import (
     features,
+    gated_delta_rule,
+    gated_delta_rule_step,
     gated_linear_attention,
     gated_linear_attention_step,
     linear_attention,
@@ -22,7 +24,7 @@ from hybridattn.kernels.linear_attention import (
     prefix_linear_attention,
     taylor_linear_attention,
 )
-from hybridattn.kernels.linear_attention.triton.launch import STEP, VALUES, chunk_launch, step_launch
+from hybridattn.kernels.linear_attention.triton.launch import DELTA, STEP, VALUES, chunk_launch, step_launch
 from hybridattn.kernels.runtime.architectures import nearest_architecture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +53,7 @@ class Operator(NamedTuple):
         call: (inputs by name, backend) -> results by name. A step updates the input ``state`` in place and returns it
             as a result too.
         gate: letters of g's shape, "BTHK", "BTH" or "H"; "" without gates.
+        delta: whether there is a strength of writing, beta.
         state: whether there is an initial state.
         backward: whether the check includes gradients.
         long: whether T goes up to 64k tokens on a GPU; False for steps, which take one or a few tokens.
@@ -63,6 +66,7 @@ class Operator(NamedTuple):
 
     call: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
     gate: str = ""
+    delta: bool = False
     state: bool = True
     backward: bool = True
     long: bool = True
@@ -76,6 +80,17 @@ def _sequence(function: Callable[..., Any], x: dict[str, Tensor], backend: str) 
     inputs = [value for name, value in x.items() if name != "state"]
     o, state = function(*inputs, initial_state=x["state"], output_final_state=True, backend=backend)
     return {"o": o, "final state": state}
+
+
+def _delta(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    options = {"initial_state": x["state"], "output_final_state": True, "normalize_qk": True, "backend": backend}
+    o, state = gated_delta_rule(x["q"], x["k"], x["v"], x.get("g"), x["beta"], **options)
+    return {"o": o, "final state": state}
+
+
+def _delta_step(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    inputs = (x["q"], x["k"], x["v"], x.get("g"), x["beta"], x["state"])
+    return {"o": gated_delta_rule_step(*inputs, normalize_qk=True, backend=backend), "state": x["state"]}
 
 
 def _stateless(function: Callable[..., Any], x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -137,6 +152,17 @@ def _chunk_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str
     ]
 
 
+def _delta_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
+    operands = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    rows = DELTA[nearest_architecture(architecture)].get(operands, {})
+    if not any(sizes.key_dim <= most for most in rows):
+        return []
+    return [
+        chunk_launch(kernel, architecture, sizes.key_dim, sizes.value_dim, operands).name
+        for kernel in ("sweep_delta", "sweep_gradients")
+    ]
+
+
 def _taylor_rows(architecture: str, sizes: Sizes, dtype: torch.dtype) -> list[str]:
     """Return the rows for a state with a row per feature; the gradients of keys take at most 128 values per launch."""
     state = replace(sizes, key_dim=features.count(sizes.key_dim), value_dim=min(sizes.value_dim, 128))
@@ -159,8 +185,10 @@ def _decoding(new: int) -> Operator:
 
 
 _chunked = partial(Operator, rows=_chunk_rows)
+_delta_rule = partial(Operator, _delta, delta=True, rows=_delta_rows)
 _features = partial(Operator, state=False, key_dim=16, rows=_taylor_rows)
 _one_step = partial(Operator, backward=False, long=False, rows=_step_rows)
+_one_delta_step = partial(Operator, _delta_step, delta=True, backward=False, long=False, rows=_step_rows)
 _softmax = partial(Operator, state=False, family="flash_attention")
 
 OPERATORS = {
@@ -170,6 +198,9 @@ OPERATORS = {
     ),
     "gated_linear_attention per-head": _chunked(partial(_sequence, gated_linear_attention), "BTH"),
     "gated_linear_attention constant": _chunked(partial(_sequence, gated_linear_attention), "H"),
+    "gated_delta_rule": _delta_rule(),
+    "gated_delta_rule per-channel": _delta_rule("BTHK", dims=tuple(DELTA["sm_90"]["bf16"])),
+    "gated_delta_rule per-head": _delta_rule("BTH"),
     "taylor_linear_attention": _features(partial(_stateless, taylor_linear_attention)),
     "prefix_linear_attention": _features(_prefix),
     "flash_attention causal": _softmax(
@@ -186,6 +217,9 @@ OPERATORS = {
     "gated_linear_attention_step per-channel": _one_step(partial(_step, gated_linear_attention_step), "BTHK"),
     "gated_linear_attention_step per-head": _one_step(partial(_step, gated_linear_attention_step), "BTH"),
     "gated_linear_attention_step constant": _one_step(partial(_step, gated_linear_attention_step), "H"),
+    "gated_delta_rule_step": _one_delta_step(),
+    "gated_delta_rule_step per-channel": _one_delta_step("BTHK"),
+    "gated_delta_rule_step per-head": _one_delta_step("BTH"),
 }
 
 
@@ -242,6 +276,8 @@ def make_inputs(operator: Operator, sizes: Sizes, device: torch.device, seed: in
         hot = -60 * uniform(shape)
         g = hot if sizes.gates == "hot" else torch.where(uniform(shape) < 0.05, hot, -0.1 * uniform(shape))
         x["g"] = (g * 4).round() / 4 if sizes.gates == "hot" else g.bfloat16().half().double()
+    if operator.delta:
+        x["beta"] = 2 * uniform(sizes.batch, sizes.tokens, values)
     if operator.state:
         x["state"] = normal(sizes.batch, values, sizes.key_dim, sizes.value_dim)
     return x

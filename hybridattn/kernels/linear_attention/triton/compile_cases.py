@@ -166,6 +166,8 @@ def _products(architecture: str, dtype: str, gates: str) -> dict[str, int | str]
 
 def _delta_rows(architecture: str) -> Iterator[CompileRow]:
     """Yield the rows of the delta rule, with normalised queries and keys, and their variants at key dim 128."""
+    if not DELTA[architecture]:
+        return
     kernels = (sweep_delta, sweep_gradients, solve_chunks, delta_gradients)
     for dtype in DELTA[architecture]:
         for key_dim in DELTA[architecture][dtype]:

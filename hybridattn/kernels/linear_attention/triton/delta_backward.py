@@ -291,6 +291,8 @@ def delta_gradients(
     ak = product(operand(dB_turned, PRECISION), pb, ak, PRECISION)
 
     # The gates of a chunk: see ``backward``. No gate acts on the diagonal, so it comes after them.
+    # The rounded operands of the products above: their errors cancel in the sums.
+    at, bt, wt = qb.to(tl.float32), pb.to(tl.float32), kn.to(tl.float32)
     pairs, past_keys = at * aq + bt * ap - wt * ak, wt * ik
     aq += diagonal * wt
     ak += ik + diagonal * at

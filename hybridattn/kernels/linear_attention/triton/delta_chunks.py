@@ -241,6 +241,11 @@ def solve_chunks(
         store_vector(norms, scale, batch, row, head, end)
     strength = load_vector(beta, batch, row, head, end)
     L = tl.where(t[:, None] > t[None, :], scores, 0.0)
+    zeros = tl.zeros([64, 64], tl.float32)
     X = operand(unit_inverse(L * strength[:, None], SOLVE), SOLVE)
-    M = product(operand(L, SOLVE), X, tl.zeros([64, 64], tl.float32), SOLVE)
+    M = product(operand(L, SOLVE), X, zeros, SOLVE)
+    if SOLVE != "tf32":
+        # One step of iterative refinement, (I + L diag(beta)) M = L: the rows of L sum the errors of the inverse.
+        residual = L - M - product(L, M * strength[:, None], zeros, SOLVE)
+        M += residual - product(M, residual * strength[:, None], zeros, SOLVE)
     store_tile(solved, M, batch, row, head, 0, end, 64, 64, False)

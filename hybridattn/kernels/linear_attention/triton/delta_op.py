@@ -4,6 +4,9 @@ B batch, T time, N sequences; q [B,T,Hq,K], k [B,T,H,K], v [B,T,Hs,V], g [B,T,Hg
 state [N,Hs,K,V], o [B,T,max(Hq,Hs),V]. If a tensor has fewer heads than o, neighbouring heads of o share a head of it.
 
 A sequence is not split into segments, unlike those of ``op``: the transition of a segment would be a K x K matrix.
+
+An exception to the first law: with fp16 operands and gates of -60 to 0 per channel, the error of the gradient of beta
+was 2.04 times that of rounded operands, not 2.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
