@@ -85,7 +85,7 @@ def _sequence(function: Callable[..., Any], x: dict[str, Tensor], backend: str) 
 def _delta(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     options = {"initial_state": x["state"], "output_final_state": True, "normalize_qk": True, "backend": backend}
     o, state = gated_delta_rule(x["q"], x["k"], x["v"], x.get("g"), x["beta"], **options)
-    return {"o": o, "final state": state}
+    return {"o": o, "final state": state}  # pyright: ignore[reportReturnType]
 
 
 def _delta_step(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
